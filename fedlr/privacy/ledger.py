@@ -1,0 +1,221 @@
+"""What every client has spent: written before private data are read, never lowered, refused when too much.
+
+A reservation is a row on disk before the first private read of a round. Settling it tells how many steps were
+really taken; one that is never settled (crash, lost reply) counts in full, for ever.
+
+The rows say nothing about data: they hold round and client numbers, step counts and constants of the
+configuration. Which steps are taken must not depend on data either, or the spending itself would tell
+something.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+from fedlr.errors import InputError
+from fedlr.privacy import chain
+from fedlr.privacy.accountant import AccountantName, require_accountant
+from fedlr.privacy.charges import Charges, Header, RandomnessKind, parse_header, recovered
+from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a client may not train this round: an ordinary outcome, not an error."""
+
+    reason: Literal["budget_exhausted", "already_reserved"]
+    epsilon_spent: float
+    epsilon_if_trained: float
+
+
+class PrivacyLedger:
+    """The spending of all clients that share one file, one budget and one data set.
+
+    Made by `PrivacyLedger.create` or `PrivacyLedger.open`, never from a path alone.
+
+    Guarantees: for every client, `spent` is at least the epsilon of the steps it took, over all processes and
+        runs that used this file, and no reservation takes it above the budget. Both end where the file is
+        deleted or replaced by an older copy of itself: keep `head()` in a second place to notice. The lock is
+        advisory.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        """Open and verify; see `open`."""
+        self.path = path
+        self._header = header
+        self._charges = Charges()
+        self._tail = chain.Tail()
+        with self._lock():
+            pass
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        budget: PrivacyBudget,
+        *,
+        dataset_id: str,
+        randomness: RandomnessKind,
+        accountant: AccountantName = "pld",
+    ) -> Self:
+        """Create a ledger in which nobody has spent anything.
+
+        Args:
+            path: the file, in an existing folder.
+            budget: what each client may spend over the life of the file.
+            dataset_id: the operator's name for the data, the same for every run on them.
+            randomness: "seeded" (a simulation of privacy) or "os".
+            accountant: "pld" or "rdp".
+
+        Raises:
+            InputError: the file exists (it is never overwritten), or an argument is out of range.
+        """
+        header = _header(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
+        chain.create(Path(path), header.row())
+        return cls(Path(path), header)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        budget: PrivacyBudget,
+        *,
+        dataset_id: str,
+        randomness: RandomnessKind,
+        accountant: AccountantName = "pld",
+    ) -> Self:
+        """Open and verify a ledger that was created with the same arguments.
+
+        Raises:
+            InputError: the file is missing (which is not an unspent budget), was changed (the text names the
+                row), or belongs to another budget, data set, accountant or kind of randomness.
+        """
+        header = _header(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
+        return cls(Path(path), header)
+
+    def reserve(
+        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+    ) -> dict[int, Refusal | None]:
+        """Charge one round to a cohort, or refuse; call it before any private example of the round is read.
+
+        A client whose epsilon would exceed the budget is refused. So is one for which this round was reserved
+        before: charging it again would count twice, letting it train again would be free. Round numbers
+        therefore run over the life of the ledger, not of a process. Nothing is written for a refusal.
+
+        Args:
+            round_index: which round.
+            mechanism: constants of every step.
+            num_steps: steps each client may take in this round.
+            client_ids: the cohort, without repetition.
+
+        Returns:
+            For each client None (go ahead) or the refusal.
+
+        Guarantees:
+            When this returns, all accepted reservations are on disk, by one lock, one write and one fsync.
+            When it raises, nobody may train, and reservations that reached the disk stay charged.
+        """
+        cohort = [int(client) for client in client_ids]
+        if len(set(cohort)) != len(cohort) or min([round_index, num_steps - 1, *cohort]) < 0:
+            raise ValueError(
+                "Expected distinct clients >= 0, a round >= 0 and at least one step, "
+                f"got clients {cohort}, round {round_index} and {num_steps} steps"
+            )
+        reservation = {"kind": "reserve", "round_index": int(round_index), "num_steps": int(num_steps)}
+        constants = asdict(mechanism)
+        with self._lock() as file:
+            answers = {client: self._refusal(round_index, mechanism, num_steps, client) for client in cohort}
+            accepted = [client for client, refusal in answers.items() if refusal is None]
+            rows = [{**reservation, "client_id": client, "mechanism": constants} for client in accepted]
+            self._append(file, rows)
+        return answers
+
+    def settle(self, round_index: int, client_id: int, steps_taken: int) -> None:
+        """Say how many of the reserved steps were taken: all whose noise was drawn, sent or not.
+
+        Args:
+            round_index, client_id: the reservation.
+            steps_taken: at most what was reserved.
+
+        Raises:
+            ValueError: there is no such reservation, it is settled already, or it was for fewer steps.
+        """
+        with self._lock() as file:
+            charge = self._charges.of(client_id).get(round_index)
+            if charge is None or charge.settled_steps is not None:
+                raise ValueError(
+                    f"Expected an open reservation of client {client_id} in round {round_index}, got {charge}"
+                )
+            if not 0 <= steps_taken <= charge.reserved_steps:
+                raise ValueError(f"Expected steps_taken in [0, {charge.reserved_steps}], got {steps_taken}")
+            address = {"round_index": int(round_index), "client_id": int(client_id)}
+            self._append(file, [{"kind": "settle", **address, "steps_taken": int(steps_taken)}])
+
+    def spent(self, client_id: int) -> float:
+        """Return the client's epsilon so far, at the budget's delta; 0.0 for one that never reserved."""
+        with self._lock():
+            return self._charges.epsilon(client_id, self._header)
+
+    def participations(self, client_id: int) -> int:
+        """Return for how many rounds the client was charged."""
+        with self._lock():
+            return len(self._charges.of(client_id))
+
+    def head(self) -> str:
+        """Return the hash of the last row: whoever keeps it elsewhere can tell an older copy of the file."""
+        with self._lock():
+            return self._tail.head
+
+    def _refusal(self, round_index: int, mechanism: Mechanism, num_steps: int, client_id: int) -> Refusal | None:
+        if round_index in self._charges.of(client_id):
+            spent = self._charges.epsilon(client_id, self._header)
+            return Refusal("already_reserved", spent, spent)
+        afterwards = self._charges.epsilon(client_id, self._header, more=(mechanism, num_steps))
+        if afterwards <= self._header.epsilon:
+            return None
+        return Refusal("budget_exhausted", self._charges.epsilon(client_id, self._header), afterwards)
+
+    @contextmanager
+    def _lock(self) -> Iterator[int]:
+        """Hold the file alone, with all that other processes wrote taken in and a torn end repaired."""
+        with chain.locked(self.path) as file:
+            data = chain.read_from(file, self._tail.offset, name=self.path.name)
+            rows, tail, fragment = chain.parse(data, self._tail, name=self.path.name)
+            if self._tail.num_rows == 0:
+                _require_same(parse_header(rows, name=self.path.name), self._header, name=self.path.name)
+            self._charges.take_in(rows)
+            self._tail = tail
+            if fragment:
+                os.ftruncate(file, tail.offset)
+                self._append(file, recovered(fragment, self._charges))
+            yield file
+
+    def _append(self, file: int, rows: Sequence[chain.Row]) -> None:
+        # In this order: when the write fails, memory says what was read, and the next lock reads the rest.
+        if rows:
+            tail = chain.append(file, self._tail, rows)
+            self._charges.take_in(rows)
+            self._tail = tail
+
+
+def _header(
+    budget: PrivacyBudget, *, dataset_id: str, randomness: RandomnessKind, accountant: AccountantName
+) -> Header:
+    require_accountant(accountant)
+    if randomness not in get_args(RandomnessKind):
+        raise InputError(f"Expected randomness 'seeded' or 'os', got {randomness!r}")
+    if not dataset_id:
+        raise InputError(f"Expected a name for the data, the same in every run on them, got {dataset_id!r}")
+    return Header(float(budget.epsilon), float(budget.delta), accountant, dataset_id, randomness)
+
+
+def _require_same(found: Header, expected: Header, *, name: str) -> None:
+    for key, value in asdict(expected).items():
+        if getattr(found, key) != value:
+            raise InputError(
+                f"Expected {key}={value!r} in row 0 of {name}, got {getattr(found, key)!r}: "
+                "the ledger belongs to another budget, data set or kind of run"
+            )

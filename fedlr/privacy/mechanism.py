@@ -1,0 +1,121 @@
+"""The mechanism of one private step, its budget, and its noise.
+
+One step is the Poisson-subsampled Gaussian mechanism (Abadi et al. 2016, algorithm 1): each example of the
+client joins with probability `sample_rate`, its gradient is clipped to norm `max_grad_norm`, the clipped
+gradients are summed, noise of standard deviation `noise_multiplier * max_grad_norm` is added to the sum, and
+the sum is divided by `divisor`.
+
+Nothing here is computed from data. The divisor is a number of the configuration: dividing by how many
+examples were drawn, or held, would let one example move more than its clipped gradient.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlr.errors import InputError
+
+
+@dataclass(frozen=True)
+class PrivacyBudget:
+    """What every client may spend on its own examples over the life of its ledger.
+
+    Guarantees: nothing by itself. The unit is one training example of one client, the relation add or remove
+        one.
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.epsilon) and 0 < self.epsilon < math.inf):
+            raise InputError(f"Expected privacy.epsilon > 0, got {self.epsilon}")
+        if not (_is_number(self.delta) and 0 < self.delta < 1):
+            raise InputError(f"Expected privacy.delta in (0, 1), got {self.delta}")
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Public constants of a private step. Two of them decide epsilon: `noise_multiplier` and `sample_rate`.
+
+    Args:
+        noise_multiplier: standard deviation of the noise on the sum, in units of `max_grad_norm`. 0 is no
+            privacy.
+        max_grad_norm: L2 norm to which each example's gradient, over all trained tensors together, is
+            clipped.
+        sample_rate: probability with which each example joins a step.
+        divisor: number by which the noisy sum is divided, usually the expected batch size.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    divisor: float
+
+    def __post_init__(self) -> None:
+        require_noise_multiplier(self.noise_multiplier)
+        require_sample_rate(self.sample_rate)
+        if not (_is_number(self.max_grad_norm) and 0 < self.max_grad_norm < math.inf):
+            raise InputError(f"Expected privacy.max_grad_norm > 0, got {self.max_grad_norm}")
+        if not (_is_number(self.divisor) and 0 < self.divisor < math.inf):
+            raise InputError(f"Expected divisor > 0, got {self.divisor}")
+
+
+def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: np.random.Generator) -> Tensor:
+    """Draw independent Gaussian noise.
+
+    The numbers are drawn in float64 and rounded once, to float32. They are not a discrete Gaussian: an
+    observer of the last bits of a sum may learn more than epsilon says (Mironov 2012; the privacy statement
+    says so too).
+
+    Args:
+        shape: shape of the tensor.
+        std: standard deviation, `noise_multiplier * max_grad_norm` for a sum of clipped gradients.
+        generator: noise generator of this client, round and step; never the one that sampled the examples.
+
+    Returns:
+        Tensor of that shape, float32, on the CPU.
+
+    >>> float(gaussian_noise((100_000,), std=2.0, generator=np.random.default_rng(0)).std().round(decimals=1))
+    2.0
+    """
+    if not (_is_number(std) and 0 <= std < math.inf):
+        raise InputError(f"Expected a standard deviation of noise >= 0, got {std}")
+    return torch.from_numpy((generator.standard_normal(shape) * std).astype(np.float32))
+
+
+def check_delta(delta: float, largest_num_examples: int) -> None:
+    """Refuse a delta of 1 / n or more: publishing one example in clear would count as private.
+
+    Args:
+        delta: the budget's delta.
+        largest_num_examples: examples of the largest client. Private unless sizes are public: the error stays
+            local.
+
+    Raises:
+        InputError: delta is 1 / n or more.
+    """
+    if delta * largest_num_examples >= 1:
+        limit = f"1/{largest_num_examples} = {1 / largest_num_examples:.3g}"
+        raise InputError(
+            f"Expected privacy.delta below {limit}, as the largest client has that many examples, got {delta}"
+        )
+
+
+def require_noise_multiplier(value: float) -> None:
+    """Raise InputError unless the value is a finite number >= 0."""
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise InputError(f"Expected privacy.noise_multiplier >= 0, got {value}")
+
+
+def require_sample_rate(value: float) -> None:
+    """Raise InputError unless the value is in (0, 1]."""
+    if not (_is_number(value) and 0 < value <= 1):
+        raise InputError(f"Expected sample_rate in (0, 1], got {value}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

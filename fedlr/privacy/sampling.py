@@ -1,0 +1,87 @@
+"""Samplers: the object that chooses a step's examples also says which event is accounted for it.
+
+An accountant that assumes Poisson draws while the code shuffles understates epsilon by four times and more
+(Chua et al. 2024). Tying the two together makes that mistake an error instead of a number.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import dp_accounting
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlr.errors import InputError
+from fedlr.privacy.mechanism import require_noise_multiplier, require_sample_rate
+
+
+class UnsupportedSampling(InputError):
+    """The way of sampling has no accounted event, so no epsilon may be stated for it."""
+
+
+class Sampler(Protocol):
+    """Chooses the examples of one step, and names the event that a Gaussian release of their sum is."""
+
+    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return the chosen indices in ascending order, each in [0, num_examples)."""
+        ...
+
+    def dp_event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
+        """Return the event to account for one step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PoissonSampler:
+    """Every example joins independently with the same probability (Abadi et al. 2016; Balle et al. 2018).
+
+    Guarantees: the batch is never capped, padded or drawn again. It may be empty, or hold everything, and an
+        empty batch is a step like any other: it is noised, sent and accounted. What was drawn is secret and
+        stays on the device.
+    """
+
+    sample_rate: float
+
+    def __post_init__(self) -> None:
+        require_sample_rate(self.sample_rate)
+
+    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return the indices of the examples that join.
+
+        >>> PoissonSampler(1.0).draw(3, np.random.default_rng(0)).tolist()
+        [0, 1, 2]
+        """
+        joins = generator.random(num_examples) < self.sample_rate  # one uniform number each, in [0, 1)
+        return np.flatnonzero(joins).astype(np.int64)
+
+    def dp_event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
+        """Return the Poisson-subsampled Gaussian event; add or remove one example."""
+        require_noise_multiplier(noise_multiplier)
+        return dp_accounting.PoissonSampledDpEvent(self.sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+
+
+@dataclass(frozen=True)
+class ShuffledSampler:
+    """A fixed number of examples without replacement: for training without privacy only."""
+
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InputError(f"Expected batch_size >= 1, got {self.batch_size}")
+
+    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return `batch_size` indices, or all of them where there are fewer."""
+        size = min(self.batch_size, num_examples)
+        return np.sort(generator.permutation(num_examples)[:size]).astype(np.int64)
+
+    def dp_event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
+        """Refuse: batches of a fixed size are not Poisson batches.
+
+        Raises:
+            UnsupportedSampling: always.
+        """
+        raise UnsupportedSampling(
+            f"Expected Poisson sampling for a private step, got {self}, for which no epsilon can be stated; "
+            "use PoissonSampler, or train with privacy=none"
+        )

@@ -1,0 +1,215 @@
+"""The privacy statement: what a run may claim, recomputed from its ledger file alone.
+
+The number in the sentence is the maximum over clients. A mean would hide the client that spent most, and "the
+model is epsilon-DP" would be false: the unit is an example, the claim is each client's own.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedlr.errors import InputError
+from fedlr.privacy.charges import RELATION, UNIT, Charge, Charges, Header, read_ledger
+
+PROTECTS_AGAINST = [
+    "A2: readers of the released model",
+    "A3: the other clients",
+    "A4: an honest but curious server operator",
+    "A5: a malicious server that follows the protocol of messages",
+]
+NOT_PROTECTED_AGAINST = [
+    "A6: a server whose code runs on the client",
+    "whoever can read the client's own device",
+]
+AMPLIFICATION = (
+    "the secret Poisson draw of examples on the client's device; none is claimed from the sampling of clients, "
+    "because the server knows who took part"
+)
+CONDITIONS = [
+    "no training example is held by two clients",
+    "each client follows the protocol: it clips, adds its noise and keeps its ledger",
+    "nobody lowered or replaced the ledger file; the head below lets a second party check",
+]
+NOT_COVERED = [
+    "tuning and model selection: choosing hyperparameters, rounds or the best of several runs on the same data",
+    "metrics computed on private data",
+    "label statistics and numbers of examples",
+    "timing, failures and message sizes",
+    "participation: which clients took part, and when",
+    "other runs and other uses of the same data that are not in this ledger",
+    "several rows of one person: a person with k rows has about k times the epsilon, and a much larger delta",
+]
+FLOATING_POINT = (
+    "Noise is drawn and added in floating point, not from a discrete distribution on a grid; the analysis assumes "
+    "real numbers, and the last bits of a result may tell more (Mironov 2012)."
+)
+SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise; not for release of private data"
+RANDOMNESS = {
+    "seeded": SIMULATION,
+    "os": "seeded by the operating system at every step, and never stored (Philox, not a cryptographic generator)",
+}
+
+
+def privacy_statement(ledger_path: str | os.PathLike[str], enrolled_client_ids: Iterable[int]) -> dict[str, Any]:
+    """State what a ledger's clients have spent, for whom it holds and what it leaves out.
+
+    Args:
+        ledger_path: the ledger; it is verified, and not changed.
+        enrolled_client_ids: every client that was enrolled, whether or not it ever trained.
+
+    Returns:
+        Values that JSON can hold; an infinite epsilon is the string "inf".
+
+    Raises:
+        InputError: the ledger is missing or was changed, no client is enrolled, or one that trained is not.
+    """
+    header, charges, head = read_ledger(ledger_path)
+    enrolled = sorted(set(enrolled_client_ids))
+    strangers = sorted(set(charges.by_client) - set(enrolled))
+    if not enrolled or strangers:
+        raise InputError(
+            f"Expected every client of the ledger among the enrolled, got {strangers or 'nobody'} "
+            f"{'besides' if strangers else 'enrolled'}"
+        )
+    spent = [charges.epsilon(client, header) for client in enrolled]
+    mechanisms = _mechanisms(charges)
+    return {
+        "statement": _sentence(header, max(spent), noiseless=_is_noiseless(charges)),
+        "differential_privacy": math.isfinite(max(spent)),
+        "unit": UNIT,
+        "neighbouring_relation": RELATION,
+        "mechanisms": mechanisms,
+        "delta": header.delta,
+        "epsilon": {
+            "maximum": _json_number(max(spent)),
+            "median": _json_number(statistics.median(spent)),
+            "minimum": _json_number(min(spent)),
+        },
+        "budget": {"epsilon": header.epsilon, "delta": header.delta},
+        "num_clients": len(enrolled),
+        "num_clients_by_status": _statuses(charges, enrolled),
+        "accountant": {
+            "name": header.accountant,
+            "library": "dp-accounting",
+            "version": version("dp-accounting"),
+        },
+        "amplification": AMPLIFICATION,
+        "protects_against": PROTECTS_AGAINST,
+        "not_protected_against": NOT_PROTECTED_AGAINST,
+        "conditions": CONDITIONS,
+        "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
+        "floating_point": FLOATING_POINT,
+        "not_covered": NOT_COVERED,
+        "dataset_id": header.dataset_id,
+        "num_torn_rows": charges.num_torn,
+        "ledger_head": head,
+    }
+
+
+def no_privacy_statement(num_clients: int) -> dict[str, Any]:
+    """State that a run has no differential privacy; in the same keys."""
+    return {
+        "statement": "No differential privacy: epsilon is infinite for every client. Updates can reveal data.",
+        "differential_privacy": False,
+        "unit": UNIT,
+        "neighbouring_relation": RELATION,
+        "mechanisms": [],
+        "delta": None,
+        "epsilon": {"maximum": "inf", "median": "inf", "minimum": "inf"},
+        "num_clients": num_clients,
+        "protects_against": [],
+        "not_covered": ["everything: no noise was added to anything"],
+    }
+
+
+def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
+
+    Only the number of enrolled clients, numbered from 0, is taken from privacy.json: a client that never trained
+    has no row.
+
+    Args:
+        run_dir: holds privacy.json and, for a private run, ledger.jsonl.
+
+    Returns:
+        The recomputed statement.
+
+    Raises:
+        InputError: a file is missing or was changed, or privacy.json says something else.
+    """
+    path = Path(run_dir) / "privacy.json"
+    try:
+        stated = json.loads(path.read_bytes())
+        num_clients = int(stated["num_clients"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"Expected a privacy statement in {path}, got {error!r}") from error
+    ledger_path = path.with_name("ledger.jsonl")
+    if ledger_path.exists() or stated.get("differential_privacy") is not False:
+        found = privacy_statement(ledger_path, range(num_clients))
+    else:
+        found = no_privacy_statement(num_clients)
+    different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
+    if different:
+        raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")
+    return found
+
+
+def _sentence(header: Header, largest: float, *, noiseless: bool) -> str:
+    if math.isinf(largest):
+        why = "no noise was added" if noiseless else "the noise is too small for the accountant"
+        return f"No differential privacy: epsilon = inf, max over clients ({why})."
+    rounded_up = math.ceil(largest * 1000) / 1000
+    claim = (
+        f"epsilon <= {rounded_up:g} at delta = {header.delta:g}, max over clients, for {UNIT} "
+        f"({RELATION}), each client under its own accounting"
+    )
+    return f"Not for release, {SIMULATION}. Simulated: {claim}." if header.randomness == "seeded" else f"{claim}."
+
+
+def _mechanisms(charges: Charges) -> list[dict[str, Any]]:
+    """Describe every mechanism that occurs, with the numbers of steps that rounds reserved."""
+    steps: dict[Any, set[int]] = {}
+    for charge in _all(charges):
+        steps.setdefault(charge.mechanism, set()).add(charge.reserved_steps)
+    return [
+        {
+            "name": "Poisson-subsampled Gaussian (DP-SGD)",
+            "sampling": "Poisson: each example joins each step independently",
+            "sample_rate": mechanism.sample_rate,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "max_grad_norm": mechanism.max_grad_norm,
+            "divisor": mechanism.divisor,
+            "steps_per_round": sorted(counts),
+        }
+        for mechanism, counts in steps.items()
+    ]
+
+
+def _statuses(charges: Charges, enrolled: Sequence[int]) -> dict[str, int]:
+    open_clients = {c for c, rounds in charges.by_client.items() if _has_open(rounds.values())}
+    return {
+        "never_reserved": sum(client not in charges.by_client for client in enrolled),
+        "all_settled": sum(client in charges.by_client and client not in open_clients for client in enrolled),
+        "open_reservation_counted_in_full": len(open_clients),
+    }
+
+
+def _has_open(charges: Iterable[Charge]) -> bool:
+    return any(charge.settled_steps is None for charge in charges)
+
+
+def _is_noiseless(charges: Charges) -> bool:
+    return any(charge.mechanism.noise_multiplier == 0 for charge in _all(charges))
+
+
+def _all(charges: Charges) -> Iterable[Charge]:
+    return (charge for rounds in charges.by_client.values() for charge in rounds.values())
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else "inf"

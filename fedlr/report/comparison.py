@@ -1,0 +1,118 @@
+"""`comparison.html` and its plain-text table: several runs side by side, with what they do not share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlr.errors import InputError
+from fedlr.report.comparison_pictures import accuracy_of_each_run, final_accuracy, group_name
+from fedlr.report.layout import gallery, page, paragraph, section, table
+from fedlr.report.run_files import Run, read_run
+from fedlr.report.wording import bytes_text, epsilon_text, percent, seconds_text, seed_text, short
+
+HEADER = (
+    "method",
+    "privacy",
+    "seed",
+    "start",
+    "final",
+    "ε max",
+    "sent up",
+    "sent down",
+    "aggr. error",
+    "time",
+    "trained",
+)
+TEXT_COLUMNS = 2
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write a page that compares runs, from the files of their directories alone, and return its path.
+
+    Raises:
+        InputError: no directory is given, or a required file is missing or broken; the message names it.
+    """
+    runs = _read(run_dirs)
+    body = [
+        f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
+        *(paragraph(text, kind="warning") for text in differences(runs)),
+        section("Pictures", [gallery([final_accuracy(runs), accuracy_of_each_run(runs)])]),
+        section("All runs", [table(_LONG_HEADER, [_row(run) for run in runs], text_columns=TEXT_COLUMNS), _NOTE]),
+    ]
+    out = Path(out)
+    out.write_text(page(f"{len(runs)} runs compared", body), encoding="utf-8")
+    return out
+
+
+def comparison_table(run_dirs: Sequence[Path]) -> str:
+    """Return the same table as aligned plain text, one run a line."""
+    rows = [list(HEADER), *(_row(run) for run in _read(run_dirs))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return "\n".join("  ".join(_cells(row, widths)).rstrip() for row in rows)
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Return one sentence for each setting in which the runs differ beyond method, privacy and seed."""
+    found = []
+    for name in ("num_rounds", "num_clients", "cohort_size", "delta"):
+        values = {getattr(run.summary, name) for run in runs} - {None}
+        if len(values) > 1:
+            told = ", ".join(short(float(value)) for value in sorted(values))
+            found.append(f"These runs do not share {name}: {told}. Compare them with care.")
+    return found
+
+
+_LONG_HEADER = (
+    "Method",
+    "Privacy",
+    "Seed",
+    "Start accuracy",
+    "Final accuracy",
+    "ε, max over clients",
+    "Sent up",
+    "Sent down",
+    "Aggregation error, last round",
+    "Time",
+    "Parameters trained",
+)
+_NOTE = paragraph("Epsilon is rounded up. Bytes are of all clients together.", kind="muted")
+
+
+def _read(run_dirs: Sequence[Path]) -> list[Run]:
+    if not run_dirs:
+        raise InputError("Expected at least one run directory to compare, got none")
+    runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
+    return sorted(runs, key=_order)
+
+
+def _order(run: Run) -> tuple[str, str, int, str]:
+    summary = run.summary
+    seed = -1 if summary.seed is None else summary.seed
+    return group_name(run), summary.method, seed, summary.adapter_sha256
+
+
+def _row(run: Run) -> list[str]:
+    summary, error = run.summary, run.states[-1].aggregation_error
+    return [
+        summary.method,
+        group_name(run),
+        seed_text(summary.seed),
+        percent(summary.start_accuracy),
+        percent(summary.final_accuracy),
+        epsilon_text(summary.epsilon_max),
+        bytes_text(summary.bytes_up),
+        bytes_text(summary.bytes_down),
+        "none" if error is None else short(error),
+        seconds_text(summary.seconds),
+        f"{summary.num_trained_parameters:,}",
+    ]
+
+
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    pairs = list(zip(row, widths, strict=True))
+    return [c.ljust(w) for c, w in pairs[:TEXT_COLUMNS]] + [c.rjust(w) for c, w in pairs[TEXT_COLUMNS:]]
+
+
+def _scope(runs: Sequence[Run]) -> str:
+    methods = sorted({run.summary.method for run in runs})
+    seeds = list(dict.fromkeys(seed_text(run.summary.seed) for run in sorted(runs, key=lambda run: _order(run)[2])))
+    return f"Methods: {', '.join(methods)}. Seeds: {', '.join(seeds)}."

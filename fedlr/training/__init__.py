@@ -1,0 +1,1 @@
+"""Local training of one client: per-example losses, clipped gradients, noised steps."""

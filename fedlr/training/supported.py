@@ -1,0 +1,218 @@
+"""What DP-SGD can train here, checked before any private example is read (reliability.md R-P9, R-P11).
+
+Two kinds of checks. The structure: what the adapter cannot carry or Opacus cannot see. And a probe: one
+forward pass on constant tokens, which shows what no list of names can (layers that merge examples, a batch
+norm by another name, buffers that move). The first failure is one `InputError`, not a crash in the middle of
+a round.
+
+Dropout is refused rather than switched off: nothing here changes a model behind its owner's back. It would draw
+from a global generator, and the engines would no longer agree.
+
+PEFT is looked at by attribute, not by class: only adapter, models and export import it.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import Tensor, nn
+
+from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block
+from fedlr.errors import InputError
+
+GradSampleMode = Literal["hooks", "ghost", "loop"]
+
+# peft 0.21.2. These start from the base weights or at random; `True` and `False` do too.
+DATA_FREE_INITIALISERS = ("gaussian", "olora", "pissa", "orthogonal", "loftq", "mica")
+# These run private examples through the model before the first noised step, without a budget.
+DATA_DEPENDENT_INITIALISERS = ("eva", "corda", "lora_ga")
+
+PROBE_EXAMPLES, PROBE_TOKENS = 3, 5  # neither equal nor one, so that a wrong axis shows
+MAX_PROBE_CHANGE = 1e-3  # relative; far above what another batch composition does to float32 kernels
+
+
+def check_initialiser(init_lora_weights: object, private: bool) -> None:
+    """Refuse what peft does not know, and under privacy what reads examples.
+
+    Args:
+        init_lora_weights: as in peft's LoraConfig.
+        private: whether the run claims an epsilon.
+
+    Raises:
+        InputError: with the values that are allowed.
+
+    >>> check_initialiser("pissa_niter_16", private=True)
+    >>> check_initialiser("eva", private=True)
+    Traceback (most recent call last):
+    fedlr.errors.InputError: Expected adapter.init_lora_weights to read no private data, got 'eva'; use ...
+    """
+    known = isinstance(init_lora_weights, bool) or init_lora_weights in DATA_FREE_INITIALISERS
+    if known or (isinstance(init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", init_lora_weights)):
+        return
+    allowed = f"use true or {', '.join(DATA_FREE_INITIALISERS)}, pissa_niter_N"
+    if init_lora_weights not in DATA_DEPENDENT_INITIALISERS:
+        raise InputError(f"Expected a known adapter.init_lora_weights, got {init_lora_weights!r}; {allowed}")
+    if private:
+        raise InputError(
+            f"Expected adapter.init_lora_weights to read no private data, got {init_lora_weights!r}; {allowed}"
+        )
+
+
+def check_supported(model: nn.Module, block: Block, *, grad_sample_mode: GradSampleMode = "hooks") -> None:
+    """Check that per-example gradients of `block` exist, are all that trains, and are of one example each.
+
+    Args:
+        model: a PEFT model with one LoRA adapter. Left as it was: mode, `requires_grad` and buffers.
+        block: the roles that will train.
+        grad_sample_mode: which class of `fedlr.training.gradients` will be used.
+
+    Raises:
+        InputError: naming the first thing that is not supported, and what to change.
+    """
+    if not block or not block <= set(ROLES):
+        raise InputError(f"Expected a trained block out of {ROLES}, got {sorted(block)}")
+    _check_adapter(model)
+    _check_modules(model)
+    trained = _trained_layers(model, block)
+    _check_trained(trained)
+    _probe(model, trained, grad_sample_mode)
+
+
+def _check_adapter(model: nn.Module) -> None:
+    config: Any = getattr(model, "peft_config", {}).get(ADAPTER_NAME)
+    if config is None:
+        raise InputError(f"Expected a PEFT model with one adapter named {ADAPTER_NAME!r}, got {type(model).__name__}")
+    if config.bias != "none":
+        raise InputError(f"Expected adapter bias 'none', got {config.bias!r}; the adapter carries no biases")
+    if config.trainable_token_indices:
+        raise InputError("Expected no trainable_token_indices, got some; embeddings have no per-example gradient here")
+    for path, layer in _lora_layers(model):
+        factors = (layer.lora_A, layer.lora_B)
+        if len(layer.lora_embedding_A) > 0 or any(type(f[ADAPTER_NAME]) is not nn.Linear for f in factors):
+            raise InputError(
+                f"Expected LoRA on linear layers, got {path} ({type(layer).__name__}); change target_modules"
+            )
+        if layer.use_dora[ADAPTER_NAME] or ADAPTER_NAME in getattr(layer, "lora_variant", {}):
+            raise InputError(f"Expected plain LoRA, got a variant (such as DoRA) on {path}; switch it off")
+        if layer.lora_bias[ADAPTER_NAME]:
+            raise InputError(f"Expected lora_bias=false, got true on {path}; the adapter carries no biases")
+
+
+def _check_modules(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            raise InputError("Expected gradient checkpointing off, got on; it hides activations from Opacus")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise InputError(f"Expected a model without batch normalisation, got {path}; it mixes examples")
+        dropout = [name for name, value in vars(module).items() if _is_dropout(module, name, value)]
+        if dropout:
+            raise InputError(
+                f"Expected dropout 0, got {getattr(module, dropout[0])} in {path}.{dropout[0]}; set it to 0"
+            )
+
+
+def _check_trained(trained: dict[str, nn.Module]) -> None:
+    if not trained:
+        raise InputError("Expected the model to have tensors of the trained block, got none")
+    parameters = [p for layer in trained.values() for p in layer.parameters(recurse=False)]
+    if len({id(p) for p in parameters}) < len(parameters):
+        raise InputError("Expected no tied trained tensors, got some; an adapter cannot hold them")
+    for path, layer in trained.items():
+        if type(layer) not in GradSampleHooks.GRAD_SAMPLERS:
+            raise InputError(f"Expected trained layers that Opacus knows, got {type(layer).__name__} at {path}")
+        if any(p.dtype != torch.float32 for p in layer.parameters(recurse=False)):
+            raise InputError(f"Expected trained tensors in float32, got another type at {path}; noise needs the digits")
+
+
+def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode) -> None:
+    """Run constant tokens through the model and look at what its layers see."""
+    tokens = _probe_tokens(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    shapes: dict[str, list[torch.Size]] = {path: [] for path in trained}
+    with _recorded(trained, shapes):
+        alone = _logits(model, tokens)
+    changed = tokens.clone()
+    changed[-1] = tokens[-1].roll(1)
+    together = _logits(model, changed)
+
+    moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    if moved:
+        raise InputError(f"Expected buffers that training leaves alone, got {moved[0]} changed by a forward pass")
+    difference = (alone[:-1] - together[:-1]).abs().max() / alone[:-1].abs().max().clamp(min=1e-6)
+    if not difference <= MAX_PROBE_CHANGE:
+        raise InputError("Expected examples that do not interact, got a model whose output for one depends on another")
+    for path, seen in shapes.items():
+        if not seen:
+            raise InputError(f"Expected every trained layer to take part in the forward pass, got {path} left out")
+        if any(shape[0] != PROBE_EXAMPLES for shape in seen):
+            raise InputError(f"Expected layers that keep examples apart, got {path} with them merged into one axis")
+        if mode == "ghost" and (len(seen) > 1 or len(seen[0]) not in (2, 3)):
+            raise InputError(
+                f"Expected layers used once, on (N, K) or (N, T, K), for ghost gradients, got {path}; "
+                "set trainer.grad_sample_mode=hooks"
+            )
+
+
+def _is_dropout(module: nn.Module, name: str, value: object) -> bool:
+    named = "drop" in name or (name == "p" and "Drop" in type(module).__name__)
+    return named and isinstance(value, float) and value > 0.0
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, m) for path, m in model.named_modules() if isinstance(getattr(m, "lora_A", None), nn.ModuleDict))
+
+
+def _trained_layers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
+    """Return, by path, the modules that hold the tensors of the block as their own."""
+    found: dict[str, nn.Module] = {}
+    for path, layer in _lora_layers(model):
+        for role in sorted(block & {LORA_A, LORA_B}):
+            found[f"{path}.{role}"] = getattr(layer, role)[ADAPTER_NAME]
+    for path, module in model.named_modules():
+        heads = getattr(module, "modules_to_save", None)
+        if HEAD in block and isinstance(heads, nn.ModuleDict):
+            for name, part in heads[ADAPTER_NAME].named_modules():
+                if any(True for _ in part.parameters(recurse=False)):
+                    found[f"{path}.{name}".rstrip(".")] = part
+    return found
+
+
+def _probe_tokens(model: Any) -> Tensor:
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    padding = getattr(model.config, "pad_token_id", None)
+    usable = [token for token in range(min(vocabulary, 64)) if token != padding]
+    if len(usable) < 2:
+        raise InputError("Expected a model that reads tokens, got one without a token embedding")
+    positions = torch.arange(PROBE_EXAMPLES * PROBE_TOKENS) % len(usable)
+    device = next(model.parameters()).device
+    return torch.tensor(usable, device=device)[positions.to(device)].view(PROBE_EXAMPLES, PROBE_TOKENS)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
+        return logits
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _recorded(layers: dict[str, nn.Module], shapes: dict[str, list[torch.Size]]) -> Iterator[None]:
+    def note(path: str) -> Any:
+        return lambda _module, inputs: shapes[path].append(inputs[0].shape)
+
+    handles = [layer.register_forward_pre_hook(note(path)) for path, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""The researcher's house: simulated federations, their comparison and their plans."""

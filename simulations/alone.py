@@ -1,0 +1,28 @@
+"""Each client alone: the same model, steps, mechanism and number of participations, and nobody to share with."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from fedlr.rounds import ClientPool, ServerState, run_round
+from simulations.federation import Federation
+from simulations.progress import alone_rounds
+
+
+def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callable[[], None]) -> list[ServerState]:
+    """Return each client's state after as many rounds as it takes part in on average, by client id.
+
+    A client that refuses (its budget is spent) keeps what it has.
+    """
+    e = federation.experiment
+
+    def train(client_id: int) -> ServerState:
+        state = federation.start
+        for _ in range(alone_rounds(e)):
+            state, _ = run_round(
+                state, [client_id], pool=pool, method=federation.method, train_head=e.adapter.train_head
+            )
+            client_done()
+        return state
+
+    with ThreadPoolExecutor(e.runtime.num_workers) as threads:
+        return list(threads.map(train, range(e.num_clients)))

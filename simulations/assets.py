@@ -1,0 +1,154 @@
+"""Fetch the public data of the examples, once, at install time: `python -m simulations.assets [--dir DIR]`.
+
+The VADER ground truth: 23,703 English sentences of four domains, each rated by about twenty people (Hutto and
+Gilbert, ICWSM 2014). Only the source archive of vaderSentiment 2.5 on PyPI holds it. The texts come from
+Rotten Tomatoes, Amazon, the New York Times and Twitter, so they are fetched and never shipped. pip checks the
+archive's hash before it runs anything in it, and the texts are read out of the archive without unpacking it.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedlr.errors import InputError
+
+REQUIREMENT = "vaderSentiment==2.5"
+ARCHIVE_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
+VADER_SHA256 = "9293efbff1e96cd0bfb1a503e33de010292355c35550fb72cbed84c4cab026e3"  # of vader.csv
+VADER_ROWS = 19_459
+
+_INNER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+_FILES = {
+    "movie": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+_NEUTRAL = 0.5  # ratings closer to zero carry no label
+
+
+def default_folder() -> Path:
+    """Return the folder named by FEDLR_ASSETS, else `.assets` in the repository."""
+    named = os.environ.get("FEDLR_ASSETS")
+    return Path(named) if named else Path(__file__).resolve().parents[1] / ".assets"
+
+
+def fetch_vader(folder: Path) -> tuple[Path, bool]:
+    """Make sure that `folder` holds vader.csv (text, label, score, domain, id); return it, and whether it is
+    new.
+
+    The label is the sign of the mean rating (-4 to 4); ratings below 0.5 in size are left out.
+
+    Raises: InputError: pip cannot get the archive, the folder cannot be written, or the data are not those
+    expected.
+    """
+    path = folder / "vader.csv"
+    if path.is_file() and _sha256(path.read_bytes()) == VADER_SHA256:
+        return path, False
+    content = vader_csv(_download(REQUIREMENT, ARCHIVE_SHA256))
+    if _sha256(content) != VADER_SHA256:
+        raise InputError(f"vader.csv came out with SHA-256 {_sha256(content)}, expected {VADER_SHA256}")
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): name another folder with --dir") from error
+    return path, True
+
+
+def vader_csv(archive: bytes) -> bytes:
+    """Return the sentences of the source archive as one csv, in the order of the domains and of their
+    files."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["text", "label", "score", "domain", "id"])
+    for domain, identifier, score, sentence in _rated(archive):
+        if abs(float(score)) >= _NEUTRAL:
+            writer.writerow([sentence, "positive" if float(score) > 0 else "negative", score, domain, identifier])
+    return text.getvalue().encode("utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fetch everything the examples read; print where it is."""
+    parser = argparse.ArgumentParser(prog="python -m simulations.assets", description="Fetch the example data.")
+    parser.add_argument("--dir", type=Path, default=default_folder(), help="default: $FEDLR_ASSETS, else .assets")
+    folder = parser.parse_args(arguments).dir
+    try:
+        path, is_new = fetch_vader(folder)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{path}: {VADER_ROWS:,} sentences, {'fetched' if is_new else 'already there'}")
+    return 0
+
+
+def _rated(archive: bytes) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (domain, id, mean rating, sentence) of every sentence."""
+    with (
+        tarfile.open(fileobj=io.BytesIO(archive)) as outer,
+        tarfile.open(fileobj=_member(outer, _INNER)) as inner,
+    ):
+        for domain, name in _FILES.items():
+            content = _member(inner, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read()
+            # "replace": all four files are valid today, and the pinned hash would tell if they were not
+            for line in content.decode("utf-8", errors="replace").splitlines():
+                identifier, score, sentence = line.split("\t", 2)
+                yield domain, identifier, score, sentence.strip()
+
+
+def _member(archive: tarfile.TarFile, name: str) -> io.BufferedReader:
+    member = archive.extractfile(name)
+    if member is None:
+        raise InputError(f"{REQUIREMENT} has no file {name}")
+    return member  # type: ignore[return-value]  # typeshed says IO[bytes]
+
+
+def _download(requirement: str, sha256: str) -> bytes:
+    """Return the source archive of a pinned requirement, whose hash pip and we check."""
+    with tempfile.TemporaryDirectory() as folder:
+        pinned = Path(folder) / "requirements.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--no-deps", "--no-input"]
+        command += ["--no-binary", requirement.partition("==")[0], "--dest", folder, "-r", str(pinned)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = sorted(Path(folder).glob("*.tar.gz"))
+        if done.returncode != 0 or len(archives) != 1:
+            raise InputError(f"{requirement} cannot be downloaded: {_pip_reason(done.stderr)}")
+        content = archives[0].read_bytes()
+    if _sha256(content) != sha256:
+        raise InputError(f"{requirement} has SHA-256 {_sha256(content)}, expected {sha256}: it was changed on the way")
+    return content
+
+
+def _pip_reason(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    if any("No module named pip" in line for line in lines):
+        return f"this Python has no pip; run {sys.executable} -m ensurepip"
+    said = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "pip said nothing")
+    return f"pip said {said!r}; is this machine online, or a package index set with PIP_INDEX_URL?"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write all of a file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

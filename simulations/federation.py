@@ -1,0 +1,189 @@
+"""From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlr.adapter import HEAD, num_values, read_adapter
+from fedlr.build import build, build_method, build_optimizer
+from fedlr.data.partition import Partition
+from fedlr.data.table import LabelledText, split_train_test
+from fedlr.data.tokenise import TokenisedText, tokenise
+from fedlr.experiment import Experiment
+from fedlr.method import Method
+from fedlr.models import AdaptedModel, BaseModel, attach_lora
+from fedlr.prefix import encode_prefix, prefix, without_prefix
+from fedlr.privacy.accountant import calibrate_noise_multiplier
+from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
+from fedlr.privacy.sampling import PoissonSampler
+from fedlr.rounds import ServerState, initial_state
+from fedlr.streams import OsRandomness, Randomness, SeededRandomness
+from fedlr.training.local import LocalTraining
+from fedlr.training.supported import check_initialiser, check_supported
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything a run needs, built and checked; nothing has been trained or written."""
+
+    experiment: Experiment
+    seed: int  # of the public randomness: partition, cohorts, starting weights
+    base: BaseModel
+    model: AdaptedModel  # the whole model: what is exported
+    working: nn.Module  # what trains and is evaluated: the model, or the part above its cached prefix
+    method: Method
+    start: ServerState
+    clients: tuple[TokenisedText, ...]
+    test: TokenisedText
+    label_names: tuple[str, ...]
+    source: str  # what the examples are called, in the ledger and in messages
+    budget: PrivacyBudget | None
+    mechanism: Mechanism | None
+    training: LocalTraining
+    randomness: Randomness
+    weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
+    notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
+
+    @property
+    def num_trained_values(self) -> int:
+        """How many numbers a client trains in the first round."""
+        return num_values(self.start.adapter.select(self.block(0)).values())
+
+    def block(self, round_index: int) -> frozenset[str]:
+        """Return the roles that train in a round."""
+        return trained_block(self.experiment, self.method, round_index)
+
+    def without_privacy(self) -> "Federation":
+        """Return the same federation without clipping and noise."""
+        return replace(self, budget=None, mechanism=None)
+
+
+def assemble(experiment: Experiment, *, seed: int) -> Federation:
+    """Load the data and the model, split, attach the adapter, calibrate the noise, tokenise.
+
+    Args:
+        experiment: the checked configuration.
+        seed: of the public randomness (the configuration's, or one drawn for this run).
+
+    Raises:
+        InputError: for anything that could not run as configured.
+    """
+    method = build_method(experiment)
+    optimizer = build_optimizer(experiment)
+    budget, mechanism = private_mechanism(experiment)
+
+    data, held_out = load_examples(experiment, seed=seed)
+    partition: Partition = build(
+        experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
+    )
+    if budget is not None:
+        check_delta(budget.delta, max(len(indices) for indices in partition.indices))
+
+    base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+    check_initialiser(experiment.adapter.init_lora_weights, private=mechanism is not None)
+    model = attach_lora(base, experiment.adapter, seed=seed)
+    for block in {trained_block(experiment, method, index) for index in range(experiment.num_rounds)}:
+        check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
+
+    tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
+    test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
+    start = initial_state(read_adapter(model), method)
+    working: nn.Module = model
+    if experiment.runtime.cache_prefix:
+        prefix(model)  # refuses before the work of encoding
+        torch.set_num_threads(experiment.runtime.num_workers)
+        tokenised, test = encode_prefix(model, tokenised), encode_prefix(model, test)
+        working = without_prefix(model)
+    by_size = experiment.weighting == "examples"
+    return Federation(
+        experiment=experiment,
+        seed=seed,
+        base=base,
+        model=model,
+        working=working,
+        method=method,
+        start=start,
+        clients=tuple(tokenised.subset(indices) for indices in partition.indices),
+        test=test,
+        label_names=data.label_names,
+        source=data.source,
+        budget=budget,
+        mechanism=mechanism,
+        training=LocalTraining(
+            num_steps=experiment.trainer.num_steps,
+            optimizer=optimizer,
+            token_budget=experiment.trainer.token_budget,
+            divisor=experiment.trainer.divisor,
+            sampler=PoissonSampler(experiment.trainer.sample_rate),
+        ),
+        randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
+        weights=tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices),
+        notes=notes(experiment, data, held_out, tokenised, test),
+    )
+
+
+def trained_block(experiment: Experiment, method: Method, round_index: int) -> frozenset[str]:
+    """Return the roles that train in a round: the method's block, and the head if the adapter trains it."""
+    head = frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
+    return method.block_schedule(round_index) | head
+
+
+def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
+    """Return the budget and the mechanism whose noise lasts for every participation a client may have."""
+    privacy, trainer = experiment.privacy, experiment.trainer
+    if privacy.epsilon is None:
+        return None, None
+    budget = PrivacyBudget(privacy.epsilon, privacy.delta)
+    noise_multiplier = privacy.noise_multiplier or calibrate_noise_multiplier(
+        budget,
+        sample_rate=trainer.sample_rate,
+        num_steps=experiment.max_participations * trainer.num_steps,
+        accountant=privacy.accountant,
+    )
+    return budget, Mechanism(
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        sample_rate=trainer.sample_rate,
+        divisor=trainer.divisor,
+    )
+
+
+def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
+    """Return the examples that clients share out, and those the server holds out for evaluation."""
+    data: LabelledText = build(experiment.data.section(), "data", seed=seed)
+    return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+
+
+def notes(
+    experiment: Experiment,
+    data: LabelledText,
+    held_out: LabelledText,
+    tokenised: TokenisedText,
+    test: TokenisedText,
+) -> tuple[str, ...]:
+    """Say what the run leaves out of the data it was given."""
+    found = []
+    if data.num_dropped:
+        found.append(f"{data.num_dropped} bad rows of {data.source} were left out (data.on_bad_row=drop)")
+    if cut := tokenised.num_truncated + test.num_truncated:
+        total = len(data) + len(held_out)
+        found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")
+    return tuple(found)
+
+
+def describe(federation: Federation) -> dict[str, Any]:
+    """Return what partition.json says: sizes and label counts where the data are public, else that they are not."""
+    if not federation.experiment.data.public:
+        return {"public": False}
+    num_labels = len(federation.label_names)
+    clients = [
+        {
+            "client_id": client_id,
+            "num_examples": len(client),
+            "label_counts": torch.bincount(torch.from_numpy(client.labels), minlength=num_labels).tolist(),
+        }
+        for client_id, client in enumerate(federation.clients)
+    ]
+    return {"public": True, "labels": list(federation.label_names), "clients": clients}

@@ -1,0 +1,166 @@
+"""Virtual clients in this process: worker threads over one resident base model.
+
+Every worker holds its own adapter tensors and hooks; the frozen base tensors are shared. A worker runs single-threaded,
+so a client's numbers do not depend on how many workers there are; only the sums over clients could, and the round adds
+those in client order.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fedlr.adapter import (
+    AdapterState,
+    Block,
+    ClientUpdate,
+    Slot,
+    adapter_parameters,
+    train_only,
+    write_adapter,
+)
+from fedlr.data.tokenise import TokenisedText
+from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.rounds import Dropout, RoundTask
+from fedlr.streams import Randomness
+from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
+from fedlr.training.local import LocalTraining, train_client
+from fedlr.training.losses import cross_entropy
+
+GRADIENTS: dict[str, type[HookGradients | GhostGradients | LoopGradients | SumGradients]] = {
+    "hooks": HookGradients,
+    "ghost": GhostGradients,
+    "loop": LoopGradients,
+    "sum": SumGradients,
+}
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class LocalPool:
+    """A `ClientPool` (fedlr.rounds) of simulated clients.
+
+    Args:
+        model: PEFT model whose frozen tensors all workers share; it is not changed.
+        clients: each client's private examples.
+        enrolled: the adapter every client was given once, when it joined; broadcasts overlay it.
+        training: local training, the same for all.
+        mechanism: clip and noise, or None for no privacy.
+        ledger: where each client's spending is written before its data are read; None exactly when mechanism is.
+        randomness: sampling and noise streams.
+        weights: aggregation weight of each client, by the server's rule.
+        grad_sample_mode: hooks, ghost or loop.
+        num_workers: threads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clients: Sequence[TokenisedText],
+        *,
+        enrolled: AdapterState,
+        training: LocalTraining,
+        mechanism: Mechanism | None,
+        ledger: PrivacyLedger | None,
+        randomness: Randomness,
+        weights: Sequence[float],
+        grad_sample_mode: str,
+        num_workers: int,
+    ) -> None:
+        if (mechanism is None) != (ledger is None):
+            raise ValueError(
+                "Expected a ledger exactly when there is a mechanism: private training is always written down"
+            )
+        self._clients, self._enrolled, self._weights = clients, enrolled, weights
+        self._training, self._mechanism, self._ledger = training, mechanism, ledger
+        self._randomness = randomness
+        self._ledger_lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="client")
+        self._workers: SimpleQueue[Worker] = SimpleQueue()
+        mode = grad_sample_mode if mechanism is not None else "sum"
+        for _ in range(num_workers):
+            self._workers.put(Worker(sharing_base(model), mode))
+        self.seconds: dict[int, float] = {}  # by client, of its latest round
+
+    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+        """Reserve each client's spending, then train those that can still pay; yield as they finish."""
+        refused: Mapping[int, str] = {}
+        if self._ledger is not None and self._mechanism is not None:
+            with self._ledger_lock:
+                answers = self._ledger.reserve(
+                    task.round_index, self._mechanism, self._training.num_steps, list(cohort)
+                )
+            refused = {client: answer.reason for client, answer in answers.items() if answer is not None}
+        for client, reason in refused.items():
+            yield Dropout(client, "refused", reason)
+        admitted = [client for client in cohort if client not in refused]
+        for future in as_completed([self._threads.submit(self._train_one, task, c) for c in admitted]):
+            yield future.result()
+
+    def close(self) -> None:
+        """Stop the threads; a client in the middle of a step finishes it first."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _train_one(self, task: RoundTask, client: int) -> ClientUpdate:
+        torch.set_num_threads(1)
+        started = time.perf_counter()
+        worker = self._workers.get()
+        try:
+            trained, gradients = worker.start_from(self._enrolled.with_tensors(task.broadcast), task.block)
+            steps = train_client(
+                worker.model,
+                gradients,
+                self._clients[client],
+                training=self._training,
+                mechanism=self._mechanism,
+                randomness=self._randomness,
+                client_id=client,
+                round_index=task.round_index,
+                trained=trained,
+            )
+            tensors = {slot: parameter.detach().clone() for slot, parameter in trained.items()}
+        finally:
+            self._workers.put(worker)
+        if self._ledger is not None:
+            with self._ledger_lock:
+                self._ledger.settle(task.round_index, client, steps)
+        self.seconds[client] = time.perf_counter() - started
+        return ClientUpdate(client, tensors, self._weights[client], task.round_index)
+
+
+class Worker:
+    """One model with its gradient hooks; reused from client to client."""
+
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        self.model = model
+        self._mode = mode
+        self._block: Block | None = None
+        self._trained: dict[Slot, nn.Parameter] = {}
+        self._gradients: Gradients | None = None
+
+    def start_from(self, adapter: AdapterState, block: Block) -> tuple[dict[Slot, nn.Parameter], Gradients]:
+        """Load an adapter and hook the tensors of `block`; the hooks stay while the block does."""
+        write_adapter(self.model, adapter.tensors)
+        if self._gradients is None or self._block != block:
+            if self._gradients is not None:
+                self._gradients.close()
+            self._trained = train_only(self.model, block)
+            self.model.train()
+            self._gradients = GRADIENTS[self._mode](self.model, self._trained, loss=cross_entropy)
+            self._block = block
+        return self._trained, self._gradients
+
+
+def sharing_base(model: Model) -> Model:
+    """Copy a model so that only its adapter is new: the frozen tensors are the same objects."""
+    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    shared = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in own]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -1,0 +1,72 @@
+"""Live progress: one plain line a round, readable in a terminal and in a log file."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fedlr.experiment import Experiment
+
+
+class Progress:
+    """Says where the run is and how long it will still take, in units of one client's round.
+
+    The main run, the run without privacy and the clients alone cost about the same a client and round, so what is left
+    is estimated from what is done.
+    """
+
+    def __init__(self, experiment: Experiment, *, say: Callable[[str], None]) -> None:
+        e = experiment
+        arms = 1 + int(e.tracking.run_no_privacy and e.privacy.epsilon is not None)
+        alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
+        self._experiment, self._say = e, say
+        self._total = arms * e.num_rounds * e.cohort_size + alone
+        self._done = 0
+        self._lock = threading.Lock()
+        self._started = time.perf_counter()
+
+    def arm(self, name: str, row: dict[str, Any]) -> None:
+        """Announce a federated run and its start."""
+        self._say(f"\n{name}: {self._experiment.num_clients} clients, {self._experiment.cohort_size} a round")
+        self._say(f"  start        accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}")
+
+    def round_done(self, row: dict[str, Any], *, num_clients: int) -> None:
+        """Report one finished round."""
+        self._done += num_clients
+        number = f"{row['rounds_completed']:>{len(str(self._experiment.num_rounds))}}/{self._experiment.num_rounds}"
+        epsilon = "no privacy" if row["epsilon_max"] is None else f"epsilon {row['epsilon_max']:.2f}"
+        budget = self._experiment.privacy.epsilon
+        of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
+        lost = row["num_refused"] + row["num_rejected"]
+        absent = f"   {lost} without an update" if lost else ""
+        self._say(
+            f"  round {number}  accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}   {epsilon}{of_budget}"
+            f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
+        )
+
+    def alone(self) -> None:
+        """Announce the clients that train alone."""
+        self._say(f"\neach client alone: {alone_rounds(self._experiment)} rounds of the same steps")
+
+    def client_done(self) -> None:
+        """Count one round of one client alone; say so each time a twelfth is done."""
+        with self._lock:
+            self._done += 1
+
+    def alone_done(self, accuracies: Sequence[float]) -> None:
+        """Report how the clients alone came out."""
+        self._say(
+            f"  accuracy mean {statistics.fmean(accuracies):.3f}, worst {min(accuracies):.3f}, "
+            f"best {max(accuracies):.3f}"
+        )
+
+    def left(self) -> str:
+        """Return the estimated time left, as minutes and seconds."""
+        seconds = (time.perf_counter() - self._started) / max(self._done, 1) * (self._total - self._done)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def alone_rounds(experiment: Experiment) -> int:
+    """Return how many rounds a client takes part in on average: what it gets when it is alone."""
+    return max(1, round(experiment.num_rounds * experiment.cohort_size / experiment.num_clients))

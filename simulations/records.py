@@ -1,0 +1,106 @@
+"""What a run writes about itself: one line a state, one line a client asked, and a summary.
+
+Formats are in docs/files.md. Times stand apart under `seconds`: all other values repeat with the seed.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedlr.evaluate import Evaluation
+from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.rounds import RoundDiagnostics, ServerState
+from simulations.federation import Federation
+
+BYTES_PER_VALUE = 4  # adapters travel in float32
+
+
+def metrics_row(
+    state: ServerState,
+    evaluation: Evaluation,
+    ledger: PrivacyLedger | None,
+    *,
+    num_clients: int,
+    diagnostics: RoundDiagnostics | None = None,
+    evaluate_s: float,
+) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for a state, and for the round that led to it."""
+    spent = [ledger.spent(client_id) for client_id in range(num_clients)] if ledger else []
+    d = diagnostics
+    errors = d.aggregation_error if d else {}
+    statuses = [dropout.status for dropout in d.dropouts] if d else []
+    train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
+    return {
+        "rounds_completed": state.round_index,
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
+        "epsilon_max": max(spent) if spent else None,
+        "epsilon_median": statistics.median(spent) if spent else None,
+        "epsilon_min": min(spent) if spent else None,
+        "num_trained": len(d.trained) if d else 0,
+        "num_refused": statuses.count("refused"),
+        "num_rejected": statuses.count("rejected"),
+        "aggregation_error": statistics.fmean(errors.values()) if errors else 0.0,
+        "aggregation_error_by_layer": dict(errors),
+        "singular_values": dict(d.singular_values) if d else {},
+        "bytes_up": d.values_up * BYTES_PER_VALUE if d else 0,
+        "bytes_down": d.values_down * BYTES_PER_VALUE if d else 0,
+        "seconds": {
+            "train": train_s,
+            "aggregate": aggregate_s,
+            "evaluate": evaluate_s,
+            "round": train_s + aggregate_s + evaluate_s,
+        },
+    }
+
+
+def client_rows(
+    diagnostics: RoundDiagnostics,
+    ledger: PrivacyLedger | None,
+    *,
+    round_index: int,
+    num_steps: int,
+    participations: Mapping[int, int],
+    seconds: Mapping[int, float],
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of clients.jsonl for a round, in client order."""
+    dropouts = {dropout.client_id: dropout for dropout in diagnostics.dropouts}
+    for client_id in diagnostics.cohort:
+        dropout = dropouts.get(client_id)
+        refused = dropout is not None and dropout.status == "refused"
+        yield {
+            "round_index": round_index,
+            "client_id": client_id,
+            "status": dropout.status if dropout else "trained",
+            "reason": dropout.reason if dropout else None,
+            "num_steps": 0 if refused else num_steps,
+            "participations": participations[client_id],
+            "epsilon": ledger.spent(client_id) if ledger else None,
+            "seconds": 0.0 if refused else seconds[client_id],
+        }
+
+
+def summarise(
+    federation: Federation, state: ServerState, rows: list[dict[str, Any]], *, seconds: float
+) -> dict[str, Any]:
+    """Return summary.json from the metrics of all rounds."""
+    e, last = federation.experiment, rows[-1]
+    return {
+        "name": e.name,
+        "method": federation.method.name,
+        "privacy": "dp" if federation.mechanism else "none",
+        "seed": federation.seed,
+        "num_rounds": e.num_rounds,
+        "num_clients": e.num_clients,
+        "cohort_size": e.cohort_size,
+        "start_accuracy": rows[0]["accuracy"],
+        "final_accuracy": last["accuracy"],
+        "final_loss": last["loss"],
+        "epsilon_max": last["epsilon_max"],
+        "delta": federation.budget.delta if federation.budget else None,
+        "adapter_sha256": state.adapter.fingerprint(),
+        "num_trained_parameters": federation.num_trained_values,
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "seconds": seconds,
+    }

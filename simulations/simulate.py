@@ -1,0 +1,206 @@
+"""A simulated run from start to finish: train, compare with the baselines, leave the results behind."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from secrets import randbits
+from typing import Any
+
+import torch
+
+from fedlr.adapter import write_adapter
+from fedlr.evaluate import Evaluation, evaluate
+from fedlr.experiment import Experiment
+from fedlr.export import export_adapter
+from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.privacy.statement import no_privacy_statement, privacy_statement
+from fedlr.report import write_report
+from fedlr.rounds import ServerState, federated_rounds
+from fedlr.streams import Purpose, SeededRandomness, stream
+from simulations.alone import train_alone
+from simulations.federation import Federation, assemble, describe
+from simulations.pool import LocalPool, sharing_base
+from simulations.progress import Progress
+from simulations.records import client_rows, metrics_row, summarise
+from simulations.run_dir import LEDGER, append_line, create_run_dir, write_json, write_origin
+
+
+def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
+    """Run an experiment and return its directory.
+
+    Everything that can be wrong with the configuration or the data is found before the directory exists.
+
+    Raises:
+        InputError: for an experiment that cannot run.
+    """
+    seed = randbits(32) if experiment.seed is None else experiment.seed
+    federation = assemble(experiment, seed=seed)
+    for note in federation.notes:
+        say(f"note: {note}")
+    run_dir = create_run_dir(experiment)
+    write_origin(run_dir, experiment)
+    write_json(run_dir / "partition.json", describe(federation))
+    progress = Progress(experiment, say=say)
+
+    started = time.perf_counter()
+    ledger = create_ledger(federation, run_dir / LEDGER)
+    state, rows = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
+    seconds = time.perf_counter() - started
+    run_baselines(federation, run_dir, progress=progress)
+    leave_behind(federation, run_dir, state)
+    write_json(run_dir / "summary.json", summarise(federation, state, rows, seconds=seconds))
+    write_report(run_dir)
+    return run_dir
+
+
+def run_rounds(
+    federation: Federation, folder: Path, *, ledger: PrivacyLedger | None, progress: Progress
+) -> tuple[ServerState, list[dict[str, Any]]]:
+    """Train the federation; write one line of metrics a round, and one line for each client asked."""
+    e = federation.experiment
+    state = federation.start
+    evaluator = Evaluator(federation)
+    evaluation, evaluate_s = evaluator.score(state)
+    rows = [metrics_row(state, evaluation, ledger, num_clients=e.num_clients, evaluate_s=evaluate_s)]
+    append_line(folder / "metrics.jsonl", rows[0])
+    progress.arm("federated, private" if ledger else "federated, no privacy", rows[0])
+    participations: Counter[int] = Counter()
+    with closing(make_pool(federation, ledger)) as pool:
+        rounds = federated_rounds(
+            state,
+            pool=pool,
+            method=federation.method,
+            num_rounds=e.num_rounds,
+            num_clients=e.num_clients,
+            cohort_size=e.cohort_size,
+            max_participations=e.max_participations,
+            seed=federation.seed,
+            train_head=e.adapter.train_head,
+        )
+        for state, diagnostics in rounds:
+            evaluation, evaluate_s = evaluator.score(state)
+            row = metrics_row(
+                state,
+                evaluation,
+                ledger,
+                num_clients=e.num_clients,
+                diagnostics=diagnostics,
+                evaluate_s=evaluate_s,
+            )
+            rows.append(row)
+            append_line(folder / "metrics.jsonl", row)
+            participations.update(diagnostics.trained)
+            for line in client_rows(
+                diagnostics,
+                ledger,
+                round_index=state.round_index - 1,
+                num_steps=e.trainer.num_steps,
+                participations=participations,
+                seconds=pool.seconds,
+            ):
+                append_line(folder / "clients.jsonl", line)
+            progress.round_done(row, num_clients=len(diagnostics.cohort))
+    return state, rows
+
+
+def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
+    """Run what the final table compares with: the same run without privacy, and each client alone."""
+    tracking = federation.experiment.tracking
+    folder = run_dir / "baselines"
+    if tracking.run_no_privacy and federation.mechanism is not None:
+        (folder / "no_privacy").mkdir(parents=True)
+        run_rounds(federation.without_privacy(), folder / "no_privacy", ledger=None, progress=progress)
+    if tracking.run_alone:
+        folder.mkdir(exist_ok=True)
+        progress.alone()
+        ledger = create_ledger(federation, folder / f"alone-{LEDGER}")
+        with closing(make_pool(with_other_noise(federation), ledger)) as pool:
+            states = train_alone(federation, pool, client_done=progress.client_done)
+        evaluator = Evaluator(federation)
+        clients = [
+            {
+                "client_id": client_id,
+                "accuracy": evaluator.score(state)[0].accuracy,
+                "epsilon": ledger.spent(client_id) if ledger else None,
+            }
+            for client_id, state in enumerate(states)
+        ]
+        write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
+        progress.alone_done([float(str(client["accuracy"])) for client in clients])
+
+
+def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:
+    """Write the privacy statement and the adapter."""
+    if federation.budget is None:
+        statement = no_privacy_statement(federation.experiment.num_clients)
+    else:
+        statement = privacy_statement(run_dir / LEDGER, list(range(federation.experiment.num_clients)))
+    write_json(run_dir / "privacy.json", statement)
+    export_adapter(
+        sharing_base(federation.model),
+        state.adapter,
+        run_dir / "adapter",
+        name=federation.experiment.name,
+        method=federation.method.name,
+        base=federation.base.source,
+        base_sha256=federation.base.fingerprint,
+        statement=statement,
+    )
+
+
+def make_pool(federation: Federation, ledger: PrivacyLedger | None) -> LocalPool:
+    """Return a pool of the federation's clients in this process."""
+    e = federation.experiment
+    return LocalPool(
+        federation.working,
+        federation.clients,
+        enrolled=federation.start.adapter,
+        training=federation.training,
+        mechanism=federation.mechanism,
+        ledger=ledger,
+        randomness=federation.randomness,
+        weights=federation.weights,
+        grad_sample_mode=e.trainer.grad_sample_mode,
+        num_workers=e.runtime.num_workers,
+    )
+
+
+def create_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
+    """Create the ledger of a run; None without privacy."""
+    if federation.budget is None:
+        return None
+    privacy = federation.experiment.privacy
+    return PrivacyLedger.create(
+        path,
+        federation.budget,
+        accountant=privacy.accountant,
+        dataset_id=federation.source,
+        randomness=privacy.randomness,
+    )
+
+
+def with_other_noise(federation: Federation) -> Federation:
+    """Return the federation with streams of its own: the noise of one run must not cancel that of another."""
+    if not isinstance(federation.randomness, SeededRandomness):
+        return federation
+    seed = int(stream(federation.seed, Purpose.BASELINE).integers(2**32))
+    return replace(federation, randomness=SeededRandomness(seed))
+
+
+class Evaluator:
+    """Scores states on the held-out texts, with all threads and a model of its own."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._model = sharing_base(federation.working)
+        self._test = federation.test
+        self._num_threads = federation.experiment.runtime.num_workers
+
+    def score(self, state: ServerState) -> tuple[Evaluation, float]:
+        """Return how good the state's adapter is, and the seconds it took to know."""
+        started = time.perf_counter()
+        torch.set_num_threads(self._num_threads)
+        write_adapter(self._model, state.adapter.tensors)
+        return evaluate(self._model, self._test), time.perf_counter() - started

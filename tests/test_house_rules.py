@@ -1,0 +1,189 @@
+"""The house rules of CONTRIBUTING.md, checked on the source text of every module.
+
+ruff says the same while you type (pyproject.toml, TID251), but it exempts a whole file at a time and sees no
+lazy import of a house. Here each library has its own list of places, and imports inside functions count.
+
+Mutants this file kills: each snippet of `OFFENCES`, put into a module where it is not allowed.
+"""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOUSES = ("simulations", "server", "client")
+MAX_LINES = 300
+VAGUE_NAMES = {"utils.py", "common.py", "base.py", "types.py", "helpers.py", "misc.py"}
+
+# Who may import what. A place is a file, or a folder when it ends in "/".
+PLACES = {
+    "flwr": ("fedlr/wire.py", "server/", "client/", "simulations/ray_pool.py"),
+    "opacus": ("fedlr/privacy/", "fedlr/training/"),
+    "peft": ("fedlr/adapter.py", "fedlr/models.py", "fedlr/export.py"),
+    "hydra": ("fedlr/experiment.py", "fedlr/build.py", "simulations/cli.py", "server/", "client/"),
+}
+# Never, anywhere: they run code from a file, or write files that only such a reader opens.
+NEVER = (
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "numpy.load",
+    "torch.load",
+    "torch.save",
+)
+
+# Inside fedlr imports go down: a module may import names of a lower level, or of its own folder.
+LEVELS = {
+    name: level
+    for level, names in enumerate(
+        [
+            ("errors",),
+            ("adapter", "streams"),
+            ("refactor", "privacy", "data"),
+            ("aggregate",),
+            ("method", "validate", "training"),
+            ("rounds",),
+            ("experiment",),
+            ("build",),
+        ]
+    )
+    for name in names
+}
+# rounds sees a ClientPool, never how a client trains.
+NEVER_TOGETHER = {"fedlr/rounds.py": "fedlr.training", "fedlr/method.py": "fedlr.training"}
+
+
+def names_used(source: str, package: str = "") -> Iterator[str]:
+    """Dotted names of everything a module imports, or reaches through an import (`np.load` is numpy.load)."""
+    tree = ast.parse(source)
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.partition(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            folders = package.split(".")
+            parents = folders[: len(folders) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{module}.{alias.name}"
+                yield f"{module}.{alias.name}"
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attr) if name in bound:
+                yield f"{bound[name]}.{attr}"
+            case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[arg, *_]):
+                yield str(arg.value) if isinstance(arg, ast.Constant) else "a computed name"
+
+
+def is_in(place: str, path: str) -> bool:
+    return path.startswith(place) if place.endswith("/") else path == place
+
+
+def within(name: str, banned: str) -> bool:
+    return name == banned or name.startswith(f"{banned}.")
+
+
+def offences(path: str, source: str) -> list[str]:
+    """What a module at `path`, relative to the repository, does against the rules."""
+    house, *folders = path.split("/")[:-1]
+    used = sorted(set(names_used(source, ".".join([house, *folders]))))
+    found = [f"{path}: {name} is never used" for name in used if any(within(name, ban) for ban in NEVER)]
+    for library, places in PLACES.items():
+        if not any(is_in(place, path) for place in places):
+            found += [f"{path}: {name}, but {library} stays in {places}" for name in used if within(name, library)]
+    for other in set(HOUSES) - {house}:
+        found += [f"{path}: {name}, but {house} never imports {other}" for name in used if within(name, other)]
+    return found + ([o for name in used for o in _against_levels(path, name)] if house == "fedlr" else [])
+
+
+def _against_levels(path: str, name: str) -> list[str]:
+    mine = Path(path.split("/")[1]).stem
+    theirs = name.split(".")[1] if name.startswith("fedlr.") else mine
+    upwards = mine != theirs and LEVELS.get(theirs, -1) >= LEVELS.get(mine, len(LEVELS))
+    together = path in NEVER_TOGETHER and within(name, NEVER_TOGETHER[path])
+    return [f"{path}: {name}, but imports inside fedlr go down"] if upwards or together else []
+
+
+def modules() -> list[Path]:
+    return sorted(path for house in ("fedlr", *HOUSES) for path in (ROOT / house).rglob("*.py") if path.is_file())
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", modules(), ids=relative)
+def test_module_imports_only_what_its_place_allows(path: Path) -> None:
+    assert offences(relative(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=relative)
+def test_module_is_short_and_named_for_what_it_holds(path: Path) -> None:
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES, f"{num_lines} lines: split it by idea"
+    assert path.name not in VAGUE_NAMES
+
+
+def test_linter_exempts_exactly_the_places_of_this_table() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    assert set(config["flake8-tidy-imports"]["banned-api"]) == {*PLACES, *NEVER}
+    assert set(config["flake8-tidy-imports"]["banned-module-level-imports"]) == set(HOUSES)
+    exempt = {place for place, rules in config["per-file-ignores"].items() if "TID251" in rules}
+    expected = {place for places in PLACES.values() for place in places} | {"tests/"}
+    assert {place.removesuffix("*") for place in exempt} == expected
+
+
+OFFENCES = {
+    "import pickle": "fedlr/wire.py",
+    "from pickle import loads": "fedlr/privacy/ledger.py",
+    "import torch\nstate = torch.load('x')": "fedlr/models.py",
+    "import torch as t\nt.save({}, 'x')": "simulations/cli.py",
+    "from torch import load": "fedlr/training/local.py",
+    "import numpy as np\nread = np.load": "fedlr/data/table.py",
+    "import flwr.app": "fedlr/rounds.py",
+    "from flwr.app import Message": "fedlr/privacy/ledger.py",
+    "import opacus": "fedlr/wire.py",
+    "def f():\n    from opacus.accountants import RDPAccountant": "fedlr/evaluate.py",
+    "from peft import LoraConfig": "fedlr/training/local.py",
+    "from hydra.utils import instantiate": "simulations/pool.py",
+    "def f():\n    import simulations.cli": "fedlr/experiment.py",
+    "import importlib\nimportlib.import_module('simulations.cli')": "fedlr/report/page.py",
+    "from server import app": "client/app.py",
+    "from fedlr.training import local": "fedlr/rounds.py",
+    "from fedlr import training": "fedlr/rounds.py",
+    "from fedlr.rounds import run_round": "fedlr/aggregate/mean.py",
+    "from ..method import Method": "fedlr/privacy/accountant.py",
+    "from fedlr.experiment import Experiment": "fedlr/rounds.py",
+}
+
+
+@pytest.mark.parametrize(("source", "path"), OFFENCES.items())
+def test_each_offence_is_found(source: str, path: str) -> None:
+    assert offences(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("fedlr/privacy/accountant.py", "import opacus\nfrom fedlr.errors import InputError"),
+        (
+            "fedlr/aggregate/mean.py",
+            "from fedlr.adapter import AdapterState\nfrom .fair import x",
+        ),
+        ("fedlr/rounds.py", "from fedlr.method import Method\nfrom fedlr.aggregate.diagnostics import x"),
+        ("fedlr/experiment.py", "import hydra\nfrom fedlr.rounds import run_round"),
+        ("fedlr/data/table.py", "import json\nload = json.load\nimport numpy as np\nnp.loadtxt"),
+        ("simulations/cli.py", "from hydra import compose\nfrom simulations.pool import x\nimport fedlr"),
+    ],
+)
+def test_what_the_design_allows_is_no_offence(path: str, source: str) -> None:
+    assert offences(path, source) == []

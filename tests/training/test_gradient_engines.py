@@ -1,0 +1,301 @@
+"""Hooks, ghost and loop are one function; what is not finite counts as zero; no call leaves a trace.
+
+Mutants this file kills: no guard against NaN (hooks, ghost), clean-up skipped when a call raises, traces of
+others not cleared, ghost norms in float32 (Opacus' own).
+"""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from opacus.grad_sample.linear import compute_linear_norm_sample
+from torch import nn
+
+from fedlr.adapter import train_only
+from fedlr.errors import InputError
+from fedlr.training import gradients as shipped
+from fedlr.training.ghost import linear_norms
+from fedlr.training.gradients import LoopGradients, SumGradients
+from fedlr.training.losses import causal_lm, cross_entropy
+from tests.training.small_models import (
+    A_AND_B,
+    B_AND_HEAD,
+    B_ONLY,
+    CLASSIFIERS,
+    EVERYTHING,
+    batch,
+    difference,
+    joint_norm,
+    language_labels,
+    mutant,
+    random_rows,
+    small_model,
+)
+
+ENGINES = ("HookGradients", "GhostGradients", "LoopGradients")
+HOOKED = ("HookGradients", "GhostGradients")
+
+
+# A language model's head is its frozen, tied embedding.
+CASES = [(name, block) for name in CLASSIFIERS for block in (B_ONLY, A_AND_B, B_AND_HEAD, EVERYTHING)]
+CASES += [("llama_lm", B_ONLY), ("llama_lm", A_AND_B)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "block"), CASES, ids=lambda x: x if isinstance(x, str) else "+".join(sorted(x))
+)
+@pytest.mark.parametrize("targets", ["query_value", "all-linear"])
+def test_hooks_ghost_and_loop_agree(architecture: str, targets: str, block: frozenset[str]) -> None:
+    causal = architecture == "llama_lm"
+    model = small_model(architecture, targets=targets, use_rslora=targets == "all-linear")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = train_only(model, block)
+    inputs = batch(random_rows(6, seed=1))
+    labels = language_labels(inputs) if causal else torch.tensor([0, 1, 2, 0, 1, 2])
+    sums = {}
+    for name in ENGINES:
+        engine = getattr(shipped, name)(model, trained, loss=causal_lm if causal else cross_entropy)
+        for bound in (0.5, 1e6):
+            sums[name, bound] = engine.clipped_sum(inputs, labels, max_grad_norm=bound)
+        engine.close()
+    for (_, bound), got in sums.items():
+        expected = sums["LoopGradients", bound]
+        assert list(got) == list(trained)
+        assert joint_norm(difference(got, expected)) <= 1e-5 * joint_norm(expected)
+        assert all(value.any() for value in got.values())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_sum_gradients_is_the_sum_without_clipping_and_refuses_to_clip() -> None:
+    model = small_model()
+    trained = train_only(model, B_AND_HEAD)
+    inputs, labels = batch(random_rows(4, seed=2)), torch.tensor([0, 1, 2, 0])
+    plain = SumGradients(model, trained, loss=cross_entropy)
+    oracle = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=math.inf)
+    got = plain.clipped_sum(inputs, labels, max_grad_norm=math.inf)
+    assert joint_norm(difference(got, oracle)) <= 1e-5 * joint_norm(oracle)
+    with pytest.raises(InputError, match="no epsilon would hold"):
+        plain.clipped_sum(inputs, labels, max_grad_norm=1.0)
+
+
+def test_an_engine_refuses_a_model_that_trains_something_else() -> None:
+    model = small_model()
+    trained = train_only(model, B_ONLY)
+    train_only(model, A_AND_B)
+    for name in (*ENGINES, "SumGradients"):
+        with pytest.raises(ValueError, match="train_only"):
+            getattr(shipped, name)(model, trained, loss=cross_entropy)
+
+
+POISON_LABEL, POISON_TOKEN = 2, 39
+
+
+def poisoned_loss(value: float) -> Callable:
+    """Multiply the loss of every example of one class: its gradient is huge, infinite or nan."""
+    return lambda logits, labels: cross_entropy(logits, labels) * torch.where(labels == POISON_LABEL, value, 1.0)
+
+
+def check_bad_rows_count_at_most_once(
+    engines: ModuleType,
+    name: str,
+    *,
+    architecture: str,
+    loss_value: float = 1.0,
+    embedding_value: float | None = None,
+) -> None:
+    """Remove one bad row of five: the sum stays finite and moves by at most C."""
+    model = small_model(architecture)
+    if embedding_value is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[POISON_TOKEN] = embedding_value
+    engine = getattr(engines, name)(model, train_only(model, A_AND_B), loss=poisoned_loss(loss_value))
+    rows = [[5, 6, 7], [8, 9], [POISON_TOKEN, 10, 11], [12], [13, 14, 15, 16]]
+    inputs, labels = batch(rows), torch.tensor([0, 1, POISON_LABEL, 1, 0])
+    keep = torch.tensor([0, 1, 3, 4])
+    with_bad = engine.clipped_sum(inputs, labels, max_grad_norm=0.3)
+    without = engine.clipped_sum({k: v[keep] for k, v in inputs.items()}, labels[keep], max_grad_norm=0.3)
+    moved = joint_norm(difference(with_bad, without))
+    assert moved <= 0.3 * (1 + 1e-5)
+    if not math.isfinite(loss_value):
+        assert moved <= 1e-6 * joint_norm(without)
+
+
+BAD_VALUES = [math.nan, math.inf, -math.inf, 1e30, 1e38, -3e38]
+
+
+@pytest.mark.parametrize("value", BAD_VALUES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_bad_loss_moves_the_sum_by_at_most_c(name: str, value: float) -> None:
+    check_bad_rows_count_at_most_once(shipped, name, architecture="bert", loss_value=value)
+
+
+@pytest.mark.parametrize("value", BAD_VALUES)
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("architecture", ["roberta", "llama"])
+def test_a_bad_embedding_moves_the_sum_by_at_most_c(architecture: str, name: str, value: float) -> None:
+    check_bad_rows_count_at_most_once(shipped, name, architecture=architecture, embedding_value=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("HookGradients", [("row[bad] = 0.0", "pass")]),
+        ("HookGradients", [(".where(norms.isfinite(), 0.0)", ""), ("row[bad] = 0.0", "pass")]),
+        ("GhostGradients", [("norms < LARGEST_GHOST_NORM", "norms.new_ones(norms.shape).bool()")]),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_the_guard_a_bad_row_is_seen(name: str, changes: list[tuple[str, str]], value: float) -> None:
+    with pytest.raises(AssertionError):
+        check_bad_rows_count_at_most_once(mutant(shipped, *changes), name, architecture="bert", loss_value=value)
+
+
+def test_a_batch_of_bad_rows_alone_is_zero() -> None:
+    model = small_model()
+    trained = train_only(model, A_AND_B)
+    for name in ENGINES:
+        engine = getattr(shipped, name)(model, trained, loss=poisoned_loss(math.nan))
+        total = engine.clipped_sum(batch([[5, 6], [7]]), torch.tensor([2, 2]), max_grad_norm=1.0)
+        engine.close()
+        assert list(total) == list(trained)
+        assert joint_norm(total) == 0.0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e19, 1e25, 1e30, 1e38, 3.4e38])
+def test_clipping_reaches_the_bound_at_every_scale_of_float32(size: float) -> None:
+    rows = size * torch.rand(4, 1000, generator=torch.Generator().manual_seed(0)).clamp(min=0.1)
+    slots = {index: rows[:, index::2].clone() for index in range(2)}
+    for example in range(4):
+        one = {slot: value[example : example + 1].clone() for slot, value in slots.items()}
+        true_norm = float(rows[example].double().norm())
+        got = joint_norm(shipped.clipped_row_sums(one, max_grad_norm=1.0))
+        assert got == pytest.approx(min(1.0, true_norm), rel=1e-6)
+
+
+def check_linear_norms(norm_sampler: Callable) -> None:
+    """Two tokens that nearly cancel: the gradient has norm 16 while activations * backprops is 4e5."""
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(16, 16)
+    activations, backprops = torch.ones(1, 2, 16), torch.full((1, 2, 16), 1e5)
+    activations[0, 1] += 1e-5 * torch.randn(16, generator=generator)
+    backprops[0, 1] *= -1
+    truth = torch.einsum("ntd,ntk->ndk", backprops.double(), activations.double()).norm()
+    got = norm_sampler(layer, [activations], backprops)[layer.weight]
+    assert float(got) == pytest.approx(float(truth), rel=1e-3)
+
+
+def test_ghost_norms_survive_cancellation() -> None:
+    check_linear_norms(linear_norms)
+
+
+def test_opacus_own_ghost_norms_do_not() -> None:
+    with pytest.raises(AssertionError):
+        check_linear_norms(compute_linear_norm_sample)
+
+
+class Abort(Exception):
+    """Stands for a signal, a time limit or an out-of-memory error."""
+
+
+def fail_in_loss(model: nn.Module, engine: object) -> Callable[[], None]:
+    """Fail after the forward pass, when every activation is stored."""
+    working = engine._loss
+
+    def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        raise Abort
+
+    engine._loss = broken
+    return lambda: setattr(engine, "_loss", working)
+
+
+def fail_in_forward(model: nn.Module, engine: object) -> Callable[[], None]:
+    def hook(*_: object) -> None:
+        raise Abort
+
+    return model.base_model.model.bert.encoder.layer[1].register_forward_pre_hook(hook).remove
+
+
+def fail_in_backward(model: nn.Module, engine: object) -> Callable[[], None]:
+    """Fail when the upper layer has its per-example gradients and the lower one does not."""
+
+    def hook(*_: object) -> None:
+        raise Abort
+
+    return model.base_model.model.bert.encoder.layer[0].register_full_backward_hook(hook).remove
+
+
+def check_no_trace_after_abort(engines: ModuleType, name: str, fail: Callable) -> None:
+    model = small_model()
+    trained = train_only(model, EVERYTHING)
+    engine = getattr(engines, name)(model, trained, loss=cross_entropy)
+    inputs, labels = batch(random_rows(4, seed=5)), torch.tensor([0, 1, 2, 0])
+    fresh = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    repair = fail(model, engine)
+    with pytest.raises(Abort):
+        engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    repair()
+    for parameter in trained.values():
+        assert parameter.grad is None
+        assert getattr(parameter, "grad_sample", None) is None
+    assert not any(vars(m).get("activations") for m in model.modules())
+    again = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    assert all(torch.equal(again[slot], fresh[slot]) for slot in trained)
+
+
+@pytest.mark.parametrize("fail", [fail_in_loss, fail_in_forward, fail_in_backward])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_call_that_raises_leaves_no_trace(name: str, fail: Callable) -> None:
+    check_no_trace_after_abort(shipped, name, fail)
+
+
+@pytest.mark.parametrize("fail", [fail_in_loss, fail_in_forward, fail_in_backward])
+@pytest.mark.parametrize("name", HOOKED)
+def test_without_cleaning_up_after_an_error_a_trace_is_found(name: str, fail: Callable) -> None:
+    careless = mutant(
+        shipped,
+        ("    try:\n        yield\n    finally:\n", "    yield\n    if True:\n"),
+        ("    _forget(layers, trained)\n    yield", "    yield"),
+    )
+    with pytest.raises(AssertionError):
+        check_no_trace_after_abort(careless, name, fail)
+
+
+def check_others_passes_do_not_count(engines: ModuleType, name: str) -> None:
+    """Run the model outside the engine, with and without a backward pass, as a careless caller might."""
+    model = small_model()
+    trained = train_only(model, EVERYTHING)
+    engine = getattr(engines, name)(model, trained, loss=cross_entropy)
+    inputs, labels = batch(random_rows(4, seed=5)), torch.tensor([0, 1, 2, 0])
+    fresh = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    others = batch(random_rows(4, seed=6))
+    cross_entropy(model(**others).logits, labels).sum().backward()
+    model(**others)
+    again = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    assert all(torch.equal(again[slot], fresh[slot]) for slot in trained)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_others_run_through_the_model_does_not_count(name: str) -> None:
+    check_others_passes_do_not_count(shipped, name)
+
+
+def test_without_clearing_first_it_would() -> None:
+    trusting = mutant(shipped, ("    _forget(layers, trained)\n    try:", "    try:"))
+    with pytest.raises((AssertionError, ValueError)):
+        check_others_passes_do_not_count(trusting, "HookGradients")
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_close_removes_every_hook_and_attribute(name: str) -> None:
+    model = small_model()
+    hooks_before = sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
+    for block in (B_ONLY, A_AND_B, B_AND_HEAD):
+        trained = train_only(model, block)
+        engine = getattr(shipped, name)(model, trained, loss=cross_entropy)
+        engine.clipped_sum(batch([[5, 6]]), torch.tensor([1]), max_grad_norm=1.0)
+        engine.close()
+    assert sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()) == hooks_before
+    assert not any("grad_sample" in vars(p) for p in model.parameters())

@@ -1,0 +1,266 @@
+"""What DP-SGD cannot train is one clear error before any example is read (R-P9, R-P11).
+
+Mutants this file kills: no probe, so that mixing layers pass; a deny list of initialisers, not an allow list.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as peft_layers
+from torch import nn
+
+from fedlr.adapter import HEAD, LORA_B, train_only
+from fedlr.errors import InputError
+from fedlr.training import supported as shipped
+from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
+from fedlr.training.losses import cross_entropy
+from fedlr.training.supported import check_initialiser, check_supported
+from tests.training.small_models import (
+    A_AND_B,
+    B_AND_HEAD,
+    B_ONLY,
+    BUILDERS,
+    CLASSIFIERS,
+    EVERYTHING,
+    batch,
+    difference,
+    joint_norm,
+    mutant,
+    small_model,
+)
+
+MODES = ("hooks", "ghost", "loop")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block", [B_ONLY, A_AND_B, B_AND_HEAD, EVERYTHING], ids=lambda b: "+".join(sorted(b)))
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_what_is_supported_passes_and_is_left_as_it_was(architecture: str, block: frozenset[str], mode: str) -> None:
+    model = small_model(architecture, targets="all-linear").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = [p.requires_grad for p in model.parameters()]
+    torch_state = torch.get_rng_state()
+    check_supported(model, block, grad_sample_mode=mode)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert not any(m.training for m in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def first_layer(model: PeftModel) -> nn.Module:
+    return model.base_model.model.bert.encoder.layer[0]
+
+
+def with_dora() -> nn.Module:
+    return small_model(use_dora=True)
+
+
+def with_lora_on_embeddings() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=["word_embeddings", "query"], task_type="SEQ_CLS")
+    return get_peft_model(BUILDERS["bert"](), config)
+
+
+def with_trainable_tokens() -> nn.Module:
+    return small_model(trainable_token_indices=[4, 5])
+
+
+def with_lora_bias() -> nn.Module:
+    return small_model(lora_bias=True)
+
+
+def with_biases() -> nn.Module:
+    return small_model(bias="lora_only")
+
+
+def with_lora_dropout() -> nn.Module:
+    return small_model(lora_dropout=0.1)
+
+
+def with_attention_dropout() -> nn.Module:
+    model = small_model("llama")
+    model.base_model.model.model.layers[0].self_attn.attention_dropout = 0.1
+    return model
+
+
+def with_checkpointing() -> nn.Module:
+    model = small_model()
+    model.base_model.model.activation_checkpointing_enable()
+    return model
+
+
+def with_batch_norm() -> nn.Module:
+    model = small_model()
+    layer = first_layer(model)
+    layer.attention.output.LayerNorm = nn.BatchNorm1d(9)
+    return model
+
+
+class Around(nn.Module):
+    """Wraps a layer with something that a list of module types would not find."""
+
+    def __init__(self, inner: nn.Module, forward: Callable) -> None:
+        super().__init__()
+        self.inner, self.around = inner, forward
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.around(self, x)
+
+
+def around_query(forward: Callable) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = small_model()
+        attention = first_layer(model).attention.self
+        attention.query = Around(attention.query, forward)
+        return model
+
+    return build
+
+
+def counting(self: Around, x: torch.Tensor) -> torch.Tensor:
+    self.count += 1
+    return self.inner(x)
+
+
+four_dimensional = around_query(lambda self, x: self.inner(x[:, None])[:, 0])
+used_twice = around_query(lambda self, x: (self.inner(x) + self.inner(2 * x)) / 2)
+merged = around_query(lambda self, x: self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+mixing = around_query(lambda self, x: self.inner(x) - x.mean(dim=0, keepdim=True))
+left_out = around_query(lambda self, x: x)
+moving_buffer = around_query(counting)
+
+
+def with_tied_factors() -> nn.Module:
+    model = small_model()
+    layers = model.base_model.model.bert.encoder.layer
+    first, second = (layer.attention.self.query.lora_B["default"] for layer in layers)
+    second.weight = first.weight
+    return model
+
+
+def with_half_precision_factors() -> nn.Module:
+    model = small_model()
+    first_layer(model).attention.self.query.lora_B["default"].bfloat16()
+    return model
+
+
+REFUSED = [
+    (with_dora, A_AND_B, "hooks", "DoRA"),
+    (with_lora_on_embeddings, A_AND_B, "hooks", "linear layers"),
+    (with_trainable_tokens, A_AND_B, "hooks", "trainable_token_indices"),
+    (with_lora_bias, B_ONLY, "hooks", "lora_bias"),
+    (with_biases, B_ONLY, "hooks", "bias 'none'"),
+    (with_lora_dropout, B_ONLY, "hooks", "dropout 0"),
+    (with_attention_dropout, B_ONLY, "hooks", "dropout 0"),
+    (with_checkpointing, B_ONLY, "hooks", "checkpointing"),
+    (with_batch_norm, B_ONLY, "hooks", "batch normalisation"),
+    (mixing, B_ONLY, "hooks", "do not interact"),
+    (merged, B_ONLY, "hooks", "keep examples apart"),
+    (left_out, B_ONLY, "hooks", "left out"),
+    (moving_buffer, B_ONLY, "hooks", "buffers"),
+    (with_tied_factors, B_ONLY, "hooks", "tied"),
+    (with_tied_factors, B_ONLY, "ghost", "tied"),
+    (four_dimensional, B_ONLY, "ghost", "use hooks|mode=hooks"),
+    (used_twice, B_ONLY, "ghost", "use hooks|mode=hooks"),
+    (with_half_precision_factors, B_ONLY, "hooks", "float32"),
+    (small_model, frozenset(), "hooks", "trained block"),
+    (small_model, frozenset({"lora_b"}), "hooks", "trained block"),
+    (lambda: small_model("llama_lm"), frozenset({HEAD}), "hooks", "got none"),
+    (lambda: BUILDERS["bert"](), B_ONLY, "hooks", "PEFT model"),
+]
+
+
+@pytest.mark.parametrize(("build", "block", "mode", "message"), REFUSED)
+def test_what_is_not_supported_is_one_clear_error(
+    build: Callable, block: frozenset[str], mode: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        check_supported(build(), block, grad_sample_mode=mode)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("build", [mixing, merged, left_out, moving_buffer])
+def test_without_the_probe_it_would_pass(build: Callable) -> None:
+    blind = mutant(shipped, ("    _probe(model, trained, grad_sample_mode)\n", ""))
+    blind.check_supported(build(), B_ONLY)
+
+
+@pytest.mark.parametrize("build", [four_dimensional, used_twice])
+def test_hooks_are_right_where_ghost_is_refused(build: Callable) -> None:
+    model = build()
+    check_supported(model, frozenset({LORA_B}))
+    trained = train_only(model, B_ONLY)
+    inputs, labels = batch([[5, 6, 7], [8], [9, 10]]), torch.tensor([0, 1, 2])
+    hooks = HookGradients(model, trained, loss=cross_entropy)
+    got = hooks.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    hooks.close()
+    oracle = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=0.5)
+    assert joint_norm(difference(got, oracle)) <= 1e-5 * joint_norm(oracle)
+
+
+def test_tied_factors_are_refused_by_the_engines_too() -> None:
+    model = with_tied_factors()
+    trained = train_only(model, B_ONLY)
+    for engine in (HookGradients, GhostGradients, LoopGradients):
+        with pytest.raises(InputError, match="tied"):
+            engine(model, trained, loss=cross_entropy)
+
+
+FREE = [True, False, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal", "loftq", "mica"]
+DATA_DEPENDENT = ["eva", "corda", "lora_ga"]
+UNKNOWN = [
+    "",
+    "EVA",
+    "Eva ",
+    "corda2",
+    "pissa_niter_",
+    "pissa_niter_x",
+    "lora-ga",
+    "kaiming",
+    None,
+    1,
+    0,
+    1.0,
+    ["eva"],
+]
+
+
+def check_initialisers(check: Callable[[object, bool], None]) -> None:
+    def refused(value: object, private: bool) -> bool:
+        try:
+            check(value, private)
+        except InputError:
+            return True
+        return False
+
+    for private in (True, False):
+        assert not any(refused(value, private) for value in FREE)
+        assert all(refused(value, private) for value in UNKNOWN)
+    assert all(refused(value, True) for value in DATA_DEPENDENT)
+    assert not any(refused(value, False) for value in DATA_DEPENDENT)
+
+
+def test_only_initialisers_that_read_no_data_are_private() -> None:
+    check_initialisers(check_initialiser)
+
+
+def test_a_deny_list_would_let_unknown_ones_pass() -> None:
+    def deny_list(value: object, private: bool) -> None:
+        if private and value in DATA_DEPENDENT:
+            raise InputError("no")
+
+    with pytest.raises(AssertionError):
+        check_initialisers(deny_list)
+
+
+def test_every_initialiser_that_peft_compares_with_is_decided() -> None:
+    """A new one in peft's layers must be sorted by hand into free or data-dependent."""
+    pattern = r"init_lora_weights(?:\.lower\(\))?(?: == |\.startswith\()\"(\w+)\""
+    accepted = set(re.findall(pattern, inspect.getsource(peft_layers)))
+    assert {"eva", "corda", "lora_ga", "pissa", "mica"} <= accepted
+    assert accepted <= {*map(str, FREE), *DATA_DEPENDENT}
