@@ -80,7 +80,7 @@ class AdapterState:
         for slot in sorted(self.tensors):
             tensor = self.tensors[slot]
             digest.update(repr((slot.path, slot.role, str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -141,3 +141,8 @@ def train_only(model: nn.Module, block: Block) -> dict[Slot, nn.Parameter]:
 def num_values(tensors: Iterable[Tensor]) -> int:
     """Return how many numbers the tensors hold together."""
     return sum(math.prod(t.shape) for t in tensors)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the numbers themselves: what a message carries, without layout and transport."""
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,78 +1,205 @@
 """From names in a configuration to objects: the only place that calls what a `_target_` names."""
 
 import inspect
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, get_type_hints
 
 import torch
-from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from hydra.utils import get_object
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import nn
 
+from fedlr.config_errors import dotted, first_problem, keyed, one_line, shown, unknown_key
+from fedlr.data.partition import Partition
+from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment, first_problem, unknown_key
+from fedlr.experiment import DataSection, Experiment
 from fedlr.method import Method
+from fedlr.models import BaseModel
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+GET_METHOD = "hydra.utils.get_method"  # names a function that is used as it is, in `path`
+
+# What the callable of a section returns, and which of its parameters the program gives it.
+SECTIONS: Mapping[str, tuple[type, tuple[str, ...]]] = {
+    "data": (LabelledText, ("seed",)),
+    "partition": (Partition, ("data", "num_clients", "seed")),
+    "model": (BaseModel, ("label_names", "seed")),
+}
+CHOICES = ("block_schedule", "aggregate", "finalise", "broadcast")
+
+
+def check_sections(experiment: Experiment) -> None:
+    """Check every `_target_` and its arguments without reading data or loading a model.
+
+    Raises:
+        InputError: for the first that cannot be built.
+    """
+    build_method(experiment)
+    build_optimizer(experiment)
+    for where, (_, given) in SECTIONS.items():
+        checked(getattr(experiment, where).section(), where, given)
 
 
 def build(section: Mapping[str, Any], where: str, **given: Any) -> Any:
     """Call what `_target_` names with the section's keys and the `given` arguments, checked against its signature.
 
     Raises:
-        InputError: if there is no such callable, or a key is unknown, missing or of a wrong type.
+        InputError: if there is no such callable, a key is unknown, missing or of a wrong type, or the result is not
+            what belongs there.
     """
-    target = section["_target_"]
+    function, arguments = checked(section, where, list(given))
+    accepted = {name: value for name, value in given.items() if name in _names(function, where)}
+    with naming(where, *sorted(set(_names(function, where)) - set(given))):
+        result = function(**arguments, **accepted)
+    kind = SECTIONS.get(where, (object, ()))[0]
+    if not isinstance(result, kind):
+        raise InputError(f"Expected {where}._target_ to return a {kind.__name__}, got {type(result).__name__}")
+    return result
+
+
+@contextmanager
+def naming(where: str, *names: str) -> Iterator[None]:
+    """Give the parameters in an InputError from within their full keys."""
     try:
-        function = get_object(target)
-    except Exception as error:  # hydra wraps whatever an import raises
-        raise InputError(f"Expected {where}._target_ to be an importable name, got {target!r}") from error
-    parameters = inspect.signature(function).parameters
-    accepted = {name: given[name] for name in given if name in parameters}
-    allowed = [name for name in parameters if name not in given]
-    hints = get_type_hints(function)
-    arguments: dict[str, Any] = {}
-    for key, value in section.items():
-        if key == "_target_":
-            continue
-        if key not in allowed:
-            raise InputError(unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in allowed]))
-        try:
-            arguments[key] = TypeAdapter(hints.get(key, Any), config=STRICT).validate_python(value)
-        except ValidationError as error:
-            raise InputError(first_problem(error, prefix=f"{where}.{key}")) from error
-    missing = [n for n in allowed if n not in arguments and parameters[n].default is inspect.Parameter.empty]
-    if missing:
-        raise InputError(f"Expected a value for {where}.{missing[0]}, got none")
-    return function(**arguments, **accepted)
+        yield
+    except InputError as error:
+        raise InputError(keyed(str(error), where, names)) from error
 
 
 def build_method(experiment: Experiment) -> Method:
-    """Instantiate the method's four choices."""
-    try:
-        method = instantiate(experiment.method, _convert_="all")
-    except HydraException as error:
-        raise InputError(
-            f"Expected `method` to be four choices (configs/method), got one that fails: {error}"
-        ) from error
+    """Build the method: its name, and four choices that are each a `_target_`.
+
+    Raises:
+        InputError: as `build`, with the key of the choice.
+    """
+    section = experiment.method
+    built = {key: build_choice(section[key], f"method.{key}") for key in CHOICES if key in section}
+    plain = {key: value for key, value in section.items() if key not in built}
+    function, arguments = checked(plain, "method", list(built))
+    absent = [key for key in CHOICES if key not in built and key in _names(function, "method")]
+    if absent:
+        raise InputError(f"Expected a value for method.{absent[0]}, got none")
+    method = function(**arguments, **{k: v for k, v in built.items() if k in _names(function, "method")})
     if not isinstance(method, Method):
-        raise InputError(f"Expected method._target_ to be fedlr.method.Method, got {type(method).__name__}")
+        raise InputError(f"Expected method._target_ to be fedlr.method.Method, got {section['_target_']!r}")
     return method
 
 
+def build_choice(choice: Any, where: str) -> Callable[..., Any]:
+    """Build one choice of a method: the callable that `_target_` makes, or that `path` names."""
+    if not isinstance(choice, Mapping):
+        raise InputError(f"Expected {where} to be a section with a _target_, got {shown(choice)}")
+    if choice.get("_target_") == GET_METHOD:
+        if others := sorted(set(choice) - {"_target_", "path"}):
+            raise InputError(unknown_key(f"{where}.{others[0]}", [f"{where}.path"]))
+        return find(choice.get("path"), f"{where}.path")
+    built = build(choice, where)
+    if not callable(built):
+        raise InputError(f"Expected {where}._target_ to make a callable, got {type(built).__name__}")
+    return built  # type: ignore[no-any-return]
+
+
 def build_optimizer(experiment: Experiment) -> "partial[torch.optim.Optimizer]":
-    """Return the local optimizer as a callable over parameters, tried once on a dummy."""
-    section = experiment.trainer.optimizer.section()
-    name, arguments = section.pop("_target_"), section
+    """Return the local optimizer as a callable over parameters, tried once on a dummy.
+
+    Raises:
+        InputError: if it is no torch optimizer, or refuses its arguments.
+    """
+    where, section = "trainer.optimizer", experiment.trainer.optimizer.section()
+    function = find(section["_target_"], f"{where}._target_")
+    if not (isinstance(function, type) and issubclass(function, torch.optim.Optimizer)):
+        raise InputError(f"Expected {where}._target_ to be a torch optimizer, got {section['_target_']!r}")
+    _, arguments = checked(section, where, ["params"])
+    make: partial[torch.optim.Optimizer] = partial(function, **arguments)
     try:
-        make = partial(get_object(name), **arguments)
-        optimizer = make([nn.Parameter(torch.zeros(1))])
+        make([nn.Parameter(torch.zeros(1))])
     except Exception as error:  # whatever a foreign optimizer raises about its arguments
         raise InputError(
-            f"Expected trainer.optimizer to be a torch optimizer, got {name} {arguments}: {error}"
+            f"Expected {where} to have arguments that {function.__name__} takes, got {shown(arguments)}: "
+            f"{one_line(error)}"
         ) from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"Expected trainer.optimizer to be a torch optimizer, got {name}")
     return make
+
+
+def checked(section: Mapping[str, Any], where: str, given: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the callable of a section and its arguments, which fit the signature; nothing is called."""
+    function = find(section.get("_target_"), f"{where}._target_")
+    parameters = _names(function, where)
+    own = [name for name in parameters if name not in given]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    hints = _hints(function)
+    arguments = {key: value for key, value in section.items() if key != "_target_"}
+    known = [*own, *(DataSection.model_fields if where == "data" else ())]
+    for key, value in arguments.items():
+        full = f"{where}.{key}"
+        if key not in own and not open_ended:
+            raise InputError(unknown_key(full, [f"{where}.{name}" for name in known if name != "target"]))
+        check_value(value, hints.get(key, Any), full)
+    for name in own:
+        if name not in arguments and parameters[name].default is inspect.Parameter.empty:
+            raise InputError(f"Expected a value for {where}.{name}, got none")
+    return function, arguments
+
+
+def check_value(value: Any, hint: Any, where: str) -> None:
+    """Refuse a value of another type than the parameter's, and numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"Expected {where} to be a finite number, got {value}")
+    try:
+        # As JSON, in which a list may stand for a tuple.
+        TypeAdapter(hint, config=STRICT).validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise InputError(first_problem(error, value, prefix=where)) from error
+    except PydanticSchemaGenerationError:  # a type of somebody else's: the callable will say
+        return
+
+
+def find(name: Any, where: str) -> Callable[..., Any]:
+    """Import what a dotted name stands for.
+
+    Raises:
+        InputError: if there is nothing of that name, or it cannot be called.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"Expected {where} to be an importable name, got {shown(name)}")
+    try:
+        found = get_object(name)
+    except Exception as error:  # whatever an import raises
+        raise InputError(f"Expected {where} to be an importable name, got {name!r}{_similar(name)}") from error
+    if not callable(found):
+        raise InputError(f"Expected {where} to name a function or a class, got {name!r}, a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _similar(name: str) -> str:
+    module, _, last = name.rpartition(".")
+    try:
+        near = get_close_matches(last, dir(get_object(module)), n=1)
+    except Exception:  # the hint is not worth a second error
+        return ""
+    return f"; did you mean {dotted(module, near[0])}?" if near else ""
+
+
+def _names(function: Callable[..., Any], where: str) -> dict[str, inspect.Parameter]:
+    """Return the parameters that may be given by name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:  # some builtins have none
+        raise InputError(
+            f"Expected {where}._target_ to be a callable with a signature, got {function.__name__}"
+        ) from error
+    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of the parameters, as far as they can be read."""
+    try:
+        return get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
+    except (AttributeError, NameError, TypeError):
+        return {}

@@ -4,22 +4,32 @@ Hydra composes YAML files and overrides into one tree; here the tree becomes a t
 wrong with it is one `InputError` that names the key, the value and what is allowed.
 """
 
-import difflib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fedlr.adapter_config import AdapterConfig
+from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
-from fedlr.models import AdapterConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def folder_name(name: str) -> str:
+    """Refuse a run's name that would be several folders, a hidden one, or none."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError("letters, digits, '_', '-' and '.', such as my-run")
+    return name
+
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -85,7 +95,7 @@ class RuntimeSection(Section):
 class TrackingSection(Section):
     """What a run leaves behind."""
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     run_no_privacy: bool
     run_alone: bool
 
@@ -93,7 +103,7 @@ class TrackingSection(Section):
 class Experiment(Section):
     """The root of the configuration."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, AfterValidator(folder_name)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None
     num_rounds: PositiveInt
     num_clients: PositiveInt
@@ -125,15 +135,71 @@ def compose_experiment(overrides: Sequence[str]) -> Experiment:
     Raises:
         InputError: for an unknown key, group or option, a wrong type, or a value out of range.
     """
+    parsed = parse_overrides(overrides)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
-        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            config = compose("config", overrides=[composable(override) for override in parsed])
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise InputError(f"Expected a value for {missing[0]}, got none: add {missing[0]}=...")
+        tree = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error, overrides)) from error
+        text = one_line(error).replace("ConfigKeyError raised while composing config: ", "")
+        raise InputError(f"Expected overrides that fit the configuration, got an error: {text}") from error
     assert isinstance(tree, dict)
     tree.pop("experiment", None)
-    return check_experiment({str(key): value for key, value in tree.items()})
+    experiment = check_experiment({str(key): value for key, value in tree.items()})
+    if experiment.privacy.epsilon is not None and any(o.input_line == "privacy=none" for o in parsed):
+        raise InputError(
+            f"Expected no budget with privacy=none, got privacy.epsilon={experiment.privacy.epsilon:g} from an "
+            "override or from the experiment's own file, which overrules the choice: remove it"
+        )
+    return experiment
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Override]:
+    """Parse command-line words.
+
+    Raises:
+        InputError: for a word that is no KEY=VALUE, and for an option that its group does not have.
+    """
+    parser = OverridesParser.create()
+    found = []
+    for text in texts:
+        try:
+            override = parser.parse_overrides([text])[0]
+        except HydraException as error:
+            raise InputError(
+                f"Expected KEY=VALUE, got {text!r} (put quotes around a value with spaces or special signs, such as "
+                """'name="a b"')"""
+            ) from error
+        if not isinstance(override.key_or_group, str) or not override.key_or_group:
+            raise InputError(f"Expected KEY=VALUE, got {text!r}, which names no key")
+        if override.key_or_group.partition(".")[0] == "hydra" or override.package is not None:
+            raise InputError(unknown_key(override.get_key_element().lstrip("+~"), Experiment.model_fields))
+        check_option(override)
+        found.append(override)
+    return found
+
+
+def check_option(override: Override) -> None:
+    """Refuse a choice that is not in the folder of its group; all choices of a sweep are looked at."""
+    group = CONFIGS / override.key_or_group
+    if not group.is_dir() or override.is_delete():
+        return
+    options = sorted(path.stem for path in group.glob("*.yaml"))
+    swept = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+    for choice in swept:
+        if choice not in options and (choice, override.key_or_group) != ("null", "experiment"):
+            raise InputError(unknown_option(override.key_or_group, choice, options))
+
+
+def composable(override: Override) -> str:
+    """Return an override as Hydra takes it, all keys allowed: unknown ones are found later, with better hints."""
+    if override.is_sweep_override():
+        raise InputError(f"Expected one value, got several in {override.input_line} (-m runs them all)")
+    text = str(override.input_line).lstrip("+")
+    is_group = (CONFIGS / override.key_or_group).is_dir()
+    return text if is_group or override.is_delete() else f"++{text}"
 
 
 def check_experiment(tree: Mapping[str, Any]) -> Experiment:
@@ -141,7 +207,7 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+        raise InputError(first_problem(error, tree, known=known_keys(tree))) from error
     e = experiment
     if e.cohort_size > e.num_clients:
         raise InputError(f"Expected cohort_size <= num_clients={e.num_clients}, got {e.cohort_size}")
@@ -159,6 +225,11 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
             "Expected weighting=uniform, got 'examples': weights by size reveal whether one row is present; "
             "if sizes are public knowledge, say data.public=true"
         )
+    if e.privacy.noise_multiplier is not None and e.privacy.epsilon is None:
+        raise InputError(
+            f"Expected privacy=dp with privacy.noise_multiplier={e.privacy.noise_multiplier:g}, got no "
+            "privacy.epsilon: without a budget no noise is added"
+        )
     if e.privacy.randomness == "os" and e.seed is not None:
         raise InputError(
             f"Expected seed=null with privacy.randomness=os, got seed={e.seed}: noise that a seed can "
@@ -167,48 +238,16 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Turn an error of the configuration library into one line that names the value and what is allowed."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ else ""
-    if "is not in struct" in cause or "is not in struct" in text:
-        for override in overrides:
-            key = override.lstrip("+~").split("=", 1)[0]
-            if key and key in text:
-                return unknown_key(key, all_keys())
-    if "Could not find" in text or "Could not override" in text or "No match in the defaults" in text:
-        text = text.split(" Config search path:")[0].replace("Available options in", "; options of")
-    return f"Expected a configuration that can be composed: {text}"
-
-
-def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Say that a key does not exist, with the nearest ones that do."""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or list(known)[:8]
-    return f"Expected a known key, got {key!r}; did you mean {' or '.join(near)}?"
-
-
-def all_keys() -> list[str]:
-    """Return the dotted keys of the default configuration."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config")
-    return list(_dotted(config))
-
-
-def first_problem(error: ValidationError, *, prefix: str = "") -> str:
-    """Render the first problem that validation found: key, value and what is allowed."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in [*([prefix] if prefix else []), *problem["loc"]])
-    if problem["type"] == "extra_forbidden":
-        return f"Expected a known key, got {where!r}"
-    if problem["type"] == "missing":
-        return f"Expected a value for {where}, got none"
-    wanted = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    got = json.dumps(problem["input"], default=repr)
-    return f"Expected {where} to be {wanted}, got {got}"
-
-
-def _dotted(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, DictConfig):
-        return [prefix]
-    inner = [key for k in node for key in _dotted(node._get_node(k), f"{prefix}.{k}" if prefix else str(k))]
-    return [prefix, *inner] if prefix else inner
+def known_keys(tree: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys that the configuration may have, apart from those of a `_target_` of its own."""
+    schema = [
+        f"{name}.{key}"
+        for name, field in Experiment.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key in field.annotation.model_fields
+        if key != "target"
+    ]
+    wrong = set(tree) - set(Experiment.model_fields)
+    composed = [key for key in dotted_keys(tree) if key.partition(".")[0] not in wrong]
+    unique = dict.fromkeys([*Experiment.model_fields, *schema, *composed])
+    return [key for key in unique if not key.startswith("experiment")]

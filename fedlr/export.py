@@ -21,7 +21,6 @@ A LoRA adapter for `{base}`, trained by a federation with `{method}` (fedlr). Ba
 
 ```python
 from peft import PeftModel
-from transformers.modeling_utils import PreTrainedModel
 from transformers import AutoModelForSequenceClassification
 
 base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={num_labels})
@@ -56,11 +55,13 @@ def export_adapter(
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
 
     Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; a frozen random head is included,
-    because a base model loaded anew would draw another one.
+    because a base model loaded anew would draw another one. The folder is whole or absent.
     """
     write_adapter(model, adapter.tensors)
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base
-    model.save_pretrained(str(folder), safe_serialization=True)
+    partial = folder.with_name(folder.name + ".partial")
+    # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
+    model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
     labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
     card = CARD.format(
         name=name,
@@ -70,7 +71,8 @@ def export_adapter(
         num_labels=len(labels),
         labels=", ".join(f"{index} = {label}" for index, label in sorted(labels.items())),
         adapter_sha256=adapter.fingerprint(),
-        statement=statement["headline"],
+        statement=statement["statement"],
         statement_json=json.dumps(statement, indent=2),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    partial.rename(folder)

@@ -10,14 +10,13 @@ Notable choices:
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import pydantic
 import torch
+from huggingface_hub import is_offline_mode
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
@@ -29,6 +28,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from fedlr.adapter_config import AdapterConfig
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.errors import InputError
 
@@ -40,34 +40,25 @@ PACKAGE_PREFIX = "pkg:"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen pretrained network with its tokenizer, where it came from, and the SHA-256 of its tensors."""
+    """A frozen pretrained network with its tokenizer, where it came from, and the SHA-256 of its tensors.
+
+    `drawn` names the modules outside the head that the checkpoint lacked: they belong to the adapter, as the head does.
+    """
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     fingerprint: str
-
-
-class AdapterConfig(pydantic.BaseModel):
-    """Where the LoRA factors go, and how they start.
-
-    `layers` restricts them to those encoder layers (None: all). `init_lora_weights` is PEFT's; under privacy only
-    initialisers that read no data are let through.
-    """
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    rank: Annotated[int, pydantic.Field(ge=1)]
-    lora_alpha: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-    target_modules: str | list[str]
-    layers: list[int] | None = None
-    init_lora_weights: bool | str = True
-    use_rslora: bool = False
-    train_head: bool = False
+    drawn: tuple[str, ...] = ()
 
 
 def pretrained(
-    *, name_or_path: str, label_names: Sequence[str], seed: int, published_as: str | None = None
+    *,
+    name_or_path: str,
+    label_names: Sequence[str],
+    seed: int,
+    published_as: str | None = None,
+    head_std: float | None = None,
 ) -> BaseModel:
     """Load a sequence classifier by Hugging Face name, from a local folder, or from an installed package.
 
@@ -76,15 +67,19 @@ def pretrained(
         label_names: one name a class, in the order of the label indices.
         seed: draws the tensors that the checkpoint lacks.
         published_as: the name by which others can get the same base model; written into exported adapters.
+        head_std: standard deviation of a new head's weights; None: the model's own initializer_range.
 
     Raises:
         InputError: if nothing can be loaded from there, with what to change.
     """
     location = resolve(name_or_path)
+    if head_std is not None and not 0 < head_std < float("inf"):
+        raise InputError(f"Expected model.head_std > 0, got {head_std}")
+    drawn = {} if head_std is None else {"initializer_range": head_std}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         with seeded(seed):
-            network = AutoModelForSequenceClassification.from_pretrained(
+            network, report = AutoModelForSequenceClassification.from_pretrained(
                 location,
                 num_labels=len(label_names),
                 id2label=dict(enumerate(label_names)),
@@ -94,14 +89,37 @@ def pretrained(
                 dtype=torch.float32,
                 # A checkpoint may bring a head for other labels; ours replaces it.
                 ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **drawn,
             )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # each of the formats in such a folder has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
+            reason = "the folder holds no config.json, so it is no saved model"
+        elif is_offline_mode() and not Path(location).is_dir():
+            reason = "this run is offline and has no copy of it; set runtime.offline=false once to download it"
         raise InputError(
             f"Expected model.name_or_path to be a model folder, an installed package (pkg:NAME/FOLDER) or a hub name "
             f"that can be reached, got {name_or_path!r}: {reason}"
         ) from error
-    return _frozen(network, tokenizer, published_as or name_or_path)
+    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    return _frozen(network, tokenizer, published_as or name_or_path, drawn=drawn_modules(network, absent))
+
+
+def drawn_modules(network: PreTrainedModel, absent: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules outside the head that hold absent tensors: a pooler, at most.
+
+    Raises:
+        InputError: if the checkpoint lacks tensors of the encoder: it is one of another network.
+    """
+    body = {name.rpartition(".")[0] for name in absent if name.startswith(f"{network.base_model_prefix}.")}
+    lacking = sorted(module for module in body if "pooler" not in module.split("."))
+    if lacking:
+        raise InputError(
+            f"Expected a checkpoint of {type(network).__name__} with all of its encoder, got one without "
+            f"{lacking[0]} and {len(lacking) - 1} other modules; look at model.name_or_path"
+        )
+    return tuple(sorted(body))
 
 
 def tiny_random(
@@ -114,6 +132,13 @@ def tiny_random(
     max_length: int = 64,
 ) -> BaseModel:
     """Build a BERT encoder with random weights over the synthetic vocabulary: for tests that take seconds."""
+    if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % num_heads:
+        raise InputError(
+            f"Expected hidden_size to be a multiple of num_heads={num_heads}, and num_layers={num_layers} to be 1 or "
+            f"more, got {hidden_size}"
+        )
+    if max_length < 8:
+        raise InputError(f"Expected max_length >= 8, got {max_length}")
     tokenizer = word_tokenizer(VOCABULARY, max_length=max_length)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -138,24 +163,26 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
     Raises:
         InputError: if no layer matches, or the rank exceeds what a matched layer can hold.
     """
+    check_places(base, config)
     targets = config.target_modules
-    peft_config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=config.rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # rsLoRA papers use fractions
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        layers_to_transform=None if config.layers is None else list(config.layers),
-        init_lora_weights=config.init_lora_weights,  # type: ignore[arg-type]  # checked by check_initialiser
-        use_rslora=config.use_rslora,
-        lora_dropout=0.0,
-    )
     try:
+        peft_config = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=config.rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # rsLoRA papers use fractions
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            layers_to_transform=None if config.layers is None else list(config.layers),
+            init_lora_weights=config.init_lora_weights,
+            use_rslora=config.use_rslora,
+            lora_dropout=0.0,
+            modules_to_save=list(base.drawn) or None,  # beside the head, which PEFT adds
+        )
         with seeded(seed):
             model = get_peft_model(base.network, peft_config)
     except ValueError as error:
         raise InputError(
             f"Expected adapter.target_modules and adapter.layers to match layers of {base.source}, got "
-            f"{targets!r} and {config.layers}; its linear layers end in {linear_names(base.network)}"
+            f"{targets!r} and {config.layers}; its linear layers end in {', '.join(linear_names(base.network))}"
         ) from error
     for path, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
@@ -163,6 +190,25 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
             if config.rank > limit:
                 raise InputError(f"Expected adapter.rank <= {limit} for layer {path}, got {config.rank}")
     return model
+
+
+def check_places(base: BaseModel, config: AdapterConfig) -> None:
+    """Refuse what PEFT passes over in silence, or allocates: a name or layer without a match, a huge rank."""
+    modules = dict(base.network.named_modules())
+    linear = [m for m in modules.values() if isinstance(m, nn.Linear)]
+    limit = max((min(m.in_features, m.out_features) for m in linear), default=0)
+    if config.rank > limit:
+        raise InputError(f"Expected adapter.rank <= {limit}, the smaller side of a layer, got {config.rank}")
+    names = [] if isinstance(config.target_modules, str) else config.target_modules
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in modules):
+            known = ", ".join(linear_names(base.network))
+            raise InputError(
+                f"Expected adapter.target_modules to name layers of {base.source}, such as {known}, got {name!r}"
+            )
+    numbers = {int(part) for path in modules for part in path.split(".") if part.isdecimal()}
+    if strangers := sorted(set(config.layers or []) - numbers):
+        raise InputError(f"Expected adapter.layers in 0 to {max(numbers, default=0)}, got {strangers[0]}")
 
 
 def linear_names(network: nn.Module) -> list[str]:
@@ -228,17 +274,19 @@ def tensor_fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _frozen(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> BaseModel:
-    for module in network.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
-                setattr(module, name, 0.0)
+def _frozen(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, *, drawn: tuple[str, ...] = ()
+) -> BaseModel:
+    for owner in [*network.modules(), network.config]:
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("drop" in name or isinstance(owner, nn.Dropout)):
+                setattr(owner, name, 0.0)
     network.requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     network.config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(network, tokenizer, source, tensor_fingerprint(network))
+    return BaseModel(network, tokenizer, source, tensor_fingerprint(network), drawn)

@@ -3,7 +3,8 @@
 With adapters in the upper layers only, every step, round and client would repeat the same forward pass through the
 lower ones. Here each text passes them once and training starts from what came out: the same numbers up to rounding, for
 a fraction of the work. It needs dropout off in the prefix, and an encoder of the BERT family (`embeddings`, then a list
-of layers); other models are refused by name. Legend: N examples, T tokens, H hidden size.
+of layers that pass on nothing but hidden states). Others are refused by name: their structure is looked at, and a probe
+compares the logits of the two. Legend: N examples, T tokens, H hidden size.
 """
 
 import copy
@@ -59,6 +60,9 @@ def without_prefix(model: nn.Module) -> nn.Module:
     """Return a copy of the model that starts at its first adapted layer; all tensors are shared with the original.
 
     The names of all remaining layers stay, so adapters pass between the two unchanged.
+
+    Raises:
+        InputError: if the model has no prefix that can be cut off, or is another model without it.
     """
     tensors = [*model.parameters(), *model.buffers()]
     short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -66,6 +70,11 @@ def without_prefix(model: nn.Module) -> nn.Module:
     for index in range(first):
         layers[index] = _Skipped()
     _encoder_owner(short).embeddings = _Given()
+    if not _same_logits(model, short):
+        raise InputError(
+            f"Expected layers that pass on nothing but hidden states for runtime.cache_prefix=true, got those of "
+            f"{_model_type(model)}; set runtime.cache_prefix=false"
+        )
     return short
 
 
@@ -115,10 +124,28 @@ def _encoder_owner(model: nn.Module) -> nn.Module:
         if isinstance(layers, nn.ModuleList) and isinstance(getattr(module, "embeddings", None), nn.Module):
             return module
     raise InputError(
-        f"Expected an encoder of the BERT family for runtime.cache_prefix=true, got {type(model).__name__} without "
+        f"Expected an encoder of the BERT family for runtime.cache_prefix=true, got {_model_type(model)} without "
         "embeddings and encoder.layer; set runtime.cache_prefix=false"
     )
 
 
+def _same_logits(model: nn.Module, short: nn.Module) -> bool:
+    """Return whether both say the same of two constant texts of different lengths."""
+    pad_id = cast(Any, model).config.pad_token_id or 0
+    ids, offsets = np.arange(2, 7, dtype=np.int32), np.array([0, 2, 5])
+    probe = TokenisedText(ids, offsets, labels=np.zeros(2, dtype=np.int64), pad_id=pad_id, num_truncated=0)
+    try:
+        cached = encode_prefix(model, probe)
+        with torch.no_grad():
+            whole, upper = (m(**collate(d, [0, 1])[0]).logits for m, d in ((model, probe), (short, cached)))
+    except Exception:  # whatever a foreign forward makes of hidden states that it did not expect
+        return False
+    return whole.shape == upper.shape and torch.allclose(whole, upper, rtol=1e-3, atol=1e-4)
+
+
 def _hidden_size(model: nn.Module) -> int:
     return int(cast(Any, _encoder_owner(model)).config.hidden_size)
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))

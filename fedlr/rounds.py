@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from fedlr.adapter import HEAD, AdapterState, Block, ClientUpdate, Slot, num_values
+from fedlr.adapter import HEAD, AdapterState, Block, ClientUpdate, Slot, num_bytes
 from fedlr.aggregate.diagnostics import aggregation_error, singular_values
 from fedlr.errors import InputError
 from fedlr.method import Method
@@ -45,10 +45,10 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class Dropout:
-    """A client that was asked and returned nothing the server can use: a counted, named event."""
+    """An answer the server cannot use, or one that never came: a counted, named event."""
 
     client_id: int
-    status: str  # "refused" by the client (budget), "rejected" by the server (bad update)
+    status: str  # "refused" by the client (budget), "rejected" by the server (bad update, or none)
     reason: str
 
 
@@ -69,8 +69,8 @@ class RoundDiagnostics:
     dropouts: tuple[Dropout, ...]
     aggregation_error: Mapping[str, float]  # by layer, relative (methods.md 13.15)
     singular_values: Mapping[str, list[float]]  # by layer, of delta_W
-    values_up: int  # numbers sent by all clients together
-    values_down: int
+    bytes_up: int  # of the updates that were used, all clients together
+    bytes_down: int
     train_s: float
     aggregate_s: float
 
@@ -132,8 +132,8 @@ def run_round(
         dropouts=tuple(dropouts),
         aggregation_error=aggregation_error(state.adapter, updates, aggregated) if updates else {},
         singular_values=singular_values(adapter),
-        values_up=sum(num_values(update.tensors.values()) for update in updates),
-        values_down=num_values(task.broadcast.values()) * len(cohort),
+        bytes_up=sum(num_bytes(update.tensors.values()) for update in updates),
+        bytes_down=num_bytes(task.broadcast.values()) * len(cohort),
         train_s=trained_at - started,
         aggregate_s=time.perf_counter() - trained_at,
     )
@@ -143,19 +143,25 @@ def run_round(
 def collect(
     pool: ClientPool, task: RoundTask, cohort: Sequence[int], *, expected: Mapping[Slot, Tensor]
 ) -> tuple[list[ClientUpdate], list[Dropout]]:
-    """Gather the cohort's outcomes in ascending client order, so that no schedule of the pool changes a sum."""
+    """Gather the cohort's outcomes in ascending client order, so that no schedule of the pool changes a sum.
+
+    A client's first usable update counts and stays, whatever else comes in its name; a client of which nothing is heard
+    is an event too.
+    """
     updates: dict[int, ClientUpdate] = {}
-    dropouts: dict[int, Dropout] = {}
+    dropouts: list[Dropout] = []
     for outcome in pool.train(task, cohort):
         if isinstance(outcome, Dropout):
-            dropouts[outcome.client_id] = outcome
+            dropouts.append(outcome)
             continue
         reason = rejection(outcome, expected=expected, round_index=task.round_index, asked=cohort, seen=updates)
         if reason is None:
             updates[outcome.client_id] = outcome
         else:
-            dropouts[outcome.client_id] = Dropout(outcome.client_id, "rejected", reason)
-    return [updates[c] for c in sorted(updates)], [dropouts[c] for c in sorted(dropouts)]
+            dropouts.append(Dropout(outcome.client_id, "rejected", reason))
+    heard = {*updates, *(dropout.client_id for dropout in dropouts)}
+    dropouts += [Dropout(client, "rejected", "no_answer") for client in cohort if client not in heard]
+    return [updates[c] for c in sorted(updates)], sorted(dropouts, key=lambda d: (d.client_id, d.status, d.reason))
 
 
 def federated_rounds(

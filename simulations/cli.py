@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedlr.experiment import Experiment
 
 MULTIRUN = ("-m", "--multirun")
+COMPARISON = "comparison.html"
 Command = Callable[[Sequence[str]], int]
 
 
@@ -55,24 +56,33 @@ def simulate(arguments: list[str]) -> None:
     -m, --multirun runs every combination of comma-separated values and ends with one table.
     """
     jobs = expand(arguments)
-    experiments = [compose_offline(overrides) for overrides in jobs]
+    experiments = [ready(overrides) for overrides in jobs]
+    for experiment in experiments:
+        check_output_dir(experiment)
+    from fedlr.report import comparison_table, write_comparison
     from simulations.simulate import simulate as run
 
-    run_dirs = []
+    run_dirs, failures = [], []
     for number, (overrides, experiment) in enumerate(zip(jobs, experiments, strict=True), start=1):
         if len(jobs) > 1:
-            print(f"\n[{number}/{len(jobs)}] {' '.join(overrides)}", flush=True)
-        run_dirs.append(run(experiment, say=say))
-        say(f"\nresults in {run_dirs[-1]}")
-    from fedlr.report import comparison_table, write_comparison
-
-    print()
-    print(comparison_table(run_dirs))
+            say(f"\n[{number}/{len(jobs)}] {' '.join(overrides)}")
+        try:
+            run_dirs.append(run(experiment, say=say))
+        except InputError as error:
+            if len(jobs) == 1:
+                raise
+            failures.append(f"[{number}/{len(jobs)}] {' '.join(overrides)}: {error}")
+            print(failures[-1], file=sys.stderr, flush=True)
+        else:
+            say(f"\nresults in {run_dirs[-1]}")
+    if run_dirs:
+        say(f"\n{comparison_table(run_dirs)}")
     if len(run_dirs) > 1:
-        page = Path(experiments[0].tracking.output_dir) / "comparison.html"
-        print(f"comparison in {write_comparison(run_dirs, page)}")
-    else:
-        print(f"report in {run_dirs[0] / 'report.html'}")
+        say(f"comparison in {write_comparison(run_dirs, free_name(shared_folder(run_dirs) / COMPARISON))}")
+    elif run_dirs:
+        say(f"report in {run_dirs[0] / 'report.html'}")
+    if failures:
+        raise InputError(f"{len(failures)} of {len(jobs)} runs could not start, the first: {failures[0]}")
 
 
 @command
@@ -81,23 +91,27 @@ def plan(arguments: list[str]) -> None:
 
     Epsilon for expected and for worst-case participation, bytes a round, memory and time on this machine.
     """
+    experiments = [ready(overrides) for overrides in expand(arguments)]
     from simulations.plan import make_plan
 
-    for overrides in expand(arguments):
-        print(make_plan(compose_offline(overrides)))
+    for number, experiment in enumerate(experiments):
+        say(("\n" if number else "") + make_plan(experiment))
 
 
 @command
 def compare(arguments: list[str]) -> None:
-    """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--out comparison.html]"""
+    """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--out FILE.html]
+
+    Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
+    """
     from fedlr.report import comparison_table, write_comparison
 
-    out = Path("comparison.html")
+    out = free_name(Path(COMPARISON))
     if "--out" in arguments:
         place = arguments.index("--out")
         if place + 1 == len(arguments):
             raise InputError("Expected a file name after --out, got none")
-        out = Path(arguments.pop(place + 1))
+        out = new_page(arguments.pop(place + 1))
         arguments.pop(place)
     if len(arguments) < 2:
         raise InputError(f"Expected two or more run directories, got {len(arguments)}")
@@ -120,19 +134,9 @@ def statement(arguments: list[str]) -> None:
 
     Prints it as JSON, and fails if the run's privacy.json says anything else.
     """
-    from fedlr.privacy.statement import privacy_statement
-    from simulations.run_dir import LEDGER, read_json
+    from fedlr.privacy.statement import recompute
 
-    run_dir = existing_run(only_one(arguments))
-    told = read_json(run_dir / "privacy.json")
-    if not (run_dir / LEDGER).exists() and told.get("epsilon", {}).get("maximum") == "inf":
-        print(json.dumps(told, indent=2))
-        return
-    enrolled = range(read_json(run_dir / "summary.json")["num_clients"])
-    recomputed = privacy_statement(run_dir / LEDGER, enrolled)
-    print(json.dumps(recomputed, indent=2))
-    if recomputed != told:
-        raise InputError(f"Expected {run_dir / 'privacy.json'} to say what its ledger says, got another statement")
+    print(json.dumps(recompute(existing_run(only_one(arguments))), indent=2))
 
 
 def expand(arguments: Sequence[str]) -> list[list[str]]:
@@ -141,19 +145,18 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     >>> expand(["name=x", "-m", "seed=1,2"])
     [['name=x', 'seed=1'], ['name=x', 'seed=2']]
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from fedlr.experiment import parse_overrides
 
     texts = [argument for argument in arguments if argument not in MULTIRUN]
     if flags := [text for text in texts if text.startswith("-")]:
-        raise InputError(f"Expected KEY=VALUE overrides or {' or '.join(MULTIRUN)}, got {flags[0]!r}")
-    try:
-        overrides = OverridesParser.create().parse_overrides(texts)
-    except HydraException as error:
-        raise InputError(f"Expected KEY=VALUE overrides: {' '.join(str(error).split())}") from error
+        raise InputError(f"Expected KEY=VALUE or {' or '.join(MULTIRUN)}, got {flags[0]!r}")
+    overrides = parse_overrides(texts)
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and len(texts) == len(arguments):
         raise InputError(f"Expected -m to run several values, got {swept[0].input_line} without it")
+    keys = [override.key_or_group for override in overrides]
+    if twice := [override.key_or_group for override in swept if keys.count(override.key_or_group) > 1]:
+        raise InputError(f"Expected a key with several values once, got {twice[0]} again")
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
@@ -163,14 +166,63 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*choices)]
 
 
-def compose_offline(overrides: Sequence[str]) -> "Experiment":
-    """Compose an experiment; offline, hub libraries are told so before anything asks them."""
+def ready(overrides: Sequence[str]) -> "Experiment":
+    """Compose an experiment and check all that needs neither data nor model; tell hub libraries if it is offline."""
     from fedlr.experiment import compose_experiment
 
     experiment = compose_experiment(overrides)
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[variable] = "1" if experiment.runtime.offline else "0"
+    go_offline(experiment.runtime.offline)
+    from fedlr.build import check_sections  # imports hub libraries, which read the environment once
+
+    check_sections(experiment)
     return experiment
+
+
+def go_offline(offline: bool) -> None:
+    """Tell the hub libraries, loaded or not, whether they may use the network."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ[variable] = str(int(offline))
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = offline  # type: ignore[attr-defined]
+
+
+def check_output_dir(experiment: "Experiment") -> None:
+    """Refuse a folder that cannot be made, before the work of a run."""
+    wanted = experiment.tracking.output_dir
+    place = Path(wanted) / experiment.name
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"Expected tracking.output_dir to be a folder, got {wanted!r}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"Expected tracking.output_dir to be writable, got {wanted!r}: {place} is not")
+
+
+def shared_folder(run_dirs: Sequence[Path]) -> Path:
+    """Return where a comparison of the runs belongs: outputs/NAME for one name, outputs for several."""
+    names = {run_dir.parent for run_dir in run_dirs}
+    return names.pop() if len(names) == 1 else run_dirs[0].parent.parent
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or with -2, -3 and so on where it is taken: a comparison never replaces another.
+
+    >>> free_name(Path("no-such-folder/comparison.html")).name
+    'comparison.html'
+    """
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
+
+
+def new_page(argument: str) -> Path:
+    """Return the path of a page that is to be written."""
+    path = Path(argument)
+    if path.exists():
+        raise InputError(f"Expected --out to be a new file, got {argument!r}, which exists")
+    if path.suffix != ".html" or not path.parent.is_dir():
+        raise InputError(f"Expected --out to be an .html file in a folder that exists, got {argument!r}")
+    return path
 
 
 def quiet_libraries() -> None:

@@ -1,5 +1,7 @@
 """From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,15 +9,16 @@ import torch
 from torch import nn
 
 from fedlr.adapter import HEAD, num_values, read_adapter
-from fedlr.build import build, build_method, build_optimizer
+from fedlr.build import build, build_method, build_optimizer, naming
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText, split_train_test
 from fedlr.data.tokenise import TokenisedText, tokenise
+from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel, attach_lora
-from fedlr.prefix import encode_prefix, prefix, without_prefix
-from fedlr.privacy.accountant import calibrate_noise_multiplier
+from fedlr.prefix import encode_prefix, without_prefix
+from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds import ServerState, initial_state
@@ -72,12 +75,11 @@ def assemble(experiment: Experiment, *, seed: int) -> Federation:
     """
     method = build_method(experiment)
     optimizer = build_optimizer(experiment)
-    budget, mechanism = private_mechanism(experiment)
-
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
+    budget, mechanism = private_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
 
@@ -87,15 +89,15 @@ def assemble(experiment: Experiment, *, seed: int) -> Federation:
     for block in {trained_block(experiment, method, index) for index in range(experiment.num_rounds)}:
         check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
 
-    tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
-    test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
+    with naming("data", "max_length"):
+        tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
+        test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
     start = initial_state(read_adapter(model), method)
     working: nn.Module = model
     if experiment.runtime.cache_prefix:
-        prefix(model)  # refuses before the work of encoding
-        torch.set_num_threads(experiment.runtime.num_workers)
-        tokenised, test = encode_prefix(model, tokenised), encode_prefix(model, test)
         working = without_prefix(model)
+        with torch_threads(experiment.runtime.num_workers):
+            tokenised, test = encode_prefix(model, tokenised), encode_prefix(model, test)
     by_size = experiment.weighting == "examples"
     return Federation(
         experiment=experiment,
@@ -124,6 +126,20 @@ def assemble(experiment: Experiment, *, seed: int) -> Federation:
     )
 
 
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Let torch use so many threads in one operation, then as many as before.
+
+    Sums may round differently with another number, so what must repeat runs with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def trained_block(experiment: Experiment, method: Method, round_index: int) -> frozenset[str]:
     """Return the roles that train in a round: the method's block, and the head if the adapter trains it."""
     head = frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
@@ -142,18 +158,27 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
         num_steps=experiment.max_participations * trainer.num_steps,
         accountant=privacy.accountant,
     )
-    return budget, Mechanism(
+    mechanism = Mechanism(
         noise_multiplier=noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=trainer.sample_rate,
         divisor=trainer.divisor,
     )
+    event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
+    one_round = epsilon([(event, trainer.num_steps)], budget.delta, accountant=privacy.accountant)
+    if one_round > budget.epsilon:
+        raise InputError(
+            f"Expected a privacy.noise_multiplier with which one round stays within epsilon {budget.epsilon:g}, got "
+            f"{noise_multiplier:g}, which spends {one_round:.3g}; null finds the least that lasts the whole run"
+        )
+    return budget, mechanism
 
 
 def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
     """Return the examples that clients share out, and those the server holds out for evaluation."""
     data: LabelledText = build(experiment.data.section(), "data", seed=seed)
-    return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+    with naming("data", "num_test"):
+        return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
 
 
 def notes(

@@ -3,6 +3,7 @@
 Time and memory are measured, not guessed: one client's step on held-out text, and one evaluation, on this machine.
 """
 
+import math
 import resource
 import statistics
 import time
@@ -20,8 +21,6 @@ from fedlr.wire import num_bytes
 from simulations.federation import Federation, assemble
 from simulations.progress import alone_rounds
 from simulations.simulate import Evaluator, make_pool
-
-MEGABYTE = 1e6
 
 
 def make_plan(experiment: Experiment) -> str:
@@ -67,16 +66,21 @@ def privacy_lines(federation: Federation) -> list[str]:
         steps = [(event, rounds * federation.training.num_steps)] if rounds else []
         return epsilon(steps, budget.delta, accountant=e.privacy.accountant)
 
-    expected = round(e.num_rounds * e.cohort_size / e.num_clients)
-    most = int(participations.max())
-    return [
+    expected = math.ceil(e.num_rounds * e.cohort_size / e.num_clients)
+    busiest = int(participations.max())
+    whose = "a draw of cohorts" if e.seed is None else f"the cohorts of seed {e.seed}"
+    lines = [
         f"noise       multiplier {mechanism.noise_multiplier:g}, clip {mechanism.max_grad_norm:g}, "
         f"sample rate {mechanism.sample_rate:g}, {federation.training.num_steps} steps a round",
-        f"epsilon     {spent(expected):.3f} for a client in {expected} rounds (expected participation)",
-        f"            {spent(most):.3f} for the busiest client of this seed's draw, in {most} rounds",
-        f"            {spent(e.max_participations):.3f} in {e.max_participations} rounds (worst case); "
-        f"budget {budget.epsilon:g} at delta {budget.delta:g}",
+        f"epsilon     {spent(expected):.3f} expected: a client trains in about {expected} of {e.num_rounds} rounds",
+        f"            {spent(busiest):.3f} for the busiest client in {whose}: {busiest} rounds",
+        f"            {spent(e.max_participations):.3f} worst case: {e.max_participations} rounds, the most that one "
+        f"client may train in; budget {budget.epsilon:g} at delta {budget.delta:g}",
     ]
+    if spent(e.max_participations) > budget.epsilon:
+        lasting = max(n for n in range(e.max_participations) if spent(n) <= budget.epsilon)
+        lines.append(f"            the budget lasts for {lasting} rounds of a client; after them it refuses to train")
+    return lines
 
 
 def traffic_lines(federation: Federation) -> list[str]:
@@ -85,11 +89,13 @@ def traffic_lines(federation: Federation) -> list[str]:
     block = federation.block(0)
     up = num_bytes(adapter.select(block).values())
     down = num_bytes(federation.method.broadcast(adapter, block).values())
-    asked = e.num_rounds * e.cohort_size
+    a_round = (e.cohort_size * up, e.cohort_size * down)
     return [
-        f"bytes       {up / 1e3:.1f} kB up and {down / 1e3:.1f} kB down a client and round; "
-        f"{asked * up / MEGABYTE:.1f} MB and {asked * down / MEGABYTE:.1f} MB in all",
-        f"adapter     {federation.num_trained_values:,} trained values, rank {e.adapter.rank}",
+        f"adapter     {federation.num_trained_values:,} trained values, rank {e.adapter.rank}, "
+        f"on {len(adapter.factors())} layers",
+        f"bytes       {size(up)} up and {size(down)} down for a client in a round",
+        f"            {size(a_round[0])} up and {size(a_round[1])} down a round, "
+        f"{size(e.num_rounds * a_round[0])} and {size(e.num_rounds * a_round[1])} in all {e.num_rounds}",
     ]
 
 
@@ -104,12 +110,37 @@ def cost_lines(federation: Federation) -> list[str]:
     evaluations = arms * (e.num_rounds + 1) + (e.num_clients if e.tracking.run_alone else 0)
     steps = (arms * client_rounds + alone) * federation.training.num_steps
     total = steps * step_s / e.runtime.num_workers + evaluations * evaluate_s
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kB
     return [
-        f"time        about {total / 60:.1f} minutes here: {steps} steps of {step_s:.2f} s in {e.runtime.num_workers} "
-        f"workers, {evaluations} evaluations of {evaluate_s:.1f} s",
-        f"memory      {peak:,.0f} MB at its peak while this plan was measured",
+        f"time        about {duration(total)} here: {steps:,} steps of {duration(step_s)} in {e.runtime.num_workers} "
+        f"workers, {evaluations} evaluations of {duration(evaluate_s)}",
+        f"memory      {size(peak)} at its peak while this was measured, and about the same in the run",
     ]
+
+
+def size(num_bytes: float) -> str:
+    """Write a number of bytes in the largest unit that keeps it at 1 or more.
+
+    >>> size(512), size(18_432), size(1.5e9)
+    ('512 B', '18.4 kB', '1.5 GB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds in the unit a person would use.
+
+    >>> duration(0.012), duration(4.2), duration(600), duration(9000)
+    ('12 ms', '4.2 s', '10.0 min', '2.5 h')
+    """
+    if seconds < 1:
+        return f"{1e3 * seconds:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def measure_step(federation: Federation) -> float:

@@ -106,8 +106,10 @@ class LocalPool:
             yield future.result()
 
     def close(self) -> None:
-        """Stop the threads; a client in the middle of a step finishes it first."""
+        """Drop the clients that wait, let those that train finish their round, and remove all hooks."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        while not self._workers.empty():
+            self._workers.get().close()
 
     def _train_one(self, task: RoundTask, client: int) -> ClientUpdate:
         torch.set_num_threads(1)
@@ -150,13 +152,18 @@ class Worker:
         """Load an adapter and hook the tensors of `block`; the hooks stay while the block does."""
         write_adapter(self.model, adapter.tensors)
         if self._gradients is None or self._block != block:
-            if self._gradients is not None:
-                self._gradients.close()
+            self.close()
             self._trained = train_only(self.model, block)
             self.model.train()
             self._gradients = GRADIENTS[self._mode](self.model, self._trained, loss=cross_entropy)
             self._block = block
         return self._trained, self._gradients
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
 
 
 def sharing_base(model: Model) -> Model:

@@ -50,7 +50,7 @@ class Progress:
         self._say(f"\neach client alone: {alone_rounds(self._experiment)} rounds of the same steps")
 
     def client_done(self) -> None:
-        """Count one round of one client alone; say so each time a twelfth is done."""
+        """Count one round of one client alone; called from several threads."""
         with self._lock:
             self._done += 1
 

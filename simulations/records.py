@@ -12,8 +12,6 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds import RoundDiagnostics, ServerState
 from simulations.federation import Federation
 
-BYTES_PER_VALUE = 4  # adapters travel in float32
-
 
 def metrics_row(
     state: ServerState,
@@ -43,8 +41,8 @@ def metrics_row(
         "aggregation_error": statistics.fmean(errors.values()) if errors else 0.0,
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
-        "bytes_up": d.values_up * BYTES_PER_VALUE if d else 0,
-        "bytes_down": d.values_down * BYTES_PER_VALUE if d else 0,
+        "bytes_up": d.bytes_up if d else 0,
+        "bytes_down": d.bytes_down if d else 0,
         "seconds": {
             "train": train_s,
             "aggregate": aggregate_s,
@@ -66,7 +64,8 @@ def client_rows(
     """Yield the lines of clients.jsonl for a round, in client order."""
     dropouts = {dropout.client_id: dropout for dropout in diagnostics.dropouts}
     for client_id in diagnostics.cohort:
-        dropout = dropouts.get(client_id)
+        # A second update of a client that was used is an event of the round, and no fate of the client.
+        dropout = None if client_id in diagnostics.trained else dropouts[client_id]
         refused = dropout is not None and dropout.status == "refused"
         yield {
             "round_index": round_index,

@@ -33,6 +33,11 @@ def create_run_dir(experiment: Experiment) -> Path:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise InputError(
+                f"Expected tracking.output_dir to be a folder that can be written, got "
+                f"{experiment.tracking.output_dir!r}: {error.strerror}"
+            ) from error
         return path
     raise FileExistsError(f"Expected a free name below {parent}, found none for {stamp}")
 
@@ -63,9 +68,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+    """Append one JSON line, in one write: a buffer would cut a long line in two where a run is killed."""
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(value) + "\n").encode())
 
 
 def write_origin(run_dir: Path, experiment: Experiment) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 from secrets import randbits
 from typing import Any
 
-import torch
-
 from fedlr.adapter import write_adapter
 from fedlr.evaluate import Evaluation, evaluate
 from fedlr.experiment import Experiment
@@ -21,7 +19,7 @@ from fedlr.report import write_report
 from fedlr.rounds import ServerState, federated_rounds
 from fedlr.streams import Purpose, SeededRandomness, stream
 from simulations.alone import train_alone
-from simulations.federation import Federation, assemble, describe
+from simulations.federation import Federation, assemble, describe, torch_threads
 from simulations.pool import LocalPool, sharing_base
 from simulations.progress import Progress
 from simulations.records import client_rows, metrics_row, summarise
@@ -37,14 +35,19 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
         InputError: for an experiment that cannot run.
     """
     seed = randbits(32) if experiment.seed is None else experiment.seed
-    federation = assemble(experiment, seed=seed)
-    for note in federation.notes:
-        say(f"note: {note}")
-    run_dir = create_run_dir(experiment)
-    write_origin(run_dir, experiment)
-    write_json(run_dir / "partition.json", describe(federation))
-    progress = Progress(experiment, say=say)
+    with torch_threads(1):
+        federation = assemble(experiment, seed=seed)
+        for note in federation.notes:
+            say(f"note: {note}")
+        run_dir = create_run_dir(experiment)
+        write_origin(run_dir, experiment)
+        write_json(run_dir / "partition.json", describe(federation))
+        run(federation, run_dir, progress=Progress(experiment, say=say))
+    return run_dir
 
+
+def run(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
+    """Train, compare, and leave everything behind in `run_dir`."""
     started = time.perf_counter()
     ledger = create_ledger(federation, run_dir / LEDGER)
     state, rows = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
@@ -53,7 +56,6 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
     leave_behind(federation, run_dir, state)
     write_json(run_dir / "summary.json", summarise(federation, state, rows, seconds=seconds))
     write_report(run_dir)
-    return run_dir
 
 
 def run_rounds(
@@ -201,6 +203,6 @@ class Evaluator:
     def score(self, state: ServerState) -> tuple[Evaluation, float]:
         """Return how good the state's adapter is, and the seconds it took to know."""
         started = time.perf_counter()
-        torch.set_num_threads(self._num_threads)
         write_adapter(self._model, state.adapter.tensors)
-        return evaluate(self._model, self._test), time.perf_counter() - started
+        with torch_threads(self._num_threads):
+            return evaluate(self._model, self._test), time.perf_counter() - started

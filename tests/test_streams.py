@@ -2,7 +2,7 @@
 
 Mutants this file kills: a stream that ignores the client, the round or the step; one generator of torch for every
 client (an unseeded `torch.Generator()` has a constant seed, and the global one follows `manual_seed`); client and round
-packed into a 64-bit seed of torch, of which it keeps 32 bits.
+packed into a 64-bit seed of torch, of which it keeps 32 bits; noise of its own on top of noise shared by all clients.
 """
 
 import random
@@ -71,7 +71,21 @@ def packed_torch_seed(size: int, *, client: int, round_index: int, step: int) ->
     return torch.randn(size, generator=generator).numpy()
 
 
-MUTANTS = [ignoring("client"), ignoring("round_index"), ignoring("step"), unseeded_torch, global_torch, packed_torch_seed]
+def mostly_shared(size: int, *, client: int, round_index: int, step: int) -> np.ndarray:
+    shared = stream(0, Purpose.NOISE, round_index=round_index, step=step).standard_normal(size)
+    own = stream(1, Purpose.NOISE, client=client, round_index=round_index, step=step).standard_normal(size)
+    return 0.99 * shared + 0.1 * own
+
+
+MUTANTS: dict[str, NoiseOf] = {
+    "ignores the client": ignoring("client"),
+    "ignores the round": ignoring("round_index"),
+    "ignores the step": ignoring("step"),
+    "unseeded torch": unseeded_torch,
+    "global torch": global_torch,
+    "64-bit seed of torch": packed_torch_seed,
+    "mostly shared": mostly_shared,
+}
 
 
 @pytest.mark.parametrize(("size", "sigmas"), [(32, 5.0), (512, 7.0)])
@@ -83,8 +97,8 @@ def test_noise_of_the_operating_system_is_fresh_for_every_client_round_and_step(
     check_noise_is_fresh(noise_of(OsRandomness()), size=512, sigmas=9.0)  # not repeatable: 1e-11 of a false alarm
 
 
-@pytest.mark.parametrize("mutant", range(len(MUTANTS)))
-def test_freshness_check_kills_shared_noise(mutant: int) -> None:
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_freshness_check_kills_shared_noise(mutant: str) -> None:
     with pytest.raises(AssertionError):
         check_noise_is_fresh(MUTANTS[mutant], size=32, sigmas=5.0)
 

@@ -20,7 +20,7 @@ def read_hub(name: str, columns: Sequence[str], *, split: str) -> Rows:
     except ConnectionError as error:
         raise InputError(
             f"{name!r} is not a file here, and this run is offline (the Hugging Face Hub cannot be reached): "
-            f"set data.path to a {', '.join(SUFFIXES)} file, or run once online, which caches the dataset"
+            f"set data.path to a {', '.join(SUFFIXES)} file, or runtime.offline=false once, which keeps a copy"
         ) from error
     except Exception as error:  # every builder raises its own kind; none of them is a fault of this program
         raise InputError(

@@ -66,7 +66,7 @@ def load_table(
     text_column: str = "text",
     label_column: str = "label",
     group_column: str | None = None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str | int | bool] | None = None,
     encoding: str = "utf-8",
     on_bad_row: str = "refuse",
     split: str = "train",
@@ -137,7 +137,7 @@ def _test_quotas(counts: NDArray[np.int64], num_test: int) -> NDArray[np.int64]:
     return quotas
 
 
-def _allowed_labels(labels: Sequence[str]) -> tuple[str, ...]:
+def _allowed_labels(labels: Sequence[str | int | bool]) -> tuple[str, ...]:
     names = () if isinstance(labels, str) else tuple(as_name(label)[0] for label in labels)
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
         raise InputError(f"Expected data.labels to be two or more different names, got {labels!r}")

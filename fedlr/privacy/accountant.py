@@ -115,7 +115,9 @@ def require_accountant(name: str) -> None:
 def _epsilon(events: tuple[tuple[dp_accounting.DpEvent, int], ...], delta: float, accountant: AccountantName) -> float:
     if not events:
         return 0.0
-    bound = _composed(dp_accounting.rdp.RdpAccountant(), events, delta)
+    renyi = dp_accounting.rdp.RdpAccountant()
+    known = accountant == "rdp" or all(renyi.supports(event) for event, _ in events)
+    bound = _composed(renyi, events, delta) if known else 1.0  # any moderate size keeps the usual interval
     if accountant == "rdp" or bound == 0 or not math.isfinite(bound):
         return bound
     # A loss distribution has about epsilon / interval points, and its rounding up costs about one interval.

@@ -71,11 +71,10 @@ def privacy_statement(ledger_path: str | os.PathLike[str], enrolled_client_ids: 
     header, charges, head = read_ledger(ledger_path)
     enrolled = sorted(set(enrolled_client_ids))
     strangers = sorted(set(charges.by_client) - set(enrolled))
-    if not enrolled or strangers:
-        raise InputError(
-            f"Expected every client of the ledger among the enrolled, got {strangers or 'nobody'} "
-            f"{'besides' if strangers else 'enrolled'}"
-        )
+    if not enrolled:
+        raise InputError("Expected at least one enrolled client to state the privacy of, got nobody")
+    if strangers:
+        raise InputError(f"Expected every client of the ledger among the enrolled, got {strangers} besides")
     spent = [charges.epsilon(client, header) for client in enrolled]
     mechanisms = _mechanisms(charges)
     return {
@@ -165,7 +164,7 @@ def _sentence(header: Header, largest: float, *, noiseless: bool) -> str:
         return f"No differential privacy: epsilon = inf, max over clients ({why})."
     rounded_up = math.ceil(largest * 1000) / 1000
     claim = (
-        f"epsilon <= {rounded_up:g} at delta = {header.delta:g}, max over clients, for {UNIT} "
+        f"epsilon <= {rounded_up} at delta = {header.delta}, max over clients, for {UNIT} "
         f"({RELATION}), each client under its own accounting"
     )
     return f"Not for release, {SIMULATION}. Simulated: {claim}." if header.randomness == "seeded" else f"{claim}."

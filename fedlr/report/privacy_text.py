@@ -13,7 +13,7 @@ NOT_COVERED = ("not_covered", "what_is_not_covered", "excluded")
 
 def privacy_parts(run: Run) -> list[str]:
     """Return the HTML of the privacy section."""
-    statement = run.statement.get("headline")
+    statement = run.statement.get("statement")
     parts = [paragraph(statement, kind="lead")] if isinstance(statement, str) else []
     parts += [paragraph(text) for text in meaning(run)]
     key = next((key for key in NOT_COVERED if run.statement.get(key)), None)
@@ -25,7 +25,7 @@ def privacy_parts(run: Run) -> list[str]:
         parts.append(paragraph(missing))
     else:
         parts.append(_value(run.statement[key]))
-    rest = {name: value for name, value in run.statement.items() if name not in (key, "headline")}
+    rest = {name: value for name, value in run.statement.items() if name not in (key, "statement")}
     return [*parts, details("The whole statement, as in privacy.json", [_value(rest)])]
 
 

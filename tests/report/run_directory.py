@@ -59,7 +59,7 @@ def write_run(
     epsilon = f"  epsilon: {budget}" if private else "  epsilon: null"
     config = f"name: sentiment_hospitals\nseed: {seed}\nprivacy:\n{epsilon}\n  delta: 1.0e-05\n"
     (folder / "config.yaml").write_text(config)
-    write_json(folder / "privacy.json", statement(epsilon_max, asked) if private else {"headline": NO_PRIVACY})
+    write_json(folder / "privacy.json", statement(epsilon_max, asked) if private else {"statement": NO_PRIVACY})
     write_json(folder / "partition.json", partition(labels, num_clients, seed) if public else {"public": False})
     (folder / "adapter").mkdir()
     write_json(
@@ -160,7 +160,7 @@ def alone(num_clients: int, *, private: bool) -> dict[str, Any]:
 def statement(epsilon: float, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a privacy statement."""
     return {
-        "headline": f"Each example is protected with epsilon at most {epsilon:.4f} at delta 1e-05.",
+        "statement": f"Each example is protected with epsilon at most {epsilon:.4f} at delta 1e-05.",
         "unit": "one training example of one client",
         "neighbouring_relation": "add or remove one example",
         "mechanism": {

@@ -160,7 +160,7 @@ def test_epsilon_bars_are_the_spendings_of_the_clients_in_order(page: str) -> No
 
 def test_statement_is_told_with_what_it_does_not_cover(run_dir: Path, page: str) -> None:
     statement = json.loads((run_dir / "privacy.json").read_text())
-    assert escape(statement["headline"]) in page
+    assert escape(statement["statement"]) in page
     assert statement["unit"] in page and statement["neighbouring_relation"] in page
     for gap in statement["not_covered"]:
         assert f"<li>{escape(gap)}</li>" in page

@@ -1,0 +1,157 @@
+"""What a run writes about itself: counts, bytes and fates that agree with what happened."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fedlr.adapter import LORA_A, LORA_B
+from fedlr.errors import InputError
+from fedlr.evaluate import Evaluation
+from fedlr.rounds import Dropout, RoundDiagnostics
+from fedlr.wire import num_bytes, to_record
+from simulations.records import client_rows, metrics_row, summarise
+from simulations.run_dir import append_line, create_run_dir, read_json, write_json
+from simulations.simulate import create_ledger
+from tests.simulations.small_runs import experiment, federation, rounds
+
+
+def diagnostics(**changes: object) -> RoundDiagnostics:
+    values = {
+        "cohort": (0, 1, 2, 3),
+        "trained": (0, 3),
+        "dropouts": (Dropout(1, "refused", "budget_exhausted"), Dropout(2, "rejected", "not_finite")),
+        "aggregation_error": {"x": 0.5, "y": 0.25},
+        "singular_values": {"x": [2.0, 1.0]},
+        "bytes_up": 10,
+        "bytes_down": 20,
+        "train_s": 1.0,
+        "aggregate_s": 2.0,
+    }
+    return RoundDiagnostics(**{**values, **changes})
+
+
+def clients(d: RoundDiagnostics) -> list[dict]:
+    turns = {0: 1, 1: 2, 2: 1, 3: 1}
+    return list(
+        client_rows(d, None, round_index=4, num_steps=3, participations=turns, seconds={0: 1.5, 2: 2.5, 3: 3.5})
+    )
+
+
+def test_every_client_asked_has_one_line_that_says_its_fate() -> None:
+    rows = clients(diagnostics())
+    assert [row["client_id"] for row in rows] == [0, 1, 2, 3]
+    assert [row["status"] for row in rows] == ["trained", "refused", "rejected", "trained"]
+    assert [row["reason"] for row in rows] == [None, "budget_exhausted", "not_finite", None]
+    assert [row["num_steps"] for row in rows] == [3, 0, 3, 3]
+    assert [row["epsilon"] for row in rows] == [None] * 4
+
+
+def test_a_second_update_is_an_event_of_the_round_and_no_fate_of_the_client() -> None:
+    d = diagnostics(
+        dropouts=(*diagnostics().dropouts, Dropout(3, "rejected", "duplicate"), Dropout(9, "rejected", "x"))
+    )
+    assert clients(d) == clients(diagnostics())
+    row = metrics_row(federation().start, Evaluation(0.5, 0.6), None, num_clients=4, diagnostics=d, evaluate_s=0.1)
+    assert (row["num_trained"], row["num_refused"], row["num_rejected"]) == (2, 1, 3)
+
+
+def test_first_line_is_the_start() -> None:
+    row = metrics_row(federation().start, Evaluation(0.5, 0.6), None, num_clients=4, evaluate_s=0.1)
+    assert row["rounds_completed"] == 0
+    assert [row[f"num_{fate}"] for fate in ("trained", "refused", "rejected")] == [0, 0, 0]
+    assert [row["bytes_up"], row["bytes_down"], row["aggregation_error"]] == [0, 0, 0.0]
+    assert row["epsilon_max"] is row["epsilon_median"] is row["epsilon_min"] is None
+
+
+def test_epsilon_is_the_ledgers_over_all_enrolled_clients(tmp_path: Path) -> None:
+    f = federation()
+    ledger = create_ledger(f, tmp_path / "ledger.jsonl")
+    ledger.reserve(0, f.mechanism, 2, [1, 2, 3])
+    ledger.reserve(1, f.mechanism, 2, [3])
+    row = metrics_row(f.start, Evaluation(0.5, 0.6), ledger, num_clients=4, evaluate_s=0.1)
+    assert (row["epsilon_min"], row["epsilon_median"], row["epsilon_max"]) == (0.0, ledger.spent(1), ledger.spent(3))
+
+
+@pytest.mark.parametrize("method", ["fedsvd", "ffa_lora", "fedit"])
+def test_bytes_are_those_of_the_records_on_the_wire(tmp_path: Path, method: str) -> None:
+    f = federation(f"method={method}")
+    _, metrics, _ = rounds(f, tmp_path / "run")
+    block = f.block(0)
+    up = num_bytes(f.start.adapter.select(block).values())
+    down = num_bytes(f.method.broadcast(f.start.adapter, block).values())
+    (array,) = to_record(f.start.adapter.select(block)).array_records["arrays"].values()
+    assert up == array.numpy().nbytes
+    assert [(row["bytes_up"], row["bytes_down"]) for row in metrics[1:]] == [(3 * up, 3 * down)] * 2
+    assert (up == down) == (method != "fedsvd")
+
+
+def test_summary_adds_up() -> None:
+    f = federation()
+    row = {"accuracy": 0.5, "loss": 0.7, "epsilon_max": 1.0, "bytes_up": 3, "bytes_down": 5}
+    found = summarise(f, f.start, [{**row, "accuracy": 0.25}, row, row], seconds=2.0)
+    assert (found["start_accuracy"], found["final_accuracy"], found["bytes_up"], found["bytes_down"]) == (
+        0.25,
+        0.5,
+        9,
+        15,
+    )
+    assert found["adapter_sha256"] == f.start.adapter.fingerprint()
+    assert found["num_trained_parameters"] == sum(
+        t.numel() for s, t in f.start.adapter.tensors.items() if s.role == LORA_B
+    )
+    assert found["num_trained_parameters"] < sum(
+        t.numel() for s, t in f.start.adapter.tensors.items() if s.role in (LORA_A, LORA_B)
+    )
+    assert (found["privacy"], found["delta"]) == ("dp", 1e-5)
+
+
+def test_long_lines_are_written_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    real = type(tmp_path).open
+
+    def watched(path: Path, *arguments: object, **options: object) -> object:
+        file = real(path, *arguments, **options)
+        write = file.write
+        return Recorder(file, lambda data: written.append(len(data)) or write(data))
+
+    monkeypatch.setattr(type(tmp_path), "open", watched)
+    append_line(tmp_path / "x.jsonl", {"long": "x" * 100_000})
+    append_line(tmp_path / "x.jsonl", {"e": math.pi})
+    assert written == [100_013, 24]
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()][1] == {"e": math.pi}
+
+
+class Recorder:
+    """A file whose writes are watched."""
+
+    def __init__(self, file: object, write: object) -> None:
+        self.file, self.write = file, write
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "y.json", {"a": object()})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json"}
+    (tmp_path / "z.json").write_text("{")
+    for name in ("y.json", "z.json"):
+        with pytest.raises(InputError, match=name):
+            read_json(tmp_path / name)
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path: Path) -> None:
+    e = experiment(f"tracking.output_dir={tmp_path}")
+    paths = [create_run_dir(e) for _ in range(5)]
+    assert len(set(paths)) == 5
+    assert all(path.parent == tmp_path / "tiny" for path in paths)
