@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 import torch
-from hydra.utils import get_object
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import nn
 
@@ -169,7 +169,7 @@ def find(name: Any, where: str) -> Callable[..., Any]:
     if not isinstance(name, str):
         raise InputError(f"Expected {where} to be an importable name, got {shown(name)}")
     try:
-        found = get_object(name)
+        found = resolve_name(name)
     except Exception as error:  # whatever an import raises
         raise InputError(f"Expected {where} to be an importable name, got {name!r}{_similar(name)}") from error
     if not callable(found):
@@ -180,7 +180,7 @@ def find(name: Any, where: str) -> Callable[..., Any]:
 def _similar(name: str) -> str:
     module, _, last = name.rpartition(".")
     try:
-        near = get_close_matches(last, dir(get_object(module)), n=1)
+        near = get_close_matches(last, dir(resolve_name(module)), n=1)
     except Exception:  # the hint is not worth a second error
         return ""
     return f"; did you mean {dotted(module, near[0])}?" if near else ""

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from fedlr.adapter import ClientUpdate, Slot
 
+# No adapter that works comes near it, and products of two such values are far from float32's end: one client's finite
+# numbers cannot make the server's arithmetic overflow.
+LARGEST_VALUE = 1e6
+
 
 def rejection(
     update: ClientUpdate,
@@ -40,4 +44,6 @@ def rejection(
             return "wrong_dtype"
         if not torch.isfinite(tensor).all():
             return "not_finite"
+        if not (tensor.abs() <= LARGEST_VALUE).all():
+            return "too_large"
     return None

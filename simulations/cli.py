@@ -60,29 +60,16 @@ def simulate(arguments: list[str]) -> None:
     for experiment in experiments:
         check_output_dir(experiment)
     from fedlr.report import comparison_table, write_comparison
-    from simulations.simulate import simulate as run
 
-    run_dirs, failures = [], []
-    for number, (overrides, experiment) in enumerate(zip(jobs, experiments, strict=True), start=1):
-        if len(jobs) > 1:
-            say(f"\n[{number}/{len(jobs)}] {' '.join(overrides)}")
-        try:
-            run_dirs.append(run(experiment, say=say))
-        except InputError as error:
-            if len(jobs) == 1:
-                raise
-            failures.append(f"[{number}/{len(jobs)}] {' '.join(overrides)}: {error}")
-            print(failures[-1], file=sys.stderr, flush=True)
-        else:
-            say(f"\nresults in {run_dirs[-1]}")
+    run_dirs = run_all(jobs, experiments)
     if run_dirs:
         say(f"\n{comparison_table(run_dirs)}")
     if len(run_dirs) > 1:
         say(f"comparison in {write_comparison(run_dirs, free_name(shared_folder(run_dirs) / COMPARISON))}")
     elif run_dirs:
         say(f"report in {run_dirs[0] / 'report.html'}")
-    if failures:
-        raise InputError(f"{len(failures)} of {len(jobs)} runs could not start, the first: {failures[0]}")
+    if failed := len(jobs) - len(run_dirs):
+        raise InputError(f"{failed} of {len(jobs)} runs could not start; the reasons are above")
 
 
 @command
@@ -137,6 +124,26 @@ def statement(arguments: list[str]) -> None:
     from fedlr.privacy.statement import recompute
 
     print(json.dumps(recompute(existing_run(only_one(arguments))), indent=2))
+
+
+def run_all(jobs: Sequence[Sequence[str]], experiments: Sequence["Experiment"]) -> list[Path]:
+    """Run every experiment and return the directories; in a sweep, one that cannot start does not stop the others."""
+    from simulations.simulate import simulate as run
+
+    run_dirs = []
+    for number, (overrides, experiment) in enumerate(zip(jobs, experiments, strict=True), start=1):
+        title = f"[{number}/{len(jobs)}] {' '.join(overrides)}"
+        if len(jobs) > 1:
+            say(f"\n{title}")
+        try:
+            run_dirs.append(run(experiment, say=say))
+        except InputError as error:
+            if len(jobs) == 1:
+                raise
+            print(f"{title}: {error}", file=sys.stderr, flush=True)
+        else:
+            say(f"\nresults in {run_dirs[-1]}")
+    return run_dirs
 
 
 def expand(arguments: Sequence[str]) -> list[list[str]]:

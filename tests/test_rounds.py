@@ -2,14 +2,15 @@
 
 The pools here are plain functions of what they are sent, so that every number can be checked by hand.
 
-Mutants killed: a round that writes into its state; a cohort that depends on who was asked before in this process; a cap
-that is not one.
+Mutants killed: sums in the order of arrival; silence that is no event; a cap that is not one; cohorts that
+favour someone.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot
+import fedlr.rounds
+from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, adapter_parameters
 from fedlr.aggregate.mean import weighted_mean
 from fedlr.errors import InputError
 from fedlr.method import Always, Method, SvdRefactor, full_adapter, keep, trained_block
@@ -34,11 +36,20 @@ from fedlr.rounds import (
 from fedlr.streams import Purpose, stream
 from simulations.simulate import create_ledger, make_pool
 from tests.simulations.small_runs import federation
+from tests.training.small_models import mutant
 
 B_ONLY, BOTH = frozenset({LORA_B}), frozenset({LORA_A, LORA_B})
 FEDSVD = Method("fedsvd", Always(B_ONLY), weighted_mean, SvdRefactor(), full_adapter)
 FFA = Method("ffa", Always(B_ONLY), weighted_mean, keep, trained_block)
 FEDIT = Method("fedit", Always(BOTH), weighted_mean, keep, full_adapter)
+
+
+def first_of_all(adapter: AdapterState, updates: Sequence[ClientUpdate]) -> AdapterState:
+    """An aggregate that shows the order it is given."""
+    return adapter.with_tensors(updates[0].tensors)
+
+
+FIRST = Method("first", Always(B_ONLY), first_of_all, keep, full_adapter)
 
 
 def start() -> AdapterState:
@@ -84,12 +95,10 @@ class Answers:
         yield from self.outcomes
 
 
-def run(
-    state: ServerState, *, num_rounds: int = 6, method: Method = FEDSVD, pool: object = None, **changes: int
-) -> list:
-    arguments = {"num_clients": 6, "cohort_size": 3, "max_participations": 4, "seed": 5, **changes}
+def run(state: ServerState, *, method: Method = FEDSVD, pool: object = None, **changes: int) -> list:
+    sizes = {"num_rounds": 6, "num_clients": 6, "cohort_size": 3, "max_participations": 4, "seed": 5}
     pool = pool or Devices(initial_state(start(), method).adapter)
-    return list(federated_rounds(state, pool=pool, method=method, num_rounds=num_rounds, **arguments))
+    return list(federated_rounds(state, pool=pool, method=method, **{**sizes, **changes}))
 
 
 @pytest.mark.parametrize("method", [FEDSVD, FFA, FEDIT], ids=lambda m: m.name)
@@ -119,7 +128,7 @@ def test_a_round_without_a_usable_update_keeps_the_adapter_and_counts(method: Me
 
 def test_every_client_asked_is_trained_or_a_named_event() -> None:
     devices = Devices(start())
-    good = [u for u in devices.train(RoundTask(0, {}, B_ONLY), [1])]
+    good = list(devices.train(RoundTask(0, {}, B_ONLY), [1]))
     pool = Answers(Dropout(4, "refused", "budget_exhausted"), ClientUpdate(3, {}, 1.0, 0), *good)
     _, diagnostics = run_round(ServerState(start()), [1, 3, 4, 5], pool=pool, method=FFA)
     assert diagnostics.trained == (1,)
@@ -186,7 +195,7 @@ def test_a_real_ffa_worker_holds_the_enrolled_a_after_every_round(tmp_path: Path
             worker = pool._workers.get()
             trained, _ = worker.start_from(f.start.adapter, f.block(0))
             pool._workers.put(worker)
-            held = dict(worker_adapter(worker))
+            held = adapter_parameters(worker.model)
             assert all(torch.equal(held[slot], tensor) for slot, tensor in enrolled.items())
             assert all(torch.equal(state.adapter.tensors[slot], tensor) for slot, tensor in enrolled.items())
             assert {slot.role for slot in trained} == {LORA_B}
@@ -219,16 +228,8 @@ def test_a_run_goes_on_from_any_state_to_the_same_end(method: Method) -> None:
 
 def test_an_abandoned_run_has_trained_no_further_round() -> None:
     devices = Devices(start())
-    rounds = federated_rounds(
-        ServerState(start()),
-        pool=devices,
-        method=FEDSVD,
-        num_rounds=9,
-        num_clients=6,
-        cohort_size=2,
-        max_participations=9,
-        seed=0,
-    )
+    sizes = {"num_rounds": 9, "num_clients": 6, "cohort_size": 2, "max_participations": 9, "seed": 0}
+    rounds = federated_rounds(ServerState(start()), pool=devices, method=FEDSVD, **sizes)
     for _ in itertools.islice(rounds, 2):
         pass
     assert len(devices.tasks) == 2
@@ -258,17 +259,38 @@ def test_cohorts_are_distinct_capped_and_as_large_as_they_can_be(
     seed: int, num_clients: int, share: float, max_participations: int, num_rounds: int
 ) -> None:
     size = max(1, round(share * num_clients))
+    capped(fedlr.rounds, seed, num_clients, size, max_participations, num_rounds)
+
+
+def capped(module: ModuleType, seed: int, num_clients: int, size: int, most: int, num_rounds: int) -> None:
     asked = np.zeros(num_clients, dtype=int)
     for index in range(num_rounds):
-        arguments = {"seed": seed, "num_clients": num_clients, "cohort_size": size}
-        cohort = sample_cohort(**arguments, round_index=index, max_participations=max_participations)
-        left = int((asked < max_participations).sum())
+        arguments = {"seed": seed, "num_clients": num_clients, "cohort_size": size, "max_participations": most}
+        cohort = module.sample_cohort(round_index=index, **arguments)
         assert list(cohort) == sorted(set(cohort))
-        assert len(cohort) == min(size, left)
+        assert len(cohort) == min(size, int((asked < most).sum()))
         assert set(cohort) <= set(range(num_clients))
         asked[list(cohort)] += 1
-        assert asked.max() <= max_participations
-        assert cohort == sample_cohort(**arguments, round_index=index, max_participations=max_participations)
+        assert asked.max() <= most
+        assert cohort == module.sample_cohort(round_index=index, **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("drawn[cohort] += 1", "pass"), ("range(round_index + 1)", "[round_index]"), ("replace=False", "replace=True")],
+    ids=["no count", "no memory of earlier rounds", "with replacement"],
+)
+def test_cohorts_without_a_cap_or_with_repetition_are_seen(change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        capped(mutant(fedlr.rounds, change), 3, 6, 4, 2, 4)
+
+
+def test_silence_that_is_no_event_is_seen() -> None:
+    deaf = mutant(fedlr.rounds, ("if client not in heard]", "if False]"))
+    _, diagnostics = deaf.run_round(ServerState(start()), [0, 2], pool=Answers(), method=FFA)
+    assert diagnostics.dropouts == ()
+    _, diagnostics = run_round(ServerState(start()), [0, 2], pool=Answers(), method=FFA)
+    assert diagnostics.dropouts == (Dropout(0, "rejected", "no_answer"), Dropout(2, "rejected", "no_answer"))
 
 
 def uniform(draw: Callable[..., Sequence[int]]) -> None:
@@ -299,9 +321,3 @@ def test_cohorts_follow_the_seed_and_the_round() -> None:
     arguments = {"num_clients": 50, "cohort_size": 10, "max_participations": 99}
     drawn = {sample_cohort(seed=s, round_index=r, **arguments) for s in range(5) for r in range(5)}
     assert len(drawn) == 25
-
-
-def worker_adapter(worker: object) -> list[tuple[Slot, Tensor]]:
-    from fedlr.adapter import adapter_parameters
-
-    return [(slot, parameter.detach()) for slot, parameter in adapter_parameters(worker.model).items()]

@@ -9,9 +9,9 @@ import torch
 
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.mean import weighted_mean
-from fedlr.method import Always, Method, full_adapter, keep
+from fedlr.method import Always, Method, SvdRefactor, full_adapter, keep
 from fedlr.rounds import Dropout, RoundTask, ServerState, run_round
-from fedlr.validate import rejection
+from fedlr.validate import LARGEST_VALUE, rejection
 
 A, B = Slot("layer", LORA_A), Slot("layer", LORA_B)
 ADAPTER = AdapterState({A: torch.ones(2, 3), B: torch.zeros(4, 2)}, scale=1.0)
@@ -57,6 +57,8 @@ BAD = [
     ("not_finite", update(tensors=with_entry(math.nan))),
     ("not_finite", update(tensors=with_entry(math.inf))),
     ("not_finite", update(tensors=with_entry(-math.inf))),
+    ("too_large", update(tensors=with_entry(3.4e38))),
+    ("too_large", update(tensors=with_entry(-1.1e6))),
 ]
 
 
@@ -76,7 +78,7 @@ def reason(candidate: ClientUpdate, *, seen: Sequence[int] = ()) -> str | None:
 
 def test_a_good_update_passes() -> None:
     assert reason(update()) is None
-    assert reason(update(tensors=with_entry(3.4e38))) is None
+    assert reason(update(tensors=with_entry(-1e6))) is None
     assert reason(update(tensors={B: torch.ones(2, 4).T})) is None  # any layout in memory
 
 
@@ -118,4 +120,15 @@ def test_reasons_carry_no_value_of_the_client() -> None:
         "wrong_shape",
         "wrong_dtype",
         "not_finite",
+        "too_large",
     }
+
+
+@pytest.mark.parametrize("finalise", [keep, SvdRefactor()], ids=["keep", "svd"])
+def test_the_largest_values_let_through_leave_the_servers_arithmetic_finite(finalise: object) -> None:
+    most = {A: torch.full((2, 3), LARGEST_VALUE), B: torch.full((4, 2), -LARGEST_VALUE)}
+    both = Method("both", Always([LORA_A, LORA_B]), weighted_mean, finalise, full_adapter)
+    state, diagnostics = run_round(ServerState(ADAPTER), [0], pool=Sends(update(tensors=most)), method=both)
+    assert diagnostics.trained == (0,)
+    assert all(bool(tensor.isfinite().all()) for tensor in state.adapter.tensors.values())
+    assert all(math.isfinite(value) for values in diagnostics.singular_values.values() for value in values)

@@ -1,0 +1,89 @@
+"""The plan says beforehand what the accountant, the ledger and the run say afterwards, and writes nothing.
+
+Mutants this file kills: epsilon of the expected participation called the worst case; a plan of another draw of cohorts
+than the run's; bytes of one client called bytes of a round.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fedlr.experiment import compose_experiment
+from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
+from fedlr.privacy.charges import read_ledger
+from fedlr.privacy.mechanism import PrivacyBudget
+from fedlr.privacy.sampling import PoissonSampler
+from simulations import cli
+from simulations.plan import make_plan
+
+TINY = ("experiment=tiny", "num_rounds=4", "num_clients=6", "runtime.num_workers=1")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    return tmp_path
+
+
+def told(text: str, pattern: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern} in\n{text}"
+    return float(found[1])
+
+
+def test_epsilons_are_the_accountants(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.plan(list(TINY)) == 0
+    text = capsys.readouterr().out
+    noise = calibrate_noise_multiplier(PrivacyBudget(6.0, 1e-5), sample_rate=0.2, num_steps=8, accountant="rdp")
+    assert told(text, r"multiplier ([\d.]+)") == noise
+
+    def spent(rounds: int) -> float:
+        return round(epsilon([(PoissonSampler(0.2).dp_event(noise), 2 * rounds)], 1e-5, accountant="rdp"), 3)
+
+    assert told(text, r"epsilon +([\d.]+) expected: .* 2 of 4 rounds") == spent(2)
+    assert told(text, r"([\d.]+) worst case: 4 rounds") == spent(4) <= 6
+    for what in ("a round, ", "in all 4", "memory", "time", "budget 6 at delta 1e-05", "512 trained values"):
+        assert what in text
+    assert list(here.iterdir()) == [], "a plan writes nothing"
+
+
+def test_the_busiest_client_is_the_one_of_the_run(here: Path) -> None:
+    words = [*TINY, "cohort_size=2"]  # the busiest has 3 rounds with seed 0, and 2 with seed 1
+    text = make_plan(compose_experiment(words))
+    assert cli.simulate(words) == 0
+    (run_dir,) = (here / "outputs" / "tiny").iterdir()
+    header, charges, _ = read_ledger(run_dir / "ledger.jsonl")
+    spent = {client: charges.epsilon(client, header) for client in range(6)}
+    assert told(text, r"([\d.]+) for the busiest client in the cohorts of seed 0") == round(max(spent.values()), 3)
+    busiest = max(len(charges.of(client)) for client in range(6))
+    assert told(text, r"busiest client .*: (\d+) rounds") == busiest
+
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    up, down = re.search(r"([\d.]+) kB up and ([\d.]+) kB down a round", text).groups()
+    assert float(up) == round(rows[1]["bytes_up"] / 1e3, 1) and float(down) == round(rows[1]["bytes_down"] / 1e3, 1)
+
+
+def test_noise_that_does_not_last_is_said_to_end_early() -> None:
+    text = make_plan(compose_experiment([*TINY, "privacy.noise_multiplier=0.8"]))
+    event = PoissonSampler(0.2).dp_event(0.8)
+    lasting = max(n for n in range(1, 5) if epsilon([(event, 2 * n)], 1e-5, accountant="rdp") <= 6)
+    assert lasting < 4 and f"the budget lasts for {lasting} rounds of a client" in text
+
+
+def test_without_privacy_the_plan_says_so() -> None:
+    assert "none: epsilon is infinite" in make_plan(compose_experiment([*TINY, "privacy=none"]))
+
+
+def test_plans_of_a_sweep_stand_one_below_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.plan([*TINY, "-m", "method=fedsvd,ffa_lora"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny: fedsvd," in out and "\n\ntiny: ffa_lora," in out
+
+
+def test_expected_participation_is_rounded_up() -> None:
+    text = make_plan(compose_experiment([*TINY, "num_rounds=1", "cohort_size=1"]))
+    assert "1 of 1 rounds" in text
