@@ -70,12 +70,14 @@ def load_table(
     encoding: str = "utf-8",
     on_bad_row: str = "refuse",
     split: str = "train",
+    max_per_label: int | None = None,
 ) -> LabelledText:
     """Load labelled texts from a .csv, .tsv, .jsonl, .json (one object a line) or .parquet file, or from the
     Hub.
 
     A path that does not exist and has no file suffix is taken for a Hugging Face dataset, `owner/name` or
     `owner/name:configuration`, of which `split` is read. `labels` fixes the label names and their order.
+    `max_per_label` keeps only the first so many rows of each label, to balance them (it reads labels: for public data).
     `on_bad_row` is "refuse", or "drop", which leaves bad rows out and counts them in `num_dropped`.
 
     Raises:
@@ -85,6 +87,8 @@ def load_table(
         raise InputError(f"Expected on_bad_row to be 'refuse' or 'drop', got {on_bad_row!r}")
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"Expected a path or the name of a dataset, got {path!r}")
+    if max_per_label is not None and max_per_label < 1:
+        raise InputError(f"Expected data.max_per_label >= 1 or null, got {max_per_label}")
     columns = [text_column, label_column] + ([group_column] if group_column is not None else [])
     if len(set(columns)) < len(columns):
         raise InputError(f"Expected different columns for text, label and group, got {columns}")
@@ -98,7 +102,11 @@ def load_table(
     index = {name: i for i, name in enumerate(label_names)}
     groups = None if group_column is None else tuple(group for _, _, group in cleaned)
     integers = np.array([index[name] for name in names], dtype=np.int64)
-    return LabelledText(texts, integers, label_names, groups, source, num_dropped)
+    data = LabelledText(texts, integers, label_names, groups, source, num_dropped)
+    if max_per_label is None:
+        return data
+    kept = [np.flatnonzero(integers == label)[:max_per_label] for label in range(len(label_names))]
+    return data.subset(np.sort(np.concatenate(kept)))
 
 
 def split_train_test(data: LabelledText, *, num_test: int, seed: int) -> tuple[LabelledText, LabelledText]:
