@@ -235,6 +235,12 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
             f"Expected seed=null with privacy.randomness=os, got seed={e.seed}: noise that a seed can "
             "repeat can be subtracted"
         )
+    baselines = [key for key in ("run_no_privacy", "run_alone") if getattr(e.tracking, key)]
+    if baselines and e.privacy.epsilon is not None and not e.data.public:
+        raise InputError(
+            f"Expected tracking.{baselines[0]}=false, got true: baselines train on the same rows outside the privacy "
+            "statement; if the data are public knowledge, say data.public=true"
+        )
     return experiment
 
 

@@ -24,7 +24,7 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds import ServerState, initial_state
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.training.local import LocalTraining
-from fedlr.training.supported import check_initialiser, check_supported
+from fedlr.training.supported import check_supported
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def assemble(experiment: Experiment, *, seed: int) -> Federation:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
 
     base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
-    check_initialiser(experiment.adapter.init_lora_weights, private=mechanism is not None)
     model = attach_lora(base, experiment.adapter, seed=seed)
     for block in {trained_block(experiment, method, index) for index in range(experiment.num_rounds)}:
         check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)

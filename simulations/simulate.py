@@ -34,6 +34,7 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
     Raises:
         InputError: for an experiment that cannot run.
     """
+    say(f"{experiment.name}: loading data and model")
     seed = randbits(32) if experiment.seed is None else experiment.seed
     with torch_threads(1):
         federation = assemble(experiment, seed=seed)
@@ -188,6 +189,7 @@ def with_other_noise(federation: Federation) -> Federation:
     """Return the federation with streams of its own: the noise of one run must not cancel that of another."""
     if not isinstance(federation.randomness, SeededRandomness):
         return federation
+    say(f"{experiment.name}: loading data and model")
     seed = int(stream(federation.seed, Purpose.BASELINE).integers(2**32))
     return replace(federation, randomness=SeededRandomness(seed))
 

@@ -1,4 +1,4 @@
-"""What DP-SGD can train here, checked before any private example is read (reliability.md R-P9, R-P11).
+"""What DP-SGD can train here, checked before any private example is read (reliability.md R-P9).
 
 Two kinds of checks. The structure: what the adapter cannot carry or Opacus cannot see. And a probe: one
 forward pass on constant tokens, which shows what no list of names can (layers that merge examples, a batch
@@ -11,7 +11,6 @@ from a global generator, and the engines would no longer agree.
 PEFT is looked at by attribute, not by class: only adapter, models and export import it.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -25,40 +24,8 @@ from fedlr.errors import InputError
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
 
-# peft 0.21.2. These start from the base weights or at random; `True` and `False` do too.
-DATA_FREE_INITIALISERS = ("gaussian", "olora", "pissa", "orthogonal", "loftq", "mica")
-# These run private examples through the model before the first noised step, without a budget.
-DATA_DEPENDENT_INITIALISERS = ("eva", "corda", "lora_ga")
-
 PROBE_EXAMPLES, PROBE_TOKENS = 3, 5  # neither equal nor one, so that a wrong axis shows
 MAX_PROBE_CHANGE = 1e-3  # relative; far above what another batch composition does to float32 kernels
-
-
-def check_initialiser(init_lora_weights: object, private: bool) -> None:
-    """Refuse what peft does not know, and under privacy what reads examples.
-
-    Args:
-        init_lora_weights: as in peft's LoraConfig.
-        private: whether the run claims an epsilon.
-
-    Raises:
-        InputError: with the values that are allowed.
-
-    >>> check_initialiser("pissa_niter_16", private=True)
-    >>> check_initialiser("eva", private=True)
-    Traceback (most recent call last):
-    fedlr.errors.InputError: Expected adapter.init_lora_weights to read no private data, got 'eva'; use ...
-    """
-    known = isinstance(init_lora_weights, bool) or init_lora_weights in DATA_FREE_INITIALISERS
-    if known or (isinstance(init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", init_lora_weights)):
-        return
-    allowed = f"use true or {', '.join(DATA_FREE_INITIALISERS)}, pissa_niter_N"
-    if init_lora_weights not in DATA_DEPENDENT_INITIALISERS:
-        raise InputError(f"Expected a known adapter.init_lora_weights, got {init_lora_weights!r}; {allowed}")
-    if private:
-        raise InputError(
-            f"Expected adapter.init_lora_weights to read no private data, got {init_lora_weights!r}; {allowed}"
-        )
 
 
 def check_supported(model: nn.Module, block: Block, *, grad_sample_mode: GradSampleMode = "hooks") -> None:
