@@ -14,7 +14,7 @@ choices:
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -70,14 +70,14 @@ def load_table(
     encoding: str = "utf-8",
     on_bad_row: str = "refuse",
     split: str = "train",
-    max_per_label: int | None = None,
+    label_groups: Mapping[str, Sequence[str]] | None = None,
 ) -> LabelledText:
     """Load labelled texts from a .csv, .tsv, .jsonl, .json (one object a line) or .parquet file, or from the
     Hub.
 
     A path that does not exist and has no file suffix is taken for a Hugging Face dataset, `owner/name` or
     `owner/name:configuration`, of which `split` is read. `labels` fixes the label names and their order.
-    `max_per_label` keeps only the first so many rows of each label, to balance them (it reads labels: for public data).
+    `label_groups` gives new names to groups of labels, in place of `labels`: {film: [movie], other: [amazon, nyt]}.
     `on_bad_row` is "refuse", or "drop", which leaves bad rows out and counts them in `num_dropped`.
 
     Raises:
@@ -87,26 +87,24 @@ def load_table(
         raise InputError(f"Expected on_bad_row to be 'refuse' or 'drop', got {on_bad_row!r}")
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"Expected a path or the name of a dataset, got {path!r}")
-    if max_per_label is not None and max_per_label < 1:
-        raise InputError(f"Expected data.max_per_label >= 1 or null, got {max_per_label}")
+    group_of = {} if label_groups is None else _group_of(label_groups, labels)
     columns = [text_column, label_column] + ([group_column] if group_column is not None else [])
     if len(set(columns)) < len(columns):
         raise InputError(f"Expected different columns for text, label and group, got {columns}")
-    allowed = None if labels is None else _allowed_labels(labels)
+    known = list(group_of) or labels
+    allowed = None if known is None else _allowed_labels(known)
     source, table = _read(os.fspath(path), columns, encoding=encoding, split=split)
     cleaned, num_dropped = _cleaned(source, table, allowed=allowed, drop=on_bad_row == "drop")
     texts = tuple(text for text, _, _ in cleaned)
-    names = [name for _, name, _ in cleaned]
+    names = [group_of.get(name, name) for _, name, _ in cleaned]
+    if label_groups is not None:
+        allowed = tuple(label_groups)
     _check_enough(source, texts, names, num_dropped, allowed)
     label_names = allowed or table.class_names or _in_order(set(names))
     index = {name: i for i, name in enumerate(label_names)}
     groups = None if group_column is None else tuple(group for _, _, group in cleaned)
     integers = np.array([index[name] for name in names], dtype=np.int64)
-    data = LabelledText(texts, integers, label_names, groups, source, num_dropped)
-    if max_per_label is None:
-        return data
-    kept = [np.flatnonzero(integers == label)[:max_per_label] for label in range(len(label_names))]
-    return data.subset(np.sort(np.concatenate(kept)))
+    return LabelledText(texts, integers, label_names, groups, source, num_dropped)
 
 
 def split_train_test(data: LabelledText, *, num_test: int, seed: int) -> tuple[LabelledText, LabelledText]:
@@ -143,6 +141,17 @@ def _test_quotas(counts: NDArray[np.int64], num_test: int) -> NDArray[np.int64]:
         most_wished = np.argsort(-wish, kind="stable")[: min(missing, int((quotas < caps).sum()))]
         quotas[most_wished] += 1
     return quotas
+
+
+def _group_of(groups: Mapping[str, Sequence[str]], labels: object) -> dict[str, str]:
+    """Return the group of each label; groups must be two or more, filled and disjoint."""
+    group_of = {as_name(label)[0]: group for group, members in groups.items() for label in members}
+    num_members = sum(len(members) for members in groups.values())
+    if labels is not None:
+        raise InputError(f"Expected data.labels=null next to data.label_groups, which names the labels, got {labels!r}")
+    if len(groups) < 2 or not all(groups.values()) or len(group_of) < num_members:
+        raise InputError(f"Expected data.label_groups to be two or more groups of different labels, got {groups!r}")
+    return group_of
 
 
 def _allowed_labels(labels: Sequence[str | int | bool]) -> tuple[str, ...]:
