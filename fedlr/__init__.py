@@ -1,3 +1,3 @@
-"""Federated, private low-rank fine-tuning: the library behind `fedlr simulate`, `fedlr server` and `fedlr client`."""
+"""Federated, private low-rank fine-tuning with LoRA methods and accounted DP-SGD."""
 
 __version__ = "0.1.0"

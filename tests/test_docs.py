@@ -244,8 +244,7 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 @pytest.mark.parametrize("path", DOCS, ids=relative)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        if target != "docs/demo.svg":  # drawn from the release's demo run
-            assert (path.parent / target).exists(), target
+        assert (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("path", DOCS, ids=relative)

@@ -23,7 +23,7 @@ PLACES = {
     "flwr": ("fedlr/wire.py", "server/", "client/", "simulations/ray_pool.py"),
     "opacus": ("fedlr/privacy/", "fedlr/training/"),
     "peft": ("fedlr/adapter.py", "fedlr/models.py", "fedlr/export.py"),
-    "hydra": ("fedlr/experiment.py", "fedlr/build.py", "simulations/cli.py", "server/", "client/"),
+    "hydra": ("fedlr/experiment.py", "simulations/cli.py", "server/", "client/"),
 }
 # Never, anywhere: they run code from a file, or write files that only such a reader opens.
 NEVER = (

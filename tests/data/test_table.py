@@ -108,6 +108,30 @@ def test_given_labels_fix_the_order_and_may_be_absent_from_one_clients_file(tmp_
     assert data.labels.tolist() == [1, 1]
 
 
+def test_label_groups_rename_labels_in_their_own_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv")
+    data = load_table(path, label_column="site", label_groups={"out": ["shop"], "in": ["home", "garden"]})
+    assert data.label_names == ("out", "in")
+    assert data.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "labels", "message"),
+    [
+        ({"all": ["shop", "home"]}, None, "two or more groups"),
+        ({"a": ["shop"], "b": []}, None, "two or more groups"),
+        ({"a": ["shop"], "b": ["shop", "home"]}, None, "different labels"),
+        ({"a": ["shop"], "b": ["home"]}, ["shop", "home"], "data.labels=null"),
+        ({"a": ["shop"], "b": ["garden"]}, None, "'home' is not one of 'shop', 'garden'"),
+    ],
+)
+def test_label_groups_that_cannot_be_used_are_refused(
+    groups: dict[str, list[str]], labels: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_table(write(tmp_path / "a.csv"), label_column="site", label_groups=groups, labels=labels)
+
+
 def test_class_names_in_a_parquet_file_of_datasets_are_used(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
