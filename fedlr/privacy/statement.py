@@ -48,9 +48,9 @@ FLOATING_POINT = (
     "Noise is drawn and added in floating point, not from a discrete distribution on a grid; the analysis assumes "
     "real numbers, and the last bits of a result may tell more (Mironov 2012)."
 )
-SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise; not for release of private data"
+SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {
-    "seeded": SIMULATION,
+    "seeded": f"{SIMULATION}; not for release of private data",
     "os": "seeded by the operating system at every step, and never stored (Philox, not a cryptographic generator)",
 }
 

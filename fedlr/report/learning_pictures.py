@@ -74,7 +74,7 @@ def accuracy_by_epsilon(run: Run) -> Picture:
         for index in sorted({0, len(points) - 1}):
             epsilon, accuracy, rounds = points[index]
             place: dict[str, Any] = {
-                "xytext": (0, -14 if index else 7),
+                "xytext": (0, 7),
                 "textcoords": "offset points",
                 "fontsize": 8,
                 "ha": "center",

@@ -52,8 +52,8 @@ def meaning(run: Run) -> list[str]:
     unit = unit if isinstance(unit, str) else "one protected unit (see the statement)"
     delta = "delta" if summary.delta is None else f"delta = {short(summary.delta)}"
     sentences = [
-        "In words: whoever sees everything that a client sent can tell little better than before whether "
-        f"{unit} was among its data: the odds change by a factor of at most e^ε = {_odds(epsilon)}, apart "
+        "In words: whoever sees everything that a client sent may change their odds on whether "
+        f"{unit} was among its data by a factor of at most e^ε = {_odds(epsilon)}, apart "
         f"from a probability of at most about {delta}. This is a worst case; a smaller ε is a stronger "
         "promise. On this page ε is rounded up."
     ]

@@ -69,14 +69,15 @@ def _paint_spectrum_by_round(axes: Axes, states: Sequence[State]) -> None:
             markersize=3,
             linewidth=1.5,
         )
-        axes.annotate(
-            f"{index + 1}",
-            (rounds[-1], middle[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-        )
+        if index in (shown[0], shown[-1]):  # the numbers between would lie on each other
+            axes.annotate(
+                f"{index + 1}",
+                (rounds[-1], middle[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
     axes.set_title(f"Per round, median over layers (numbered 1 to {rank}, largest first)")
     round_axis(axes)
 

@@ -90,8 +90,9 @@ def test_statement_names_adversaries_conditions_and_gaps(path: Path) -> None:
 
 def test_a_seeded_run_is_a_simulation_of_privacy(path: Path, tmp_path: Path) -> None:
     seeded = privacy_statement(path, range(5))
-    warning = "a simulation of privacy: whoever knows the seed can subtract the noise; not for release"
-    assert warning in seeded["statement"] and warning in seeded["randomness"]["meaning"]
+    warning = "a simulation of privacy: whoever knows the seed can subtract the noise"
+    assert seeded["statement"].startswith(f"Not for release, {warning}.")
+    assert seeded["randomness"]["meaning"] == f"{warning}; not for release of private data"
     new_ledger(tmp_path / "os.jsonl", randomness="os").reserve(0, MECHANISM, 1, [0])
     released = privacy_statement(tmp_path / "os.jsonl", [0])
     assert "simulat" not in released["statement"].lower() and released["randomness"]["kind"] == "os"
