@@ -148,9 +148,11 @@ def compose_experiment(overrides: Sequence[str]) -> Experiment:
     assert isinstance(tree, dict)
     tree.pop("experiment", None)
     experiment = check_experiment({str(key): value for key, value in tree.items()})
-    if experiment.privacy.epsilon is not None and any(o.input_line == "privacy=none" for o in parsed):
+    chosen = {o.get_value_element_as_str() for o in parsed if o.key_or_group == "privacy"}
+    epsilon = experiment.privacy.epsilon
+    if (epsilon is not None and "none" in chosen) or (epsilon is None and "dp" in chosen):
         raise InputError(
-            f"Expected no budget with privacy=none, got privacy.epsilon={experiment.privacy.epsilon:g} from an "
+            f"Expected a budget with privacy=dp and none with privacy=none, got privacy.epsilon={epsilon} from an "
             "override or from the experiment's own file, which overrules the choice: remove it"
         )
     return experiment

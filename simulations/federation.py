@@ -1,6 +1,6 @@
 """From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,12 +63,13 @@ class Federation:
         return replace(self, budget=None, mechanism=None)
 
 
-def assemble(experiment: Experiment, *, seed: int) -> Federation:
+def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Federation:
     """Load the data and the model, split, attach the adapter, calibrate the noise, tokenise.
 
     Args:
         experiment: the checked configuration.
         seed: of the public randomness (the configuration's, or one drawn for this run).
+        say: told what takes long, once nothing can be wrong any more.
 
     Raises:
         InputError: for anything that could not run as configured.
@@ -95,6 +96,7 @@ def assemble(experiment: Experiment, *, seed: int) -> Federation:
     working: nn.Module = model
     if experiment.runtime.cache_prefix:
         working = without_prefix(model)
+        say(f"{len(data) + len(held_out):,} texts pass the frozen layers once")
         with torch_threads(experiment.runtime.num_workers):
             tokenised, test = encode_prefix(model, tokenised), encode_prefix(model, test)
     by_size = experiment.weighting == "examples"

@@ -34,10 +34,9 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
     Raises:
         InputError: for an experiment that cannot run.
     """
-    say(f"{experiment.name}: loading data and model")
     seed = randbits(32) if experiment.seed is None else experiment.seed
     with torch_threads(1):
-        federation = assemble(experiment, seed=seed)
+        federation = assemble(experiment, seed=seed, say=say)
         for note in federation.notes:
             say(f"note: {note}")
         run_dir = create_run_dir(experiment)

@@ -106,6 +106,8 @@ PRIVACY = {
     "privacy.delta=2": ["privacy.delta", "less than 1, got 2"],
     "privacy.delta=0.02": ["privacy.delta below 1/80", "got 0.02"],
     "privacy.noise_multiplier=0": ["privacy.noise_multiplier", "greater than 0, got 0"],
+    "privacy.noise_multiplier=1e-160": ["privacy.noise_multiplier", ">= 0.001", "1e-160"],
+    "privacy=dp privacy.epsilon=null": ["privacy=dp", "privacy.epsilon=None"],
     "privacy.noise_multiplier=0.1": ["privacy.noise_multiplier", "epsilon 6", "got 0.1"],
     "privacy.max_grad_norm=0": ["privacy.max_grad_norm", "greater than 0, got 0"],
     "privacy.max_grad_norm=-1": ["privacy.max_grad_norm", "greater than 0, got -1"],

@@ -118,8 +118,9 @@ def _epsilon(events: tuple[tuple[dp_accounting.DpEvent, int], ...], delta: float
     renyi = dp_accounting.rdp.RdpAccountant()
     known = accountant == "rdp" or all(renyi.supports(event) for event, _ in events)
     bound = _composed(renyi, events, delta) if known else 1.0  # any moderate size keeps the usual interval
-    if accountant == "rdp" or bound == 0 or not math.isfinite(bound):
+    if accountant == "rdp" or not math.isfinite(bound):
         return bound
+    bound = bound or 1.0  # 0 may be an underflow of the Renyi bound: the loss distribution decides
     # A loss distribution has about epsilon / interval points, and its rounding up costs about one interval.
     # The usual 1e-4 took 9 GB at an epsilon of 10^5 and doubled one of 10^-3 (measured): both ends scale with
     # the answer.

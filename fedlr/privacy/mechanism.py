@@ -18,6 +18,10 @@ from torch import Tensor
 
 from fedlr.errors import InputError
 
+# Below about 1e-152 the Renyi accountant of dp-accounting 0.6 overflows to nan and answers 0 (measured): no noise would
+# be stated as perfect privacy. Nothing useful lies below 0.001, where one step costs an epsilon of 500,000.
+LEAST_NOISE_MULTIPLIER = 1e-3
+
 
 @dataclass(frozen=True)
 class PrivacyBudget:
@@ -106,9 +110,9 @@ def check_delta(delta: float, largest_num_examples: int) -> None:
 
 
 def require_noise_multiplier(value: float) -> None:
-    """Raise InputError unless the value is a finite number >= 0."""
-    if not (_is_number(value) and 0 <= value < math.inf):
-        raise InputError(f"Expected privacy.noise_multiplier >= 0, got {value}")
+    """Raise InputError unless the value is 0, or finite and at least `LEAST_NOISE_MULTIPLIER`."""
+    if not (_is_number(value) and (value == 0 or LEAST_NOISE_MULTIPLIER <= value < math.inf)):
+        raise InputError(f"Expected privacy.noise_multiplier to be 0 or >= {LEAST_NOISE_MULTIPLIER:g}, got {value}")
 
 
 def require_sample_rate(value: float) -> None:

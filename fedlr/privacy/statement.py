@@ -80,6 +80,7 @@ def privacy_statement(ledger_path: str | os.PathLike[str], enrolled_client_ids: 
     return {
         "statement": _sentence(header, max(spent), noiseless=_is_noiseless(charges)),
         "differential_privacy": math.isfinite(max(spent)),
+        "for_release": math.isfinite(max(spent)) and header.randomness == "os",
         "unit": UNIT,
         "neighbouring_relation": RELATION,
         "mechanisms": mechanisms,
@@ -115,6 +116,7 @@ def no_privacy_statement(num_clients: int) -> dict[str, Any]:
     return {
         "statement": "No differential privacy: epsilon is infinite for every client. Updates can reveal data.",
         "differential_privacy": False,
+        "for_release": False,
         "unit": UNIT,
         "neighbouring_relation": RELATION,
         "mechanisms": [],
@@ -148,7 +150,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"Expected a privacy statement in {path}, got {error!r}") from error
     ledger_path = path.with_name("ledger.jsonl")
-    if ledger_path.exists() or stated.get("differential_privacy") is not False:
+    if ledger_path.exists() or "ledger_head" in stated or stated.get("differential_privacy") is not False:
         found = privacy_statement(ledger_path, range(num_clients))
     else:
         found = no_privacy_statement(num_clients)

@@ -25,6 +25,7 @@ from fedlr.errors import InputError
 GradSampleMode = Literal["hooks", "ghost", "loop"]
 
 PROBE_EXAMPLES, PROBE_TOKENS = 3, 5  # neither equal nor one, so that a wrong axis shows
+PROBE_PADDING = (2, 19)
 MAX_PROBE_CHANGE = 1e-3  # relative; far above what another batch composition does to float32 kernels
 
 
@@ -105,14 +106,20 @@ def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode
     changed[-1] = tokens[-1].roll(1)
     together = _logits(model, changed)
 
+    padded = [_logits(model, tokens, num_padding=length) for length in PROBE_PADDING]
+
     moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
     if moved:
         raise InputError(f"Expected buffers that training leaves alone, got {moved[0]} changed by a forward pass")
-    difference = (alone[:-1] - together[:-1]).abs().max() / alone[:-1].abs().max().clamp(min=1e-6)
-    if not difference <= MAX_PROBE_CHANGE:
+    if not _change(alone[:-1], together[:-1]) <= MAX_PROBE_CHANGE:
         raise InputError("Expected examples that do not interact, got a model whose output for one depends on another")
+    if not all(_change(alone, other) <= MAX_PROBE_CHANGE for other in padded):
+        raise InputError(
+            "Expected a model that ignores padding, got one whose output depends on it: one long example would change "
+            "the gradients of all that are padded to its length"
+        )
     for path, seen in shapes.items():
         if not seen:
             raise InputError(f"Expected every trained layer to take part in the forward pass, got {path} left out")
@@ -123,6 +130,11 @@ def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode
                 f"Expected layers used once, on (N, K) or (N, T, K), for ghost gradients, got {path}; "
                 "set trainer.grad_sample_mode=hooks"
             )
+
+
+def _change(logits: Tensor, other: Tensor) -> float:
+    """Return the largest difference, relative to the largest logit; nan if either has one."""
+    return float((logits - other).abs().max() / logits.abs().max().clamp(min=1e-6))
 
 
 def _is_dropout(module: nn.Module, name: str, value: object) -> bool:
@@ -161,11 +173,15 @@ def _probe_tokens(model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _logits(model: nn.Module, tokens: Tensor, *, num_padding: int = 0) -> Tensor:
+    config: Any = model.config
+    pad = getattr(config, "pad_token_id", None) or 0
+    mask = nn.functional.pad(torch.ones_like(tokens), (0, num_padding), value=0)
+    tokens = nn.functional.pad(tokens, (0, num_padding), value=pad)
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
-        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
+        logits: Tensor = model(input_ids=tokens, attention_mask=mask).logits.float()
         return logits
     finally:
         for module, training in modes.items():

@@ -109,6 +109,8 @@ CONSTANTS = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.1, 
     "change",
     [
         {"noise_multiplier": -0.1},
+        {"noise_multiplier": 1e-160},  # where the accountant overflows and would answer epsilon 0
+        {"noise_multiplier": 9e-4},
         {"noise_multiplier": float("nan")},
         {"noise_multiplier": float("inf")},
         {"max_grad_norm": 0.0},

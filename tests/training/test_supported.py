@@ -1,14 +1,15 @@
 """What DP-SGD cannot train is one clear error before any example is read (R-P9, R-P11).
 
-Mutants this file kills: no probe, so that mixing layers pass; a deny list of initialisers, not an allow list.
+Mutants this file kills: no probe, so that layers which mix examples or read padding pass.
 """
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from transformers import ConvBertConfig, ConvBertForSequenceClassification
 
 from fedlr.adapter import HEAD, LORA_B, train_only
 from fedlr.errors import InputError
@@ -146,6 +147,22 @@ def with_half_precision_factors() -> nn.Module:
     return model
 
 
+def reading_padding() -> PeftModel:
+    """ConvBERT's convolutions read the padding beside a text, whatever the mask says."""
+    widths = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ConvBertConfig(
+        vocab_size=32, embedding_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **widths
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
+        model = get_peft_model(ConvBertForSequenceClassification(config), lora)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 REFUSED = [
     (with_dora, A_AND_B, "hooks", "DoRA"),
     (with_lora_on_embeddings, A_AND_B, "hooks", "linear layers"),
@@ -158,6 +175,7 @@ REFUSED = [
     (with_batch_norm, B_ONLY, "hooks", "batch normalisation"),
     (mixing, B_ONLY, "hooks", "do not interact"),
     (merged, B_ONLY, "hooks", "keep examples apart"),
+    (reading_padding, B_ONLY, "hooks", "ignores padding"),
     (left_out, B_ONLY, "hooks", "left out"),
     (moving_buffer, B_ONLY, "hooks", "buffers"),
     (with_tied_factors, B_ONLY, "hooks", "tied"),
@@ -181,7 +199,7 @@ def test_what_is_not_supported_is_one_clear_error(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("build", [mixing, merged, left_out, moving_buffer])
+@pytest.mark.parametrize("build", [mixing, merged, left_out, moving_buffer, reading_padding])
 def test_without_the_probe_it_would_pass(build: Callable) -> None:
     blind = mutant(shipped, ("    _probe(model, trained, grad_sample_mode)\n", ""))
     blind.check_supported(build(), B_ONLY)
