@@ -149,9 +149,14 @@ def with_half_precision_factors() -> nn.Module:
 
 def reading_padding() -> PeftModel:
     """ConvBERT's convolutions read the padding beside a text, whatever the mask says."""
-    widths = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    widths = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = ConvBertConfig(
-        vocab_size=32, embedding_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **widths
+        vocab_size=32,
+        embedding_size=32,
+        initializer_range=0.5,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **widths,
     )
     with torch.random.fork_rng():
         torch.manual_seed(7)
