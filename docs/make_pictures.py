@@ -1,7 +1,6 @@
 """Draw the pictures that README.md shows, from a finished run: `python docs/make_pictures.py outputs/demo/TIME`.
 
-The picture is the report's own (`fedlr.report`). In the page its colours come from the style sheet; an SVG that stands
-alone has none, so it gets the same two palettes, a background, and a size.
+The picture is the report's own (`fedlr.report`). Those of docs/performance.md come from `fedlr bench docs`.
 """
 
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from fedlr.errors import InputError
 from fedlr.report.learning_pictures import accuracy_by_round
 from fedlr.report.run_files import read_run
-from fedlr.report.svg import COLOURS
+from fedlr.report.svg import standing_alone
 
 DEMO = Path(__file__).parent / "demo.svg"
 
@@ -30,19 +29,6 @@ def main(arguments: list[str]) -> int:
     path.write_text(standing_alone(svg), encoding="utf-8")
     print(path)
     return 0
-
-
-def standing_alone(svg: str) -> str:
-    """Return a report's inline SVG as a file: with its palettes, light and dark, and a background."""
-    light, dark = (" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
-    style = (
-        f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }} "
-        "svg * { stroke-linejoin: round; stroke-linecap: butt; } "
-        "svg text { font-family: system-ui, sans-serif !important; }</style>"
-        f'<rect width="100%" height="100%" rx="6" style="fill: var(--paper, {COLOURS["paper"][0]})"/>'
-    )
-    opening, body = svg.split(">", 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening} width="680">\n{style}{body}\n'
 
 
 if __name__ == "__main__":

@@ -110,6 +110,24 @@ def adapter_parameters(model: nn.Module) -> dict[Slot, nn.Parameter]:
     return found
 
 
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the layers with LoRA by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def head_parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Return the modules of the adapter's head that hold parameters: by the path of their slots, their place in the
+    model and the module."""
+    parts: dict[str, tuple[str, nn.Module]] = {}
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for name, part in wrapper.modules_to_save[ADAPTER_NAME].named_modules():
+                if any(True for _ in part.parameters(recurse=False)):
+                    place = f"{path}.modules_to_save.{ADAPTER_NAME}.{name}"
+                    parts[f"{path}.{name}".rstrip(".")] = (place.rstrip("."), part)
+    return parts
+
+
 def read_adapter(model: nn.Module) -> AdapterState:
     """Copy the adapter out of a PEFT model."""
     scales = {m.scaling[ADAPTER_NAME] for m in model.modules() if isinstance(m, LoraLayer)}

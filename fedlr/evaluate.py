@@ -27,8 +27,10 @@ def evaluate(model: nn.Module, data: TokenisedText, *, token_budget: int = 4096)
     model.eval()
     correct, loss = 0, 0.0
     num_examples = len(data.labels)
+    device = next(model.parameters()).device
     for indices in micro_batches(data.lengths, range(num_examples), token_budget=token_budget):
         inputs, labels = collate(data, indices)
+        inputs, labels = {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)
         logits = model(**inputs).logits
         correct += int((logits.argmax(dim=-1) == labels).sum())
         loss += float(cross_entropy(logits, labels).double().sum())

@@ -31,6 +31,13 @@ def folder_name(name: str) -> str:
     return name
 
 
+def device_name(name: str) -> str:
+    """Refuse what is no name of a processor that PyTorch computes on."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError("cpu, cuda, or one GPU of several such as cuda:1")
+    return name
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -80,6 +87,8 @@ class TrainerSection(Section):
     sample_rate: Rate
     divisor: PositiveFloat
     optimizer: Target
+    engine: Literal["fused", "opacus"]
+    check_parity: bool
     grad_sample_mode: Literal["hooks", "ghost", "loop"]
     token_budget: PositiveInt
 
@@ -87,8 +96,13 @@ class TrainerSection(Section):
 class RuntimeSection(Section):
     """Where clients train."""
 
+    device: Annotated[str, AfterValidator(device_name)]
     num_workers: PositiveInt
+    num_processes: PositiveInt
+    memory_gb: PositiveFloat | None
+    base_dtype: Literal["float32", "bfloat16"]
     cache_prefix: bool
+    cache_dir: Annotated[str, Field(min_length=1)] | None
     offline: bool
 
 

@@ -3,7 +3,7 @@
 A method of configs/method is a `Method` written in YAML. No other file of fedlr asks which method runs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,9 +21,13 @@ class BlockSchedule(Protocol):
 
 
 class Aggregator(Protocol):
-    """From the adapter that was broadcast and validated updates, sorted by client, to the next adapter."""
+    """From the adapter that was broadcast and validated updates to the next adapter.
 
-    def __call__(self, adapter: AdapterState, updates: Sequence[ClientUpdate], /) -> AdapterState: ...
+    The updates come one by one while clients still train, in ascending client order, at least one of them; they can be
+    read once. A rule that needs several passes makes a list, and says that its memory grows with the cohort.
+    """
+
+    def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate], /) -> AdapterState: ...
 
 
 class Finaliser(Protocol):

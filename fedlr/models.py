@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlr.adapter_config import AdapterConfig
@@ -36,6 +37,7 @@ from fedlr.errors import InputError
 AdaptedModel = PeftModel
 
 PACKAGE_PREFIX = "pkg:"
+LINEAR = (nn.Linear, Conv1D)  # Conv1D: GPT-2's linear layer, its weight the other way round
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,7 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
 def check_places(base: BaseModel, config: AdapterConfig) -> None:
     """Refuse what PEFT passes over in silence, or allocates: a name or layer without a match, a huge rank."""
     modules = dict(base.network.named_modules())
-    linear = [m for m in modules.values() if isinstance(m, nn.Linear)]
-    limit = max((min(m.in_features, m.out_features) for m in linear), default=0)
+    limit = max((min(m.weight.shape) for m in modules.values() if isinstance(m, LINEAR)), default=0)
     if config.rank > limit:
         raise InputError(f"Expected adapter.rank <= {limit}, the smaller side of a layer, got {config.rank}")
     names = [] if isinstance(config.target_modules, str) else config.target_modules
@@ -213,7 +214,7 @@ def check_places(base: BaseModel, config: AdapterConfig) -> None:
 
 def linear_names(network: nn.Module) -> list[str]:
     """Return the distinct last names of the network's linear layers: what target_modules may name."""
-    return sorted({path.rsplit(".", 1)[-1] for path, m in network.named_modules() if isinstance(m, nn.Linear)})
+    return sorted({path.rsplit(".", 1)[-1] for path, m in network.named_modules() if isinstance(m, LINEAR)})
 
 
 def word_tokenizer(words: Sequence[str], *, max_length: int) -> PreTrainedTokenizerFast:

@@ -8,8 +8,10 @@ privacy amplification is claimed from it, because the server that draws it is on
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +19,13 @@ from torch import Tensor
 
 from fedlr.adapter import HEAD, AdapterState, Block, ClientUpdate, Slot, num_bytes
 from fedlr.aggregate.diagnostics import aggregation_error, singular_values
+from fedlr.aggregate.ideal import Ideal
 from fedlr.errors import InputError
 from fedlr.method import Method
 from fedlr.streams import Purpose, stream
 from fedlr.validate import rejection
+
+MOST_HELD = 64  # updates, beyond which a client that sent only unusable ones is not waited for
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,19 @@ def sample_cohort(
     >>> sample_cohort(seed=1, round_index=1, num_clients=4, cohort_size=4, max_participations=1)
     ()
     """
+    draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
+    return next(islice(draws, round_index, None))
+
+
+def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations: int) -> Iterator[tuple[int, ...]]:
+    """Yield the cohorts of round 0, 1, ...: what `sample_cohort` returns for each, and none is drawn twice."""
     drawn = np.zeros(num_clients, dtype=np.int64)
-    cohort: np.ndarray = np.empty(0, dtype=np.int64)
-    for index in range(round_index + 1):
+    for round_index in count():
         eligible = np.flatnonzero(drawn < max_participations)
-        generator = stream(seed, Purpose.COHORT, round_index=index)
+        generator = stream(seed, Purpose.COHORT, round_index=round_index)
         cohort = generator.choice(eligible, size=min(cohort_size, len(eligible)), replace=False)
         drawn[cohort] += 1
-    return tuple(sorted(int(client) for client in cohort))
+        yield tuple(np.sort(cohort).tolist())
 
 
 def initial_state(adapter: AdapterState, method: Method) -> ServerState:
@@ -115,53 +125,94 @@ def run_round(
 ) -> tuple[ServerState, RoundDiagnostics]:
     """Broadcast, train, validate, aggregate, finalise.
 
-    A round in which no client returned a usable update leaves the adapter as it was and still counts as a round.
+    Updates are aggregated as they come, in ascending client order, and none is kept: memory does not grow with the
+    cohort. A round in which no client returned a usable update leaves the adapter as it was and still counts as a
+    round.
     """
     block = method.block_schedule(state.round_index) | (frozenset({HEAD}) if train_head else frozenset())
     task = RoundTask(state.round_index, method.broadcast(state.adapter, block), block)
+    expected = state.adapter.select(block)
 
     started = time.perf_counter()
-    updates, dropouts = collect(pool, task, cohort, expected=state.adapter.select(block))
-    trained_at = time.perf_counter()
-
-    aggregated = method.aggregate(state.adapter, updates) if updates else state.adapter
-    adapter = method.finalise(aggregated) if updates else state.adapter
+    answers = Answers(pool, task, cohort, expected=expected)
+    updates, ideal = iter(answers), Ideal(state.adapter)
+    first = next(updates, None)
+    if first is None:
+        aggregated = adapter = state.adapter
+    else:
+        counted = ideal.watch(chain([first], updates))
+        del first
+        aggregated = method.aggregate(state.adapter, counted)
+        deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
+        adapter = method.finalise(aggregated)
     diagnostics = RoundDiagnostics(
         cohort=tuple(cohort),
-        trained=tuple(update.client_id for update in updates),
-        dropouts=tuple(dropouts),
-        aggregation_error=aggregation_error(state.adapter, updates, aggregated) if updates else {},
+        trained=tuple(answers.trained),
+        dropouts=tuple(sorted(answers.dropouts, key=lambda d: (d.client_id, d.status, d.reason))),
+        aggregation_error=aggregation_error(ideal, aggregated) if answers.trained else {},
         singular_values=singular_values(adapter),
-        bytes_up=sum(num_bytes(update.tensors.values()) for update in updates),
+        bytes_up=num_bytes(expected.values()) * len(answers.trained),
         bytes_down=num_bytes(task.broadcast.values()) * len(cohort),
-        train_s=trained_at - started,
-        aggregate_s=time.perf_counter() - trained_at,
+        train_s=answers.train_s,
+        aggregate_s=time.perf_counter() - started - answers.train_s,
     )
     return ServerState(adapter, state.round_index + 1), diagnostics
 
 
-def collect(
-    pool: ClientPool, task: RoundTask, cohort: Sequence[int], *, expected: Mapping[Slot, Tensor]
-) -> tuple[list[ClientUpdate], list[Dropout]]:
-    """Gather the cohort's outcomes in ascending client order, so that no schedule of the pool changes a sum.
+class Answers:
+    """What comes of a round. Iterating, once, trains the cohort and gives the usable updates in ascending client order,
+    so that no schedule of the pool changes a sum.
 
-    A client's first usable update counts and stays, whatever else comes in its name; a client of which nothing is heard
-    is an event too.
+    An update that comes before a lower client's is held until that one is heard; a pool that answers in order makes the
+    server hold one update at a time. A client's first usable update counts and stays, whatever else comes in its name;
+    a client of which nothing is heard is an event too. One that sent only what cannot be used is waited for while few
+    updates are held, and then no longer: it could otherwise make the server hold them all.
     """
-    updates: dict[int, ClientUpdate] = {}
-    dropouts: list[Dropout] = []
-    for outcome in pool.train(task, cohort):
-        if isinstance(outcome, Dropout):
-            dropouts.append(outcome)
-            continue
-        reason = rejection(outcome, expected=expected, round_index=task.round_index, asked=cohort, seen=updates)
-        if reason is None:
-            updates[outcome.client_id] = outcome
-        else:
-            dropouts.append(Dropout(outcome.client_id, "rejected", reason))
-    heard = {*updates, *(dropout.client_id for dropout in dropouts)}
-    dropouts += [Dropout(client, "rejected", "no_answer") for client in cohort if client not in heard]
-    return [updates[c] for c in sorted(updates)], sorted(dropouts, key=lambda d: (d.client_id, d.status, d.reason))
+
+    def __init__(
+        self, pool: ClientPool, task: RoundTask, cohort: Sequence[int], *, expected: Mapping[Slot, Tensor]
+    ) -> None:
+        self.trained: list[int] = []  # ascending
+        self.dropouts: list[Dropout] = []
+        self.train_s = 0.0  # spent waiting for the pool
+        self._outcomes = iter(pool.train(task, cohort))
+        self._task, self._cohort, self._expected = task, cohort, expected
+
+    def __iter__(self) -> Iterator[ClientUpdate]:
+        asked, waiting = frozenset(self._cohort), deque(sorted(self._cohort))
+        held: dict[int, ClientUpdate] = {}
+        over: set[int] = set()  # who has had its turn: used, held, dropped out, or no longer waited for
+        heard: set[int] = set()
+        while (outcome := self._next()) is not None:
+            heard.add(outcome.client_id)
+            if isinstance(outcome, Dropout):
+                over.add(outcome.client_id)
+                self.dropouts.append(outcome)
+            elif reason := rejection(
+                outcome, expected=self._expected, round_index=self._task.round_index, asked=asked, seen=over
+            ):
+                self.dropouts.append(Dropout(outcome.client_id, "rejected", reason))
+            else:
+                over.add(outcome.client_id)
+                held[outcome.client_id] = outcome
+            del outcome  # the next one trains while this would still be held
+            while waiting and (waiting[0] in over or (waiting[0] in heard and len(held) > MOST_HELD)):
+                client = waiting.popleft()
+                over.add(client)
+                if client in held:
+                    self.trained.append(client)
+                    yield held.pop(client)
+        self.dropouts += [Dropout(client, "rejected", "no_answer") for client in waiting if client not in heard]
+        for client in sorted(held):
+            self.trained.append(client)
+            yield held.pop(client)
+
+    def _next(self) -> ClientUpdate | Dropout | None:
+        started = time.perf_counter()
+        try:
+            return next(self._outcomes, None)
+        finally:
+            self.train_s += time.perf_counter() - started
 
 
 def federated_rounds(
@@ -179,13 +230,7 @@ def federated_rounds(
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines."""
     if not 1 <= cohort_size <= num_clients:
         raise InputError(f"Expected cohort_size in [1, num_clients={num_clients}], got {cohort_size}")
-    while state.round_index < num_rounds:
-        cohort = sample_cohort(
-            seed=seed,
-            round_index=state.round_index,
-            num_clients=num_clients,
-            cohort_size=cohort_size,
-            max_participations=max_participations,
-        )
+    draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
+    for cohort in islice(draws, state.round_index, num_rounds):
         state, diagnostics = run_round(state, cohort, pool=pool, method=method, train_head=train_head)
         yield state, diagnostics

@@ -1,15 +1,17 @@
 """Each client alone: the same model, steps, mechanism and number of participations, and nobody to share with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from fedlr.rounds import ClientPool, ServerState, run_round
 from simulations.federation import Federation
 from simulations.progress import alone_rounds
 
+AT_ONCE = 64  # clients whose states are held: they train, then the caller looks at them, and no thread is at work
 
-def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callable[[], None]) -> list[ServerState]:
-    """Return each client's state after as many rounds as it takes part in on average, by client id.
+
+def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callable[[], None]) -> Iterator[ServerState]:
+    """Yield each client's state after as many rounds as it takes part in on average, by client id.
 
     A client that refuses (its budget is spent) keeps what it has.
     """
@@ -25,4 +27,5 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
         return state
 
     with ThreadPoolExecutor(e.runtime.num_workers) as threads:
-        return list(threads.map(train, range(e.num_clients)))
+        for first in range(0, e.num_clients, AT_ONCE):
+            yield from list(threads.map(train, range(first, min(first + AT_ONCE, e.num_clients))))

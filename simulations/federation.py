@@ -1,28 +1,37 @@
 """From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedlr.adapter import HEAD, num_values, read_adapter
-from fedlr.build import build, build_method, build_optimizer, naming
+from fedlr.build import build, build_method, build_optimizer, checked, naming
 from fedlr.data.partition import Partition
+from fedlr.data.store import TableStore
 from fedlr.data.table import LabelledText, split_train_test
-from fedlr.data.tokenise import TokenisedText, tokenise
+from fedlr.data.tokenise import Share, TokenisedText, tokenise
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.memory import free_memory
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel, attach_lora
+from fedlr.precision import bfloat16_note, with_bfloat16_base
 from fedlr.prefix import encode_prefix, without_prefix
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds import ServerState, initial_state
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
+from fedlr.training.cohort import check_elementwise
+from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
 
@@ -38,7 +47,7 @@ class Federation:
     working: nn.Module  # what trains and is evaluated: the model, or the part above its cached prefix
     method: Method
     start: ServerState
-    clients: tuple[TokenisedText, ...]
+    clients: tuple[Share, ...]
     test: TokenisedText
     label_names: tuple[str, ...]
     source: str  # what the examples are called, in the ledger and in messages
@@ -75,7 +84,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         InputError: for anything that could not run as configured.
     """
     method = build_method(experiment)
-    optimizer = build_optimizer(experiment)
+    training = local_training(experiment)
+    check_runtime(experiment)
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
@@ -84,21 +94,12 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
 
-    base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
-    model = attach_lora(base, experiment.adapter, seed=seed)
-    for block in {trained_block(experiment, method, index) for index in range(experiment.num_rounds)}:
-        check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
-
+    base, model = adapted_model(experiment, method, label_names=data.label_names, seed=seed)
     with naming("data", "max_length"):
         tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
         test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
     start = initial_state(read_adapter(model), method)
-    working: nn.Module = model
-    if experiment.runtime.cache_prefix:
-        working = without_prefix(model)
-        say(f"{len(data) + len(held_out):,} texts pass the frozen layers once")
-        with torch_threads(experiment.runtime.num_workers):
-            tokenised, test = encode_prefix(model, tokenised), encode_prefix(model, test)
+    working, (tokenised, test) = working_model(experiment, model, [tokenised, test], say=say)
     by_size = experiment.weighting == "examples"
     return Federation(
         experiment=experiment,
@@ -108,23 +109,80 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         working=working,
         method=method,
         start=start,
-        clients=tuple(tokenised.subset(indices) for indices in partition.indices),
+        clients=tuple(Share(tokenised, rows) for rows in partition.indices),
         test=test,
         label_names=data.label_names,
         source=data.source,
         budget=budget,
         mechanism=mechanism,
-        training=LocalTraining(
-            num_steps=experiment.trainer.num_steps,
-            optimizer=optimizer,
-            token_budget=experiment.trainer.token_budget,
-            divisor=experiment.trainer.divisor,
-            sampler=PoissonSampler(experiment.trainer.sample_rate),
-        ),
+        training=training,
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
         weights=tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices),
         notes=notes(experiment, data, held_out, tokenised, test),
     )
+
+
+def working_model(
+    experiment: Experiment, model: AdaptedModel, tables: list[TokenisedText], *, say: Callable[[str], None]
+) -> tuple[nn.Module, list[TokenisedText]]:
+    """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached."""
+    runtime = experiment.runtime
+    model.to(runtime.device)
+    whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
+    if not runtime.cache_prefix:
+        return whole, tables
+    working = without_prefix(whole)
+    # Which of the places it is changes no bit.
+    memory = free_memory() if runtime.memory_gb is None else int(runtime.memory_gb * 1e9)
+    folder = None if runtime.cache_dir is None else Path(runtime.cache_dir).expanduser()
+    store = TableStore(folder, max_bytes=memory // 2 or None, say=say)
+    found = "" if folder is None else f", or come from {folder}"
+    say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
+    return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
+
+
+def local_training(experiment: Experiment) -> LocalTraining:
+    """Return what each client does in a round."""
+    trainer, optimizer = experiment.trainer, build_optimizer(experiment)
+    if trainer.engine == "fused":
+        check_elementwise(optimizer)
+    return LocalTraining(
+        num_steps=trainer.num_steps,
+        optimizer=optimizer,
+        token_budget=trainer.token_budget,
+        divisor=trainer.divisor,
+        sampler=PoissonSampler(trainer.sample_rate),
+    )
+
+
+def adapted_model(
+    experiment: Experiment, method: Method, *, label_names: tuple[str, ...], seed: int
+) -> tuple[BaseModel, AdaptedModel]:
+    """Return the base model, and the model with an adapter that the engine can train in every round."""
+    base: BaseModel = build(experiment.model.section(), "model", label_names=label_names, seed=seed)
+    model = attach_lora(base, experiment.adapter, seed=seed)
+    for block in {trained_block(experiment, method, index) for index in range(experiment.num_rounds)}:
+        check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
+        if experiment.trainer.engine == "fused":
+            check_fused(model, block)
+    return base, model
+
+
+def check_runtime(experiment: Experiment) -> None:
+    """Refuse a device that is not there, and several processes where the package that runs them is missing."""
+    device, num_processes = experiment.runtime.device, experiment.runtime.num_processes
+    num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if device != "cpu" and (torch.device(device).index or 0) >= num_gpus:
+        raise InputError(f"Expected runtime.device=cpu, as PyTorch finds no such GPU here, got {device}")
+    if device != "cpu" and 1 < num_processes != min(num_processes, num_gpus):
+        raise InputError(
+            f"Expected runtime.num_processes <= {num_gpus}, a GPU for each of them, got {num_processes} on {device}"
+        )
+    if num_processes > 1 and importlib.util.find_spec("ray") is None:
+        raise InputError(
+            f"Expected the package ray for runtime.num_processes={num_processes}, got none; install it with "
+            "pip install 'fedlr[ray]', or set runtime.num_processes=1"
+        )
 
 
 @contextmanager
@@ -176,8 +234,20 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
 
 
 def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
-    """Return the examples that clients share out, and those the server holds out for evaluation."""
-    data: LabelledText = build(experiment.data.section(), "data", seed=seed)
+    """Return the examples that clients share out, and those the server holds out for evaluation.
+
+    Raises:
+        InputError: also where a private run would take its label names from private data.
+    """
+    section = experiment.data.section()
+    data: LabelledText = build(section, "data", seed=seed)
+    named = section.get("labels") or section.get("label_groups")
+    from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
+    if experiment.privacy.epsilon is not None and not experiment.data.public and from_data:
+        raise InputError(
+            "Expected data.labels in a private run, got null: the names that are found tell what the data hold. If "
+            f"they are known anyway, say data.labels=[{','.join(data.label_names)}], or data.public=true"
+        )
     with naming("data", "num_test"):
         return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
 
@@ -189,13 +259,16 @@ def notes(
     tokenised: TokenisedText,
     test: TokenisedText,
 ) -> tuple[str, ...]:
-    """Say what the run leaves out of the data it was given."""
+    """Say what the run leaves out of the data it was given, and what would slow it down."""
     found = []
     if data.num_dropped:
         found.append(f"{data.num_dropped} bad rows of {data.source} were left out (data.on_bad_row=drop)")
     if cut := tokenised.num_truncated + test.num_truncated:
         total = len(data) + len(held_out)
         found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")
+    on_cpu = experiment.runtime.device == "cpu"
+    if on_cpu and experiment.runtime.base_dtype == "bfloat16" and (slow := bfloat16_note()):
+        found.append(slow)
     return tuple(found)
 
 
@@ -208,7 +281,7 @@ def describe(federation: Federation) -> dict[str, Any]:
         {
             "client_id": client_id,
             "num_examples": len(client),
-            "label_counts": torch.bincount(torch.from_numpy(client.labels), minlength=num_labels).tolist(),
+            "label_counts": np.bincount(client.labels, minlength=num_labels).tolist(),
         }
         for client_id, client in enumerate(federation.clients)
     ]

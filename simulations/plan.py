@@ -9,18 +9,21 @@ import statistics
 import time
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from secrets import randbits
 
 import numpy as np
 
+from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.rounds import RoundTask, sample_cohort
+from fedlr.rounds import RoundTask, cohorts
 from fedlr.wire import num_bytes
 from simulations.federation import Federation, assemble
 from simulations.progress import alone_rounds
-from simulations.simulate import Evaluator, make_pool
+from simulations.runtime import make_pool
+from simulations.simulate import Evaluator
 
 
 def make_plan(experiment: Experiment) -> str:
@@ -51,14 +54,13 @@ def privacy_lines(federation: Federation) -> list[str]:
     if mechanism is None or budget is None:
         return ["privacy     none: epsilon is infinite"]
     participations = np.zeros(e.num_clients, dtype=int)
-    for round_index in range(e.num_rounds):
-        cohort = sample_cohort(
-            seed=federation.seed,
-            round_index=round_index,
-            num_clients=e.num_clients,
-            cohort_size=e.cohort_size,
-            max_participations=e.max_participations,
-        )
+    draws = cohorts(
+        seed=federation.seed,
+        num_clients=e.num_clients,
+        cohort_size=e.cohort_size,
+        max_participations=e.max_participations,
+    )
+    for cohort in islice(draws, e.num_rounds):
         participations[list(cohort)] += 1
     event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
 
@@ -152,7 +154,7 @@ def measure_step(federation: Federation) -> float:
     everything = replace(federation.training, num_steps=1, sampler=PoissonSampler(1.0))
     probe = replace(
         federation.without_privacy(),
-        clients=(federation.test.subset(rows),),
+        clients=(Share.whole(federation.test.subset(rows)),),
         training=everything,
         weights=(1.0,),
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ from fedlr.adapter import (
     train_only,
     write_adapter,
 )
-from fedlr.data.tokenise import TokenisedText
-from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.data.tokenise import Share
+from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
 from fedlr.streams import Randomness
@@ -43,6 +43,47 @@ GRADIENTS: dict[str, type[HookGradients | GhostGradients | LoopGradients | SumGr
 
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class Charges(Protocol):
+    """What a pool asks of a `PrivacyLedger`, or of what stands for one where another process keeps it."""
+
+    def reserve(
+        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+    ) -> Mapping[int, Refusal | None]:
+        """Charge a round to each client, or refuse."""
+        ...
+
+    def settle_all(self, round_index: int, steps_taken: Mapping[int, int]) -> None:
+        """Say how many steps each client took."""
+        ...
+
+
+class Accounts:
+    """What the clients of a pool have spent: written before their data are read, and after they trained."""
+
+    def __init__(self, ledger: Charges | None, mechanism: Mechanism | None, training: LocalTraining) -> None:
+        if (mechanism is None) != (ledger is None):
+            raise ValueError(
+                "Expected a ledger exactly when there is a mechanism: private training is always written down"
+            )
+        self._ledger, self._mechanism, self._num_steps = ledger, mechanism, training.num_steps
+        self._lock = threading.Lock()
+
+    def reserve(self, round_index: int, cohort: Sequence[int]) -> tuple[list[int], list[Dropout]]:
+        """Charge a round to those who can pay: return them, and the others."""
+        if self._ledger is None or self._mechanism is None:
+            return list(cohort), []
+        with self._lock:
+            answers = self._ledger.reserve(round_index, self._mechanism, self._num_steps, list(cohort))
+        refused = [Dropout(client, "refused", answer.reason) for client, answer in answers.items() if answer]
+        return [client for client in cohort if answers[client] is None], refused
+
+    def settle(self, round_index: int, steps: Mapping[int, int]) -> None:
+        """Write down how many steps each client took."""
+        if self._ledger is not None:
+            with self._lock:
+                self._ledger.settle_all(round_index, steps)
 
 
 class LocalPool:
@@ -64,25 +105,20 @@ class LocalPool:
     def __init__(
         self,
         model: nn.Module,
-        clients: Sequence[TokenisedText],
+        clients: Sequence[Share],
         *,
         enrolled: AdapterState,
         training: LocalTraining,
         mechanism: Mechanism | None,
-        ledger: PrivacyLedger | None,
+        ledger: Charges | None,
         randomness: Randomness,
         weights: Sequence[float],
         grad_sample_mode: str,
         num_workers: int,
     ) -> None:
-        if (mechanism is None) != (ledger is None):
-            raise ValueError(
-                "Expected a ledger exactly when there is a mechanism: private training is always written down"
-            )
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
-        self._training, self._mechanism, self._ledger = training, mechanism, ledger
-        self._randomness = randomness
-        self._ledger_lock = threading.Lock()
+        self._training, self._mechanism, self._randomness = training, mechanism, randomness
+        self._accounts = Accounts(ledger, mechanism, training)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="client")
         self._workers: SimpleQueue[Worker] = SimpleQueue()
         mode = grad_sample_mode if mechanism is not None else "sum"
@@ -92,16 +128,8 @@ class LocalPool:
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay; yield as they finish."""
-        refused: Mapping[int, str] = {}
-        if self._ledger is not None and self._mechanism is not None:
-            with self._ledger_lock:
-                answers = self._ledger.reserve(
-                    task.round_index, self._mechanism, self._training.num_steps, list(cohort)
-                )
-            refused = {client: answer.reason for client, answer in answers.items() if answer is not None}
-        for client, reason in refused.items():
-            yield Dropout(client, "refused", reason)
-        admitted = [client for client in cohort if client not in refused]
+        admitted, refused = self._accounts.reserve(task.round_index, cohort)
+        yield from refused
         for future in as_completed([self._threads.submit(self._train_one, task, c) for c in admitted]):
             yield future.result()
 
@@ -128,12 +156,10 @@ class LocalPool:
                 round_index=task.round_index,
                 trained=trained,
             )
-            tensors = {slot: parameter.detach().clone() for slot, parameter in trained.items()}
+            tensors = {slot: parameter.detach().to("cpu", copy=True) for slot, parameter in trained.items()}
         finally:
             self._workers.put(worker)
-        if self._ledger is not None:
-            with self._ledger_lock:
-                self._ledger.settle(task.round_index, client, steps)
+        self._accounts.settle(task.round_index, {client: steps})
         self.seconds[client] = time.perf_counter() - started
         return ClientUpdate(client, tensors, self._weights[client], task.round_index)
 

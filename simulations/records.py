@@ -4,11 +4,10 @@ Formats are in docs/files.md. Times stand apart under `seconds`: all other value
 """
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fedlr.evaluate import Evaluation
-from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds import RoundDiagnostics, ServerState
 from simulations.federation import Federation
 
@@ -16,14 +15,15 @@ from simulations.federation import Federation
 def metrics_row(
     state: ServerState,
     evaluation: Evaluation,
-    ledger: PrivacyLedger | None,
     *,
-    num_clients: int,
+    spent: Collection[float],
     diagnostics: RoundDiagnostics | None = None,
     evaluate_s: float,
 ) -> dict[str, Any]:
-    """Return the line of metrics.jsonl for a state, and for the round that led to it."""
-    spent = [ledger.spent(client_id) for client_id in range(num_clients)] if ledger else []
+    """Return the line of metrics.jsonl for a state, and for the round that led to it.
+
+    `spent` is the epsilon of every enrolled client, empty without privacy.
+    """
     d = diagnostics
     errors = d.aggregation_error if d else {}
     statuses = [dropout.status for dropout in d.dropouts] if d else []
@@ -54,18 +54,23 @@ def metrics_row(
 
 def client_rows(
     diagnostics: RoundDiagnostics,
-    ledger: PrivacyLedger | None,
     *,
+    spent: Mapping[int, float],
     round_index: int,
     num_steps: int,
     participations: Mapping[int, int],
-    seconds: Mapping[int, float],
+    seconds: Mapping[int, float] | None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the lines of clients.jsonl for a round, in client order."""
+    """Yield the lines of clients.jsonl for a round, in client order.
+
+    `spent` is epsilon by client, empty without privacy; `seconds` None where a client's time, which depends on its
+    data, is not to be told.
+    """
+    trained = frozenset(diagnostics.trained)
     dropouts = {dropout.client_id: dropout for dropout in diagnostics.dropouts}
     for client_id in diagnostics.cohort:
         # A second update of a client that was used is an event of the round, and no fate of the client.
-        dropout = None if client_id in diagnostics.trained else dropouts[client_id]
+        dropout = None if client_id in trained else dropouts[client_id]
         refused = dropout is not None and dropout.status == "refused"
         yield {
             "round_index": round_index,
@@ -74,8 +79,8 @@ def client_rows(
             "reason": dropout.reason if dropout else None,
             "num_steps": 0 if refused else num_steps,
             "participations": participations[client_id],
-            "epsilon": ledger.spent(client_id) if ledger else None,
-            "seconds": 0.0 if refused else seconds[client_id],
+            "epsilon": spent.get(client_id),
+            "seconds": None if seconds is None else 0.0 if refused else seconds[client_id],
         }
 
 

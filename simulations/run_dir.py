@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,28 @@ def create_run_dir(experiment: Experiment) -> Path:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or absent."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """Return indented JSON in which a list of objects has a line an object: thousands of clients stay a table.
+
+    >>> print(json_text({"name": "tiny", "clients": [{"client_id": 0, "counts": [3, 4]}, {"client_id": 1}]}))
+    {
+      "name": "tiny",
+      "clients": [
+        {"client_id": 0, "counts": [3, 4]},
+        {"client_id": 1}
+      ]
+    }
+    """
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {_indented(item)}" for key, item in value.items()) + "\n}"
+
+
+def _indented(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
+    return json.dumps(value, indent=2).replace("\n", "\n  ")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,10 +88,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line, in one write: a buffer would cut a long line in two where a run is killed."""
+def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines, all in one write: a buffer would cut a long line in two where a run is killed."""
+    text = "".join(json.dumps(value) + "\n" for value in values)
     with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(value) + "\n").encode())
+        file.write(text.encode())
 
 
 def write_origin(run_dir: Path, experiment: Experiment) -> None:

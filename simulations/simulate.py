@@ -16,14 +16,16 @@ from fedlr.export import export_adapter
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement
 from fedlr.report import write_report
-from fedlr.rounds import ServerState, federated_rounds
+from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
 from fedlr.streams import Purpose, SeededRandomness, stream
+from fedlr.training.first_token import first_token_only
 from simulations.alone import train_alone
 from simulations.federation import Federation, assemble, describe, torch_threads
-from simulations.pool import LocalPool, sharing_base
+from simulations.pool import sharing_base
 from simulations.progress import Progress
 from simulations.records import client_rows, metrics_row, summarise
-from simulations.run_dir import LEDGER, append_line, create_run_dir, write_json, write_origin
+from simulations.run_dir import LEDGER, append_lines, create_run_dir, write_json, write_origin
+from simulations.runtime import make_pool
 
 
 def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
@@ -65,11 +67,20 @@ def run_rounds(
     e = federation.experiment
     state = federation.start
     evaluator = Evaluator(federation)
-    evaluation, evaluate_s = evaluator.score(state)
-    rows = [metrics_row(state, evaluation, ledger, num_clients=e.num_clients, evaluate_s=evaluate_s)]
-    append_line(folder / "metrics.jsonl", rows[0])
-    progress.arm("federated, private" if ledger else "federated, no privacy", rows[0])
+    # A round changes what its cohort has spent, and nobody else's: enrolled clients cost nothing.
+    spent = ledger.spent_all(range(e.num_clients)) if ledger else {}
     participations: Counter[int] = Counter()
+    rows: list[dict[str, Any]] = []
+
+    def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
+        evaluation, evaluate_s = evaluator.score(state)
+        rows.append(
+            metrics_row(state, evaluation, spent=spent.values(), diagnostics=diagnostics, evaluate_s=evaluate_s)
+        )
+        append_lines(folder / "metrics.jsonl", rows[-1:])
+        return rows[-1]
+
+    progress.arm("federated, private" if ledger else "federated, no privacy", record(state))
     with closing(make_pool(federation, ledger)) as pool:
         rounds = federated_rounds(
             state,
@@ -83,27 +94,19 @@ def run_rounds(
             train_head=e.adapter.train_head,
         )
         for state, diagnostics in rounds:
-            evaluation, evaluate_s = evaluator.score(state)
-            row = metrics_row(
-                state,
-                evaluation,
-                ledger,
-                num_clients=e.num_clients,
-                diagnostics=diagnostics,
-                evaluate_s=evaluate_s,
-            )
-            rows.append(row)
-            append_line(folder / "metrics.jsonl", row)
+            if ledger:
+                spent.update(ledger.spent_all(diagnostics.cohort))
+            row = record(state, diagnostics)
             participations.update(diagnostics.trained)
-            for line in client_rows(
+            asked = client_rows(
                 diagnostics,
-                ledger,
+                spent=spent,
                 round_index=state.round_index - 1,
                 num_steps=e.trainer.num_steps,
                 participations=participations,
-                seconds=pool.seconds,
-            ):
-                append_line(folder / "clients.jsonl", line)
+                seconds=pool.seconds if e.data.public else None,
+            )
+            append_lines(folder / "clients.jsonl", asked)
             progress.round_done(row, num_clients=len(diagnostics.cohort))
     return state, rows
 
@@ -120,18 +123,16 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
         progress.alone()
         ledger = create_ledger(federation, folder / f"alone-{LEDGER}")
         with closing(make_pool(with_other_noise(federation), ledger)) as pool:
+            evaluator = Evaluator(federation)
             states = train_alone(federation, pool, client_done=progress.client_done)
-        evaluator = Evaluator(federation)
+            accuracies = [evaluator.score(state)[0].accuracy for state in states]
+        spent = ledger.spent_all(range(len(accuracies))) if ledger else {}
         clients = [
-            {
-                "client_id": client_id,
-                "accuracy": evaluator.score(state)[0].accuracy,
-                "epsilon": ledger.spent(client_id) if ledger else None,
-            }
-            for client_id, state in enumerate(states)
+            {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id)}
+            for client_id, accuracy in enumerate(accuracies)
         ]
         write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
-        progress.alone_done([float(str(client["accuracy"])) for client in clients])
+        progress.alone_done(accuracies)
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:
@@ -150,23 +151,6 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         base=federation.base.source,
         base_sha256=federation.base.fingerprint,
         statement=statement,
-    )
-
-
-def make_pool(federation: Federation, ledger: PrivacyLedger | None) -> LocalPool:
-    """Return a pool of the federation's clients in this process."""
-    e = federation.experiment
-    return LocalPool(
-        federation.working,
-        federation.clients,
-        enrolled=federation.start.adapter,
-        training=federation.training,
-        mechanism=federation.mechanism,
-        ledger=ledger,
-        randomness=federation.randomness,
-        weights=federation.weights,
-        grad_sample_mode=e.trainer.grad_sample_mode,
-        num_workers=e.runtime.num_workers,
     )
 
 
@@ -196,7 +180,7 @@ class Evaluator:
     """Scores states on the held-out texts, with all threads and a model of its own."""
 
     def __init__(self, federation: Federation) -> None:
-        self._model = sharing_base(federation.working)
+        self._model = first_token_only(sharing_base(federation.working))
         self._test = federation.test
         self._num_threads = federation.experiment.runtime.num_workers
 

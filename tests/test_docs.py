@@ -31,7 +31,7 @@ from simulations.cli import expand
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("simulate", "plan", "compare", "report", "statement")
+COMMANDS = ("simulate", "plan", "compare", "report", "statement", "bench")
 TO_COME = ("server", "client")  # named as not built yet, never shown with arguments
 TINY = [
     *("simulate", "experiment=tiny", "num_rounds=1", "num_clients=2", "cohort_size=2", "trainer.num_steps=1"),

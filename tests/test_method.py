@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
 from fedlr.aggregate.diagnostics import aggregation_error
+from fedlr.aggregate.ideal import Ideal
 from fedlr.errors import InputError
 from fedlr.method import Always, Method, SvdRefactor, full_adapter, trained_block
 
@@ -63,7 +64,7 @@ def play(method: Method, *, num_rounds: int = 3, head: bool = False) -> tuple[li
         block = method.block_schedule(round_index)
         updates = trained(adapters[-1], block, round_index=round_index)
         adapters.append(method.finalise(method.aggregate(adapters[-1], updates)))
-        errors.append(max(aggregation_error(adapters[-2], updates, adapters[-1]).values()))
+        errors.append(max(aggregation_error(Ideal.of(adapters[-2], updates), adapters[-1]).values()))
     return adapters, errors
 
 

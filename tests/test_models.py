@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     RobertaConfig,
     RobertaModel,
 )
@@ -279,3 +281,13 @@ def test_an_adapter_that_does_not_fit_is_refused(changes: dict, says: str) -> No
 def test_the_largest_rank_that_fits_is_let_through() -> None:
     model = attach_lora(tiny_random(label_names=LABELS, seed=0), LORA.model_copy(update={"rank": 32}), seed=0)
     assert {tuple(layer.lora_A.shape) for layer in read_adapter(model).factors().values()} == {(32, 32)}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+def test_a_fused_layer_of_gpt2_can_be_adapted(save: Callable) -> None:
+    network = GPT2ForSequenceClassification(GPT2Config(vocab_size=150, n_embd=16, n_layer=2, n_head=2, n_positions=40))
+    base = load(save(network))
+    model = attach_lora(base, LORA.model_copy(update={"target_modules": ["c_attn"]}), seed=0)
+    assert {tuple(layer.lora_B.shape) for layer in read_adapter(model).factors().values()} == {(48, 4)}
+    with pytest.raises(InputError, match=r"such as c_attn.*query"):
+        attach_lora(load(save(network)), LORA, seed=0)

@@ -1,8 +1,13 @@
 """A cached prefix: the same logits and clipped gradients as the whole model, or a refusal by name.
 
 Mutants killed: a layer or the embeddings (and with them RoBERTa's positions, which it counts from the ids) run twice; a
-prefix cut one layer too early or too late; hidden states kept with their padding.
+prefix cut one layer too early or too late; hidden states kept with their padding; bfloat16 states that are converted
+rather than kept; a stored table that is found again after the texts, the tensors, a setting, the cut or the type
+changed.
 """
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     LlamaConfig,
+    ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
     RobertaConfig,
@@ -23,8 +29,10 @@ from transformers import (
 
 import fedlr.prefix
 from fedlr.adapter import adapter_parameters, read_adapter, train_only, write_adapter
-from fedlr.data.tokenise import TokenisedText, collate
+from fedlr.data.store import TableStore
+from fedlr.data.tokenise import TokenisedText, collate, micro_batches
 from fedlr.errors import InputError
+from fedlr.precision import with_bfloat16_base
 from fedlr.prefix import encode_prefix, prefix, without_prefix
 from fedlr.training.gradients import HookGradients
 from fedlr.training.losses import cross_entropy
@@ -43,22 +51,38 @@ SIZES = {
     "initializer_range": 0.3,
     "num_labels": 3,
 }
+DISTILBERT = {
+    "vocab_size": 40,
+    "dim": 16,
+    "n_layers": 4,
+    "n_heads": 2,
+    "hidden_dim": 32,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,
+    "num_labels": 3,
+}
+SMALLER = {key: value for key, value in SIZES.items() if "dropout" not in key}
 FAMILY = {
     "bert": BertConfig(**SIZES),
     "roberta": RobertaConfig(**SIZES),
     "xlm-roberta": XLMRobertaConfig(**SIZES),
     "electra": ElectraConfig(**SIZES, embedding_size=16),
+    "distilbert": DistilBertConfig(**DISTILBERT, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0),
+    "modernbert": ModernBertConfig(**SMALLER, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
 }
-SMALLER = {key: value for key, value in SIZES.items() if "dropout" not in key}
 FOREIGN = {
     "llama": LlamaConfig(**SMALLER, num_key_value_heads=1),
-    "distilbert": DistilBertConfig(vocab_size=40, dim=16, n_layers=4, n_heads=2, hidden_dim=32, pad_token_id=1),
+    "distilbert": DistilBertConfig(**DISTILBERT),  # has dropout
     "mpnet": MPNetConfig(**SIZES),  # its layers return tuples
     "deberta-v2": DebertaV2Config(**SIZES),  # so do these
     "electra": ElectraConfig(**SIZES, embedding_size=8),  # a projection between the embeddings and the layers
 }
-TARGETS = {"llama": ["q_proj", "v_proj"], "distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"]} | {
-    "deberta-v2": ["query_proj", "value_proj"]
+TARGETS = {
+    "modernbert": ["Wqkv", "dense"],
+    "llama": ["q_proj", "v_proj"],
+    "distilbert": ["q_lin", "v_lin"],
+    "mpnet": ["q", "v"],
+    "deberta-v2": ["query_proj", "value_proj"],
 }
 
 
@@ -80,6 +104,22 @@ def texts() -> TokenisedText:
     return client_data(random_rows(13, seed=5))
 
 
+def in_one_batch(model: torch.nn.Module, data: TokenisedText, **arguments: object) -> tuple[TokenisedText, list[int]]:
+    """Texts that all passed the prefix together, and the order in which they did."""
+    return encode_prefix(model, data, token_budget=10**6, **arguments), list(
+        micro_batches(data.lengths, range(len(data)), 10**6)[0]
+    )
+
+
+def clipped_sum(model: torch.nn.Module, data: TokenisedText, rows: list[int]) -> dict[object, torch.Tensor]:
+    trained = train_only(model, B_AND_HEAD)
+    inputs, labels = collate(data, rows)
+    engine = HookGradients(model, trained, loss=cross_entropy)
+    total = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    engine.close()
+    return total
+
+
 def logits(model: torch.nn.Module, data: TokenisedText, rows: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(**collate(data, rows)[0]).logits
@@ -91,13 +131,7 @@ def parity(module: object, config: PreTrainedConfig) -> None:
     rows = list(range(len(data)))
     short, cached = module.without_prefix(whole), module.encode_prefix(whole, data, token_budget=20)
     torch.testing.assert_close(logits(short, cached, rows), logits(whole, data, rows), rtol=1e-5, atol=1e-5)
-    sums = []
-    for model, texts_ in ((whole, data), (short, cached)):
-        trained = train_only(model, B_AND_HEAD)
-        inputs, labels = collate(texts_, rows)
-        engine = HookGradients(model, trained, loss=cross_entropy)
-        sums.append(engine.clipped_sum(inputs, labels, max_grad_norm=0.5))
-        engine.close()
+    sums = [clipped_sum(whole, data, rows), clipped_sum(short, cached, rows)]
     assert sums[0].keys() == sums[1].keys()
     for slot, total in sums[0].items():
         torch.testing.assert_close(sums[1][slot], total, rtol=1e-4, atol=1e-5)
@@ -108,12 +142,32 @@ def test_cut_model_has_the_logits_and_clipped_gradients_of_the_whole(config: Pre
     parity(fedlr.prefix, config)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILY)
+def test_in_the_same_micro_batch_every_bit_is_that_of_the_whole_model(family: str, dtype: str, tmp_path: Path) -> None:
+    whole, data = adapted(FAMILY[family], layers=[2, 3]), texts()
+    whole = with_bfloat16_base(whole) if dtype == "bfloat16" else whole
+    short = without_prefix(whole)
+    for store in (None, TableStore(max_bytes=0), TableStore(tmp_path)):
+        cached, rows = in_one_batch(whole, data, store=store)
+        assert collate(cached, rows)[0]["inputs_embeds"].dtype == getattr(torch, dtype)
+        assert torch.equal(logits(short, cached, rows), logits(whole, data, rows))
+        expected = clipped_sum(whole, data, rows)
+        assert all(torch.equal(total, expected[slot]) for slot, total in clipped_sum(short, cached, rows).items())
+
+
+def test_bfloat16_states_that_are_converted_are_caught() -> None:
+    change = ("states.view(torch.uint16) if states.dtype == torch.bfloat16 else states", "states.to(torch.uint16)")
+    with pytest.raises(InputError, match="bert"):
+        mutant(fedlr.prefix, change).without_prefix(with_bfloat16_base(adapted(FAMILY["bert"], layers=[2])))
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        ("layers[index] = _Skipped()", "layers[index] = _Skipped() if index else layers[index]"),
+        ("layers[index] = _Skipped(layers[index])", "layers[index] = _Skipped(layers[0]) if index else layers[index]"),
         ("for index in range(first):", "for index in range(first + 1):"),
-        ("handle = layers[first]", "handle = layers[first - 1]"),
+        ("_stopping_at(model, layers[first])", "_stopping_at(model, layers[first - 1])"),
         ("_encoder_owner(short).embeddings = _Given()", "pass"),
         ("state[: end - start]", "state[-(end - start) :]"),
     ],
@@ -128,7 +182,7 @@ def test_cuts_that_are_wrong_are_seen(family: str, change: tuple[str, str]) -> N
 @pytest.mark.parametrize(
     "change",
     [
-        ("layers[index] = _Skipped()", "layers[index] = _Skipped() if index else layers[index]"),
+        ("layers[index] = _Skipped(layers[index])", "layers[index] = _Skipped(layers[0]) if index else layers[index]"),
         ("_encoder_owner(short).embeddings = _Given()", "pass"),
     ],
 )
@@ -200,6 +254,94 @@ def test_a_prefix_with_dropout_is_refused() -> None:
     config = BertConfig(**{**SIZES, "hidden_dropout_prob": 0.5})
     with pytest.raises(InputError, match="bert"):
         without_prefix(adapted(config, layers=[2]))
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    model, data = adapted(FAMILY["bert"], layers=[2]), client_data(random_rows(60, seed=2))
+    before = torch.get_num_threads()
+    hidden = [encode_prefix(model, data, token_budget=40, num_threads=n).hidden for n in (1, 3, 1)]
+    assert all(np.array_equal(hidden[0], other) for other in hidden[1:])
+    assert torch.get_num_threads() == before
+
+
+def changed_tensor() -> tuple[PeftModel, TokenisedText]:
+    model, data = default()
+    with torch.no_grad():
+        model.base_model.model.bert.encoder.layer[1].output.LayerNorm.bias[3] += 1e-3
+    return model, data
+
+
+def changed_setting() -> tuple[PeftModel, TokenisedText]:
+    model, data = default()
+    model.base_model.model.bert.config.layer_norm_eps = 1e-6
+    return model, data
+
+
+def changed_texts() -> tuple[PeftModel, TokenisedText]:
+    model, data = default()
+    data.ids[5] = 4 if data.ids[5] != 4 else 5
+    return model, data
+
+
+def other_split() -> tuple[PeftModel, TokenisedText]:
+    rows = random_rows(13, seed=5)
+    long = next(index for index, row in enumerate(rows) if len(row) > 1 and index + 1 < len(rows))
+    rows[long], rows[long + 1] = rows[long][:-1], rows[long][-1:] + rows[long + 1]
+    return default()[0], client_data(rows)
+
+
+def default() -> tuple[PeftModel, TokenisedText]:
+    return adapted(FAMILY["bert"], layers=[2]), texts()
+
+
+OTHERS = {
+    "a tensor below": changed_tensor,
+    "a setting": changed_setting,
+    "a token": changed_texts,
+    "where texts end": other_split,
+    "the cut": lambda: (adapted(FAMILY["bert"], layers=[3]), texts()),
+    "the type": lambda: (with_bfloat16_base(default()[0]), texts()),
+}
+
+
+def check_stored(module: object, folder: Path, other: Callable[[], tuple[PeftModel, TokenisedText]]) -> None:
+    store = TableStore(folder)
+    model, data = default()
+    first = module.encode_prefix(model, data, store=store).hidden
+    changed, texts_ = other()
+    got = module.encode_prefix(changed, texts_, store=store).hidden
+    assert np.array_equal(got, encode_prefix(changed, texts_).hidden)
+    assert np.array_equal(module.encode_prefix(model, data, store=store).hidden, first)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_stored_states_are_those_of_these_texts_and_layers(tmp_path: Path, other: Callable) -> None:
+    check_stored(fedlr.prefix, tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("other", "change"),
+    [
+        ("a tensor below", ('"prefix": _digest', '"prefix": "" and _digest')),
+        ("a setting", ("json.dumps([settings,", "json.dumps([")),
+        ("a token", ("_digest(data.ids, data.offsets)", "_digest(data.offsets)")),
+        ("where texts end", ("_digest(data.ids, data.offsets)", "_digest(data.ids)")),
+    ],
+)
+def test_a_key_that_forgets_something_is_caught(tmp_path: Path, other: str, change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        check_stored(mutant(fedlr.prefix, change), tmp_path, OTHERS[other])
+
+
+def test_stored_states_are_found_by_another_run_whatever_its_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encode_prefix(*default(), store=TableStore(tmp_path)).hidden
+    model, data = default()
+    model.base_model.model.classifier.modules_to_save["default"].weight.data.add_(1.0)
+    monkeypatch.setattr(model, "forward", None)  # nothing may pass it
+    assert np.array_equal(encode_prefix(model, data, store=TableStore(tmp_path)).hidden, first)
 
 
 def test_no_text_at_all_has_no_hidden_states() -> None:

@@ -1,30 +1,25 @@
 """LoRA-FAIR: average both factors, then correct lora_B so that the product comes closer to the ideal.
 
 Per layer, with A and B the averaged factors and delta_W = sum_k p_k B_k A_k. Two solvers for the residual dB:
-the paper's (`LoraFair`) and a closed form of ours (`LoraFairRidge`). Neither makes a D x K matrix: with
+the paper's (`LoraFair`) and a closed form of ours (`LoraFairRidge`). Neither solves on a D x K matrix: with
 G = A A^T (R, R) and T = delta_W A^T (D, R), <delta_W, B' A> = <T, B'> and ||B' A||^2 = <B' G, B'>.
 The residual is computed from released updates only, so it is post-processing and costs no privacy. Where all
-clients hold the same lora_A (FFA-LoRA, FedSVD), or the same lora_B, the mean is exact and is left alone.
+clients hold the same lora_A (FFA-LoRA, FedSVD), or the same lora_B, the mean is exact and is left alone. All that
+the solvers need is gathered while the updates stream by.
 Legend: D out_features, K in_features, R rank, C clients.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.mean import (
-    client_factors,
-    ideal_product,
-    normalised_weights,
-    weighted_mean,
-    weighted_sum,
-)
+from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.aggregate.ideal import Ideal
+from fedlr.aggregate.mean import RunningMean
 from fedlr.errors import InputError
-from fedlr.refactor import product_norm
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class LoraFair:
     def __post_init__(self) -> None:
         _check_not_negative(penalty=self.penalty, num_steps=self.num_steps, lr=self.lr, tolerance=self.tolerance)
 
-    def __call__(self, adapter: AdapterState, updates: Sequence[ClientUpdate]) -> AdapterState:
+    def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
         """Return the weighted mean with every layer's lora_B corrected."""
         return _correct(adapter, updates, self._solve)
 
@@ -104,7 +99,7 @@ class LoraFairRidge:
     def __post_init__(self) -> None:
         _check_not_negative(penalty=self.penalty)
 
-    def __call__(self, adapter: AdapterState, updates: Sequence[ClientUpdate]) -> AdapterState:
+    def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
         """Return the weighted mean with every layer's lora_B corrected."""
         return _correct(adapter, updates, self._solve)
 
@@ -126,27 +121,33 @@ class _Layer:
     ideal_norm: float  # ||delta_W||_F
 
 
-def _correct(adapter: AdapterState, updates: Sequence[ClientUpdate], solve: Callable[[_Layer], Tensor]) -> AdapterState:
-    mean = weighted_mean(adapter, updates)
+def _correct(adapter: AdapterState, updates: Iterable[ClientUpdate], solve: Callable[[_Layer], Tensor]) -> AdapterState:
+    running, ideal, shared = RunningMean(), Ideal(adapter), _Shared()
+    for update in ideal.watch(updates):
+        running.add(update)
+        shared.add(update.tensors)
+    mean = running.values()
     corrected: dict[Slot, Tensor] = {}
     for path in adapter.factors():
-        layer = _layer(adapter, updates, path)
-        if layer is not None:
-            slot = Slot(path, LORA_B)
-            corrected[slot] = (layer.mean_B_DR + solve(layer)).to(adapter.tensors[slot].dtype)
-    return mean.with_tensors(corrected)
+        slot_A, slot_B = Slot(path, LORA_A), Slot(path, LORA_B)
+        if slot_A in shared.differing and slot_B in shared.differing:
+            target_DR, gram_RR = ideal.times(path, mean[slot_A].T), mean[slot_A] @ mean[slot_A].T
+            corrected[slot_B] = mean[slot_B] + solve(_Layer(mean[slot_B], target_DR, gram_RR, ideal.norm(path)))
+    rounded = {slot: value.to(adapter.tensors[slot].dtype) for slot, value in {**mean, **corrected}.items()}
+    return adapter.with_tensors(rounded)
 
 
-def _layer(adapter: AdapterState, updates: Sequence[ClientUpdate], path: str) -> _Layer | None:
-    """Return one layer's problem, or None where the mean is exact because the clients share a factor."""
-    clients = [client_factors(adapter, update, path) for update in updates]
-    all_A, all_B = [client.lora_A for client in clients], [client.lora_B for client in clients]
-    if any(all(torch.equal(factor, same[0]) for factor in same) for same in (all_A, all_B)):
-        return None
-    weights, ideal = normalised_weights(updates), ideal_product(adapter, updates, path)
-    mean_A = weighted_sum(weights, all_A)
-    target_DR = ideal.lora_B @ (ideal.lora_A @ mean_A.T)
-    return _Layer(weighted_sum(weights, all_B), target_DR, mean_A @ mean_A.T, product_norm(ideal))
+class _Shared:
+    """Which slots differ between clients, bit for bit; one update is kept to compare with."""
+
+    def __init__(self) -> None:
+        self._first: Mapping[Slot, Tensor] = {}
+        self.differing: set[Slot] = set()
+
+    def add(self, tensors: Mapping[Slot, Tensor]) -> None:
+        self._first = self._first or tensors
+        alike = self._first.keys() - self.differing
+        self.differing |= {slot for slot in alike if not torch.equal(self._first[slot], tensors[slot])}
 
 
 def _cosine_distance(lora_B: Tensor, target: Tensor, layer: _Layer) -> tuple[float, Tensor]:

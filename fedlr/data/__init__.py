@@ -3,11 +3,12 @@
 from fedlr.data.partition import Partition
 from fedlr.data.synthetic import synthetic_text
 from fedlr.data.table import LabelledText, load_table, split_train_test
-from fedlr.data.tokenise import TokenisedText, collate, micro_batches, tokenise
+from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches, tokenise
 
 __all__ = [
     "LabelledText",
     "Partition",
+    "Share",
     "TokenisedText",
     "collate",
     "load_table",

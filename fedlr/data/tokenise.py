@@ -6,6 +6,7 @@ many clients. Nothing is padded until a micro-batch is collated. Legend: N examp
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,13 @@ class TokenisedText:
     labels: NDArray[np.int64]  # (N,)
     pad_id: int
     num_truncated: int  # texts longer than max_length, when they were tokenised
-    hidden: NDArray[np.float32] | None = None  # (total T, H): what a frozen prefix made of ids (fedlr.prefix)
+    # (total T, H): what a frozen prefix made of ids (fedlr.prefix); uint16 holds the bits of bfloat16
+    hidden: NDArray[np.float32] | NDArray[np.uint16] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of each example, shape (N,)."""
         return np.diff(self.offsets)
@@ -47,6 +49,33 @@ class TokenisedText:
         places = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
         hidden = None if self.hidden is None else self.hidden[places]
         return replace(self, ids=self.ids[places], offsets=offsets, labels=self.labels[chosen], hidden=hidden)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's examples: rows of a table that all clients share. Nothing is copied; an enrolled client costs its
+    row numbers."""
+
+    table: TokenisedText
+    rows: NDArray[np.int64]  # row numbers of the table, ascending
+
+    @classmethod
+    def whole(cls, table: TokenisedText) -> "Share":
+        """Return all rows of a table."""
+        return cls(table, np.arange(len(table), dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each example, shape (N,)."""
+        return self.table.lengths[self.rows]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Return the label of each example, shape (N,)."""
+        return self.table.labels[self.rows]
 
 
 def tokenise(data: LabelledText, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenisedText:
@@ -83,7 +112,7 @@ def collate(
 
     Returns the inputs of the model, `input_ids` (N, T) and `attention_mask` (N, T), and the labels (N,), all
     int64. No index gives shape (0, 0). Texts that passed a frozen prefix give `inputs_embeds` (N, T, H)
-    float32 in place of `input_ids`.
+    float32 or bfloat16 in place of `input_ids`.
     """
     chosen = data.subset(indices)
     lengths = chosen.lengths
@@ -93,9 +122,12 @@ def collate(
         inputs["input_ids"] = np.full(mask.shape, data.pad_id, dtype=np.int64)
         inputs["input_ids"][mask] = chosen.ids
     else:
-        inputs["inputs_embeds"] = np.zeros((*mask.shape, chosen.hidden.shape[1]), dtype=np.float32)
+        inputs["inputs_embeds"] = np.zeros((*mask.shape, chosen.hidden.shape[1]), dtype=chosen.hidden.dtype)
         inputs["inputs_embeds"][mask] = chosen.hidden
-    return {name: torch.from_numpy(array) for name, array in inputs.items()}, torch.from_numpy(chosen.labels)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    if chosen.hidden is not None and chosen.hidden.dtype == np.uint16:
+        tensors["inputs_embeds"] = tensors["inputs_embeds"].view(torch.bfloat16)
+    return tensors, torch.from_numpy(chosen.labels)
 
 
 def micro_batches(

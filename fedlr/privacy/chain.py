@@ -26,6 +26,9 @@ Row = Mapping[str, Any]
 
 GENESIS = "0" * 64  # `prev` of the first row
 
+_PLAIN = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -52,16 +55,17 @@ def parse(data: bytes, tail: Tail, *, name: str) -> tuple[list[Row], Tail, bytes
     """
     *lines, fragment = data.split(b"\n")
     rows: list[Row] = []
+    head = tail.head
     for line in lines:
         row = _decoded(line)
-        if row is None or row.get("prev") != tail.head or not _is_intact(row, line):
+        if row is None or row.get("prev") != head or not _is_intact(row, line):
             raise InputError(
-                f"Expected row {tail.num_rows} of {name} to continue the hash chain; the file was changed after it "
-                "was written, and nothing in it from that row on can be trusted"
+                f"Expected row {tail.num_rows + len(rows)} of {name} to continue the hash chain; the file was changed "
+                "after it was written, and nothing in it from that row on can be trusted"
             )
         rows.append(row)
-        tail = Tail(tail.offset + len(line) + 1, tail.num_rows + 1, row["hash"])
-    return rows, tail, fragment
+        head = row["hash"]
+    return rows, Tail(tail.offset + len(data) - len(fragment), tail.num_rows + len(rows), head), fragment
 
 
 def append(file: int, tail: Tail, rows: Sequence[Row]) -> Tail:
@@ -70,12 +74,12 @@ def append(file: int, tail: Tail, rows: Sequence[Row]) -> Tail:
     Guarantees: when this returns, the rows survive a crash of the process and of the machine. When it raises,
         any number of them may be in the file; they are found when it is next read.
     """
-    lines = []
+    lines, head = [], tail.head
     for row in rows:
-        line = _encoded({**row, "prev": tail.head}) + b"\n"
-        lines.append(line)
-        tail = Tail(tail.offset + len(line), tail.num_rows + 1, json.loads(line)["hash"])
+        line, head = _encoded({**row, "prev": head})
+        lines.append(line + b"\n")
     data = b"".join(lines)
+    tail = Tail(tail.offset + len(data), tail.num_rows + len(lines), head)
     while data:
         data = data[os.write(file, data) :]
     os.fsync(file)
@@ -152,16 +156,16 @@ def torn_payload(fragment: bytes) -> Row | None:
     return _decoded(payload + b"}") if separator else None
 
 
-def _encoded(row: Row) -> bytes:
+def _encoded(row: Row) -> tuple[bytes, str]:
+    """Return the line of a row, without its line feed, and the row's hash."""
     payload = {key: value for key, value in row.items() if key != "hash"}
-    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return json.dumps({**payload, "hash": digest}, separators=(",", ":"), allow_nan=False).encode()
+    digest = hashlib.sha256(_CANONICAL.encode(payload).encode()).hexdigest()
+    return _PLAIN.encode({**payload, "hash": digest}).encode(), digest
 
 
 def _is_intact(row: Row, line: bytes) -> bool:
     try:
-        return _encoded(row) == line
+        return _encoded(row)[0] == line
     except ValueError:  # a changed exponent can read as infinity, which no row holds
         return False
 

@@ -5,15 +5,15 @@ computed from the rows, over all steps of all rounds, so no edit of a number can
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fedlr.errors import InputError
 from fedlr.privacy import chain
-from fedlr.privacy.accountant import AccountantName, Events, epsilon
+from fedlr.privacy.accountant import AccountantName, epsilon
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 
@@ -84,7 +84,7 @@ class Charges:
     def epsilon(self, client_id: int, header: Header, *, more: tuple[Mechanism, int] | None = None) -> float:
         """Return what a client has spent at the budget's delta, or would have after some more steps."""
         taken = [(charge.mechanism, charge.steps) for charge in self.of(client_id).values()]
-        return epsilon(_events([*taken, more] if more else taken), header.delta, accountant=header.accountant)
+        return _epsilon(_totals([*taken, more] if more else taken), header.delta, header.accountant)
 
 
 def parse_header(rows: Sequence[chain.Row], *, name: str) -> Header:
@@ -134,13 +134,24 @@ def read_ledger(path: str | os.PathLike[str]) -> tuple[Header, Charges, str]:
 
 
 def _charge(row: chain.Row) -> Charge:
-    mechanism: dict[str, Any] = row["mechanism"]
-    return Charge(Mechanism(**mechanism), row["num_steps"])
+    return Charge(_mechanism(**row["mechanism"]), row["num_steps"])
 
 
-def _events(steps: Iterable[tuple[Mechanism, int]]) -> Events:
-    """Add up steps of the same event, which the sampler of the step names."""
-    totals: Counter[tuple[float, float]] = Counter()
+# One object for the many rows that say the same. Typed: true must not be taken for 1, which is checked before.
+_mechanism = lru_cache(maxsize=64, typed=True)(Mechanism)
+
+
+def _totals(steps: Iterable[tuple[Mechanism, int]]) -> tuple[tuple[float, float, int], ...]:
+    """Add up the steps of the same event: (sample rate, noise multiplier, number of steps), sorted."""
+    totals: dict[tuple[float, float], int] = {}
     for mechanism, count in steps:
-        totals[mechanism.sample_rate, mechanism.noise_multiplier] += count
-    return [(PoissonSampler(rate).dp_event(noise), count) for (rate, noise), count in totals.items()]
+        key = mechanism.sample_rate, mechanism.noise_multiplier
+        totals[key] = totals.get(key, 0) + count
+    return tuple(sorted((rate, noise, count) for (rate, noise), count in totals.items()))
+
+
+@lru_cache(maxsize=65536)
+def _epsilon(totals: tuple[tuple[float, float, int], ...], delta: float, accountant: AccountantName) -> float:
+    """Return the epsilon of events that the sampler of the steps names; thousands of clients share one computation."""
+    events = [(PoissonSampler(rate).dp_event(noise), count) for rate, noise, count in totals]
+    return epsilon(events, delta, accountant=accountant)

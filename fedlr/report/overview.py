@@ -1,8 +1,9 @@
 """The part that everybody reads: one sentence, one card, and one table beside the two baselines."""
 
-from statistics import fmean
+from statistics import fmean, quantiles
 
 from fedlr.report.layout import details, paragraph, table, tiles
+from fedlr.report.picture import MOST_CLIENTS
 from fedlr.report.privacy_text import headline
 from fedlr.report.run_files import Alone, Run
 from fedlr.report.wording import bytes_text, count, epsilon_text, percent, points, seconds_text, seed_text
@@ -95,14 +96,16 @@ def _alone_rows(run: Run) -> list[list[str]]:
 def _each_alone(run: Run) -> list[str]:
     final = run.summary.final_accuracy
     below = sum(one.accuracy < final for one in run.alone)
-    told = f"The shared adapter is more accurate than {below} of {count(len(run.alone), 'client')} alone"
+    told = f"The shared adapter is more accurate than {below:,} of {count(len(run.alone), 'client')} alone"
     told += " (trained with privacy too)." if run.alone_privacy != "none" else " (trained without privacy)."
+    if len(run.alone) > MOST_CLIENTS:
+        tenths = quantiles([one.accuracy for one in run.alone], n=10, method="inclusive")
+        rows = [[f"{n} of 10", percent(tenth), points(tenth - final)] for n, tenth in enumerate(tenths, start=1)]
+        shown = table(["Clients below", "Accuracy alone", "Beside this run"], rows)
+        return [paragraph(told), details(f"{count(len(run.alone), 'client')} alone, by tenths", [shown])]
     rows = [[str(o.client_id), percent(o.accuracy), points(o.accuracy - final), _spent(o)] for o in run.alone]
-    header = ["Client", "Accuracy alone", "Beside this run", "Epsilon"]
-    return [
-        paragraph(told),
-        details(f"{count(len(run.alone), 'client')} alone, one by one", [table(header, rows)]),
-    ]
+    shown = table(["Client", "Accuracy alone", "Beside this run", "Epsilon"], rows)
+    return [paragraph(told), details(f"{count(len(run.alone), 'client')} alone, one by one", [shown])]
 
 
 def _row(run: Run, name: str, accuracy: float, privacy: str) -> list[str]:

@@ -4,7 +4,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from fedlr.report import cost_pictures, learning_pictures, server_pictures
+from fedlr.report import client_pictures, cost_pictures, learning_pictures, server_pictures
 from fedlr.report.checks import disagreements
 from fedlr.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.report.overview import headline_card, sentence, worth
@@ -52,8 +52,8 @@ def _learning(run: Run) -> list[Picture]:
     return [
         learning_pictures.accuracy_by_round(run),
         learning_pictures.accuracy_by_epsilon(run),
-        learning_pictures.epsilon_by_client(run),
-        learning_pictures.label_distribution(run),
+        client_pictures.epsilon_by_client(run),
+        client_pictures.label_distribution(run),
     ]
 
 

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from fedlr.report.svg import FULL_WIDTH_IN, HALF_WIDTH_IN, bar_limits, inline_svg
 
+MOST_CLIENTS = 200  # beyond which pictures and tables show how clients are spread, and not each of them
+
 
 @dataclass(frozen=True)
 class Picture:

@@ -108,6 +108,20 @@ def inline_svg(
     return _for_page(text.getvalue(), name, title)
 
 
+def standing_alone(svg: str) -> str:
+    """Return an inline SVG as a file: a page's style sheet brings its colours, alone it needs both palettes, a
+    background and a size."""
+    light, dark = (" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
+    style = (
+        f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }} "
+        "svg * { stroke-linejoin: round; stroke-linecap: butt; } "
+        "svg text { font-family: system-ui, sans-serif !important; }</style>"
+        f'<rect width="100%" height="100%" rx="6" style="fill: var(--paper, {COLOURS["paper"][0]})"/>'
+    )
+    opening, body = svg.split(">", 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening} width="680">\n{style}{body}\n'
+
+
 def legend(figure: Figure, axes: Axes, *, columns: int = 3) -> None:
     """Put the legend above the axes, where it can cover no data."""
     handles, labels = axes.get_legend_handles_labels()

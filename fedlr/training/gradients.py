@@ -72,14 +72,14 @@ class HookGradients:
     """Per-example gradients by Opacus hooks: one backward pass, N copies of the trained tensors."""
 
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
-        self._model, self._trained, self._loss = model, _sorted(model, trained), loss
+        self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
         self._layers = _trained_layers(model)
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
 
     def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `Gradients.clipped_sum`."""
         with _no_trace(self._layers, self._trained):
-            losses = _losses(self._model, self._loss, inputs, labels)
+            losses = losses_of(self._model, self._loss, inputs, labels)
             losses.sum().backward()
             samples = {s: _attribute(p, "grad_sample", labels, s) for s, p in self._trained.items()}
             return clipped_row_sums(samples, max_grad_norm=max_grad_norm)
@@ -98,14 +98,14 @@ class GhostGradients:
     """
 
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
-        self._model, self._trained, self._loss = model, _sorted(model, trained), loss
+        self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
         self._layers = _trained_layers(model)
         self._hooks = Float64GhostHooks(model, loss_reduction="sum", use_ghost_clipping=True)
 
     def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `Gradients.clipped_sum`."""
         with _no_trace(self._layers, self._trained):
-            losses = _losses(self._model, self._loss, inputs, labels)
+            losses = losses_of(self._model, self._loss, inputs, labels)
             losses.sum().backward(retain_graph=True)
             norms = torch.stack(
                 [_attribute(p, "_norm_sample", labels, s).double() for s, p in self._trained.items()]
@@ -121,7 +121,7 @@ class GhostGradients:
             self._hooks.disable_hooks()
             try:
                 if not usable.all():
-                    losses = _losses(self._model, self._loss, inputs, labels)
+                    losses = losses_of(self._model, self._loss, inputs, labels)
                 return _gradients((weights * losses).sum(), self._trained)
             finally:
                 self._hooks.enable_hooks()
@@ -135,14 +135,14 @@ class LoopGradients:
     """Example by example with plain autograd: slow, short, and the oracle of the other two."""
 
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
-        self._model, self._trained, self._loss = model, _sorted(model, trained), loss
+        self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
 
     def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `Gradients.clipped_sum`."""
         total = {slot: torch.zeros_like(p, dtype=torch.float64) for slot, p in self._trained.items()}
         for row in range(len(labels)):
             one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-            loss = _losses(self._model, self._loss, one, labels[row : row + 1]).sum()
+            loss = losses_of(self._model, self._loss, one, labels[row : row + 1]).sum()
             gradient = {slot: g.double() for slot, g in _gradients(loss, self._trained).items()}
             norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
             if math.isfinite(norm):
@@ -158,7 +158,7 @@ class SumGradients:
     """The plain gradient of the summed loss, for training without privacy: it refuses to clip."""
 
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
-        self._model, self._trained, self._loss = model, _sorted(model, trained), loss
+        self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
 
     def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """Return sum_i g_i. Nothing bounds it, so any `max_grad_norm` but infinity is an InputError."""
@@ -167,7 +167,7 @@ class SumGradients:
                 f"Expected hooks, ghost or loop gradients for max_grad_norm={max_grad_norm}, got a plain "
                 "sum; it clips nothing and no epsilon would hold"
             )
-        return _gradients(_losses(self._model, self._loss, inputs, labels).sum(), self._trained)
+        return _gradients(losses_of(self._model, self._loss, inputs, labels).sum(), self._trained)
 
     def close(self) -> None:
         """Do nothing: there are no hooks."""
@@ -215,7 +215,8 @@ def _row_norms(rows: Tensor) -> Tensor:
     return norms
 
 
-def _losses(model: nn.Module, loss: PerExampleLoss, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+def losses_of(model: nn.Module, loss: PerExampleLoss, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """Run the model and return one loss an example, (N,)."""
     losses = loss(model(**inputs).logits, labels)
     if losses.shape != labels.shape[:1]:
         raise ValueError("Expected a loss of shape (N,), one entry an example, got another shape")
@@ -239,7 +240,7 @@ def _attribute(parameter: nn.Parameter, name: str, labels: Tensor, slot: Slot) -
     return value
 
 
-def _sorted(model: nn.Module, trained: Mapping[Slot, nn.Parameter]) -> dict[Slot, nn.Parameter]:
+def sorted_trained(model: nn.Module, trained: Mapping[Slot, nn.Parameter]) -> dict[Slot, nn.Parameter]:
     """Return the trained tensors in the order of their slots; they must be all that the model trains."""
     wanted = {id(parameter) for parameter in trained.values()}
     if len(wanted) < len(trained):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapter import Slot
-from fedlr.data.tokenise import TokenisedText, collate, micro_batches
+from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
@@ -50,7 +50,7 @@ class LocalTraining:
 def train_client(
     model: nn.Module,
     gradients: Gradients,
-    data: TokenisedText,
+    data: Share,
     *,
     training: LocalTraining,
     mechanism: Mechanism | None,
@@ -85,13 +85,13 @@ def train_client(
         anyone else sees the values. If the call raises, the tensors hold the last finished step, and no trace
         of the unfinished one is left.
     """
-    _check(training, mechanism)
+    check_training(training, mechanism)
     model.train()
     optimizer = training.optimizer(list(trained.values()))
     for step in range(training.num_steps):
         key = {"client": client_id, "round_index": round_index, "step": step}
-        rows = training.sampler.draw(len(data.labels), randomness.sampling(**key))
-        total = sum_over(gradients, data, rows, training=training, mechanism=mechanism, trained=trained)
+        rows = data.rows[training.sampler.draw(len(data), randomness.sampling(**key))]
+        total = sum_over(gradients, data.table, rows, training=training, mechanism=mechanism, trained=trained)
         if mechanism is not None:
             total = privatise(total, mechanism=mechanism, generator=randomness.noise(**key))
         apply(optimizer, trained, {slot: value / training.divisor for slot, value in total.items()})
@@ -100,22 +100,22 @@ def train_client(
 
 def sum_over(
     gradients: Gradients,
-    data: TokenisedText,
+    table: TokenisedText,
     rows: np.ndarray,
     *,
     training: LocalTraining,
     mechanism: Mechanism | None,
     trained: Mapping[Slot, nn.Parameter],
 ) -> dict[Slot, Tensor]:
-    """Return the sum of (clipped) gradients over `rows`, by micro-batches; zeros for no rows.
+    """Return the sum of (clipped) gradients over these rows of a table, by micro-batches; zeros for no rows.
 
     Privacy: raw data go in and the result is private; it moves by at most C when a row is added or removed.
     """
     max_grad_norm = math.inf if mechanism is None else mechanism.max_grad_norm
     total = {slot: torch.zeros_like(trained[slot], dtype=torch.float32) for slot in sorted(trained)}
     device = next(iter(total.values())).device
-    for indices in micro_batches(data.lengths, rows, token_budget=training.token_budget):
-        inputs, labels = collate(data, indices)
+    for indices in micro_batches(table.lengths, rows, token_budget=training.token_budget):
+        inputs, labels = collate(table, indices)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         part = gradients.clipped_sum(inputs, labels.to(device), max_grad_norm=max_grad_norm)
         for slot, value in part.items():
@@ -154,7 +154,7 @@ def apply(
             parameter.grad = None
 
 
-def _check(training: LocalTraining, mechanism: Mechanism | None) -> None:
+def check_training(training: LocalTraining, mechanism: Mechanism | None) -> None:
     if mechanism is None:
         return
     # A sampler that no accountant knows raises here, before it can draw.

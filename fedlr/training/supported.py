@@ -1,9 +1,9 @@
 """What DP-SGD can train here, checked before any private example is read (reliability.md R-P9).
 
-Two kinds of checks. The structure: what the adapter cannot carry or Opacus cannot see. And a probe: one
-forward pass on constant tokens, which shows what no list of names can (layers that merge examples, a batch
-norm by another name, buffers that move). The first failure is one `InputError`, not a crash in the middle of
-a round.
+Two kinds of checks. The structure: what the adapter cannot carry or Opacus cannot see. And a probe: a few
+forward passes on constant tokens or pixels, which show what no list of names can (layers that merge examples, a
+batch norm by another name, buffers that move). The first failure is one `InputError`, not a crash in the middle
+of a round.
 
 Dropout is refused rather than switched off: nothing here changes a model behind its owner's back. It would draw
 from a global generator, and the engines would no longer agree.
@@ -11,6 +11,7 @@ from a global generator, and the engines would no longer agree.
 PEFT is looked at by attribute, not by class: only adapter, models and export import it.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +28,8 @@ GradSampleMode = Literal["hooks", "ghost", "loop"]
 PROBE_EXAMPLES, PROBE_TOKENS = 3, 5  # neither equal nor one, so that a wrong axis shows
 PROBE_PADDING = (2, 19)
 MAX_PROBE_CHANGE = 1e-3  # relative; far above what another batch composition does to float32 kernels
+# Another width rounds otherwise, by 0.03 in a small bfloat16 model. What passes here, the same model in float32 shows.
+MAX_PADDING_CHANGE = {torch.float32: MAX_PROBE_CHANGE, torch.bfloat16: 0.05}
 
 
 def check_supported(model: nn.Module, block: Block, *, grad_sample_mode: GradSampleMode = "hooks") -> None:
@@ -96,17 +99,15 @@ def _check_trained(trained: dict[str, nn.Module]) -> None:
 
 
 def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode) -> None:
-    """Run constant tokens through the model and look at what its layers see."""
-    tokens = _probe_tokens(model)
+    """Run constant examples through the model and look at what its layers see."""
+    inputs = probe_inputs(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shapes: dict[str, list[torch.Size]] = {path: [] for path in trained}
     with _recorded(trained, shapes):
-        alone = _logits(model, tokens)
-    changed = tokens.clone()
-    changed[-1] = tokens[-1].roll(1)
-    together = _logits(model, changed)
-
-    padded = [_logits(model, tokens, num_padding=length) for length in PROBE_PADDING]
+        alone = _logits(model, inputs)
+    together = _logits(model, _with_another_last(inputs))
+    padded = [_logits(model, _padded(model, inputs, num_padding)) for num_padding in PROBE_PADDING]
+    most = max(MAX_PADDING_CHANGE.get(parameter.dtype, MAX_PROBE_CHANGE) for parameter in model.parameters())
 
     moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
     for name, buffer in model.named_buffers():
@@ -115,7 +116,8 @@ def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode
         raise InputError(f"Expected buffers that training leaves alone, got {moved[0]} changed by a forward pass")
     if not _change(alone[:-1], together[:-1]) <= MAX_PROBE_CHANGE:
         raise InputError("Expected examples that do not interact, got a model whose output for one depends on another")
-    if not all(_change(alone, other) <= MAX_PROBE_CHANGE for other in padded):
+    # A language model gives logits of every token: those of the padding count for nothing.
+    if not all(_change(alone, other[:, : alone.shape[1]]) <= most for other in padded):
         raise InputError(
             "Expected a model that ignores padding, got one whose output depends on it: one long example would change "
             "the gradients of all that are padded to its length"
@@ -161,27 +163,49 @@ def _trained_layers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
     return found
 
 
-def _probe_tokens(model: Any) -> Tensor:
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    padding = getattr(model.config, "pad_token_id", None)
-    usable = [token for token in range(min(vocabulary, 64)) if token != padding]
-    if len(usable) < 2:
-        raise InputError("Expected a model that reads tokens, got one without a token embedding")
-    positions = torch.arange(PROBE_EXAMPLES * PROBE_TOKENS) % len(usable)
+def probe_inputs(model: Any) -> dict[str, Tensor]:
+    """Return what a model reads, of a few constant examples: token ids and their mask, or pixels.
+
+    Raises:
+        InputError: if the model reads neither.
+    """
     device = next(model.parameters()).device
-    return torch.tensor(usable, device=device)[positions.to(device)].view(PROBE_EXAMPLES, PROBE_TOKENS)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (PROBE_EXAMPLES, config.num_channels, height, width)
+        # In [-1, 1], and rough: a model sees little of a smooth image.
+        pixels = torch.arange(math.prod(shape), device=device) * 7919 % 257 / 128 - 1
+        return {"pixel_values": pixels.view(shape)}
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    usable = [token for token in range(min(vocabulary, 64)) if token != getattr(config, "pad_token_id", None)]
+    if len(usable) < 2:
+        raise InputError("Expected a model that reads tokens or pixels, got one without a token embedding")
+    positions = torch.arange(PROBE_EXAMPLES * PROBE_TOKENS) % len(usable)
+    tokens = torch.tensor(usable)[positions].view(PROBE_EXAMPLES, PROBE_TOKENS).to(device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _with_another_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the examples with another one in the last place: its tokens moved, its pixels turned to the negative."""
+    last = {n: -rows[-1:] if rows.is_floating_point() else rows[-1:].roll(1, dims=-1) for n, rows in inputs.items()}
+    return {name: torch.cat([rows[:-1], last[name]]) for name, rows in inputs.items()}
+
+
+def _padded(model: Any, inputs: dict[str, Tensor], num_padding: int) -> dict[str, Tensor]:
+    """Return the examples with padding on the right; images, which all have one size, as they are."""
+    fill = {"input_ids": getattr(model.config, "pad_token_id", None) or 0, "attention_mask": 0}
+    pad = nn.functional.pad
+    return {n: pad(rows, (0, num_padding), value=fill[n]) if n in fill else rows for n, rows in inputs.items()}
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: Tensor, *, num_padding: int = 0) -> Tensor:
-    config: Any = model.config
-    pad = getattr(config, "pad_token_id", None) or 0
-    mask = nn.functional.pad(torch.ones_like(tokens), (0, num_padding), value=0)
-    tokens = nn.functional.pad(tokens, (0, num_padding), value=pad)
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
-        logits: Tensor = model(input_ids=tokens, attention_mask=mask).logits.float()
+        logits: Tensor = model(**inputs).logits.float()
         return logits
     finally:
         for module, training in modes.items():

@@ -7,6 +7,7 @@ import torch
 
 from fedlr.adapter import LORA_A, LORA_B, Slot
 from fedlr.aggregate.diagnostics import aggregation_error, singular_values
+from fedlr.aggregate.ideal import Ideal
 from fedlr.aggregate.mean import weighted_mean
 from fedlr.method import SvdRefactor
 
@@ -14,7 +15,7 @@ from fedlr.method import SvdRefactor
 def test_the_aggregation_error_is_that_of_the_dense_products(federation):
     adapter, updates = federation(LORA_A, LORA_B)
     after, total = weighted_mean(adapter, updates), sum(update.weight for update in updates)
-    errors = aggregation_error(adapter, updates, after)
+    errors = aggregation_error(Ideal.of(adapter, updates), after)
     for path, layer in after.factors().items():
         ideal = sum(
             update.weight / total * update.tensors[Slot(path, LORA_B)] @ update.tensors[Slot(path, LORA_A)]
@@ -28,14 +29,14 @@ def test_the_aggregation_error_is_that_of_the_dense_products(federation):
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_an_exact_method_has_no_error_but_rounding(federation, finalise, dtype, rounding):
     adapter, updates = federation(LORA_B, dtype=dtype)
-    errors = aggregation_error(adapter, updates, finalise(weighted_mean(adapter, updates)))
+    errors = aggregation_error(Ideal.of(adapter, updates), finalise(weighted_mean(adapter, updates)))
     assert all(error < rounding for error in errors.values())
 
 
 def test_the_aggregation_error_is_zero_where_the_ideal_is_zero(federation):
     adapter, updates = federation(LORA_B)
     zero = [replace(u, tensors={s: torch.zeros_like(t) for s, t in u.tensors.items()}) for u in updates]
-    assert set(aggregation_error(adapter, zero, weighted_mean(adapter, zero)).values()) == {0.0}
+    assert set(aggregation_error(Ideal.of(adapter, zero), weighted_mean(adapter, zero)).values()) == {0.0}
 
 
 def test_singular_values_are_those_of_delta_W_and_the_refactor_keeps_them(federation):

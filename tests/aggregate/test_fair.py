@@ -9,7 +9,8 @@ from torch import Tensor
 from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot
 from fedlr.aggregate.diagnostics import aggregation_error
 from fedlr.aggregate.fair import LoraFair, LoraFairRidge
-from fedlr.aggregate.mean import ideal_product, weighted_mean
+from fedlr.aggregate.ideal import Ideal
+from fedlr.aggregate.mean import weighted_mean
 from fedlr.errors import InputError
 
 PATHS = ("layer.0", "layer.1")
@@ -18,8 +19,9 @@ AGGREGATORS = [LoraFair(), LoraFair(penalty=0.0), LoraFair(squared_penalty=True)
 
 
 def ideal(adapter, updates, path) -> Tensor:
-    stacked = ideal_product(adapter, updates, path)
-    return stacked.lora_B @ stacked.lora_A
+    total = sum(update.weight for update in updates)
+    products = (u.weight * u.tensors[Slot(path, LORA_B)] @ u.tensors[Slot(path, LORA_A)] for u in updates)
+    return sum(products) / total
 
 
 def objective(fair: LoraFair, delta_W: Tensor, lora_A: Tensor, mean_B: Tensor, residual: Tensor) -> Tensor:
@@ -174,10 +176,11 @@ def test_ridge_with_a_large_penalty_is_fedit(federation):  # (20)
 
 def test_ridge_never_has_a_larger_aggregation_error_than_fedit(federation):
     adapter, updates = federation(*BOTH)
-    fedit = aggregation_error(adapter, updates, weighted_mean(adapter, updates))
-    projection = aggregation_error(adapter, updates, LoraFairRidge(penalty=0.0)(adapter, updates))
+    ideals = Ideal.of(adapter, updates)
+    fedit = aggregation_error(ideals, weighted_mean(adapter, updates))
+    projection = aggregation_error(ideals, LoraFairRidge(penalty=0.0)(adapter, updates))
     for penalty in (0.01, 1.0):
-        ridge = aggregation_error(adapter, updates, LoraFairRidge(penalty)(adapter, updates))
+        ridge = aggregation_error(ideals, LoraFairRidge(penalty)(adapter, updates))
         assert all(0 < projection[path] <= ridge[path] < fedit[path] for path in PATHS)
 
 
@@ -204,8 +207,15 @@ def test_the_correction_uses_the_weights(federation, aggregate):
     """An unweighted ideal would pull lora_B away from the client that counts most."""
     adapter, updates = federation(*BOTH, size=0.3, weights=(1.0, 1.0, 200.0))
     unweighted = aggregate(adapter, [replace(update, weight=1.0) for update in updates])
-    right, wrong = (aggregation_error(adapter, updates, a) for a in (aggregate(adapter, updates), unweighted))
+    ideals = Ideal.of(adapter, updates)
+    right, wrong = (aggregation_error(ideals, a) for a in (aggregate(adapter, updates), unweighted))
     assert all(right[path] < wrong[path] / 2 for path in PATHS)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATORS)
+def test_updates_may_be_a_stream_that_is_read_once(federation, aggregate):
+    adapter, updates = federation(*BOTH, HEAD)
+    assert aggregate(adapter, iter(updates)).fingerprint() == aggregate(adapter, updates).fingerprint()
 
 
 @pytest.mark.parametrize("solver", [LoraFair, LoraFairRidge])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fedlr.adapter import HEAD, LORA_A, LORA_B, ROLES, AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.mean import ideal_product, normalised_weights, weighted_mean
+from fedlr.aggregate.ideal import Ideal
+from fedlr.aggregate.mean import weighted_mean
 from fedlr.method import SvdRefactor
 from fedlr.refactor import svd_refactor
 
@@ -31,6 +32,11 @@ def dense_ideal(adapter, updates, path) -> Tensor:
 def dense_product(adapter, path) -> Tensor:
     layer = adapter.factors()[path]
     return layer.lora_B.double() @ layer.lora_A.double()
+
+
+def normalised_weights(updates) -> list[float]:
+    total = sum(update.weight for update in updates)
+    return [update.weight / total for update in updates]
 
 
 def is_exact(aggregate, adapter, updates) -> bool:
@@ -74,11 +80,6 @@ def test_fedit_is_exact_when_the_clients_return_the_same_factor(federation, shar
 def test_fedit_is_exact_with_one_client(federation):  # (15): K' = 1
     adapter, updates = federation(LORA_A, LORA_B, weights=(3.0,))
     assert is_exact(weighted_mean, adapter, updates)
-
-
-def test_weights_sum_to_one(federation):  # (18)
-    _, updates = federation(LORA_B, weights=(0.1, 0.2, 0.3, 7.0))
-    assert sum(normalised_weights(updates)) == pytest.approx(1, abs=1e-15)
 
 
 def test_a_constant_update_is_its_own_mean(federation):  # (18): fails if weights do not sum to 1
@@ -149,12 +150,9 @@ def test_sums_are_float64_and_the_result_has_the_dtype_of_the_adapter(federation
     assert torch.equal(mean, exact.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("trained", [(LORA_B,), (LORA_A,), (LORA_A, LORA_B)])
-def test_the_ideal_product_in_factored_form_equals_the_dense_one(federation, trained):
-    adapter, updates = federation(*trained)
-    for path in PATHS:
-        ideal = ideal_product(adapter, updates, path)
-        assert torch.dist(ideal.lora_B @ ideal.lora_A, dense_ideal(adapter, updates, path)) < 1e-12
+def test_updates_may_be_a_stream_that_is_read_once(federation):
+    adapter, updates = federation(*ROLES)
+    assert weighted_mean(adapter, iter(updates)).fingerprint() == weighted_mean(adapter, updates).fingerprint()
 
 
 def test_fedsvd_is_the_svd_of_the_ideal_product(
@@ -166,7 +164,7 @@ def test_fedsvd_is_the_svd_of_the_ideal_product(
         U, S, Vh = torch.linalg.svd(dense_ideal(adapter, updates, path), full_matrices=False)
         assert torch.dist(dense_product(after, path), (U[:, :3] * S[:3]) @ Vh[:3]) < 1e-12
         assert torch.allclose(after.factors()[path].lora_B.norm(dim=0), S[:3])
-    assert max(aggregation_error(adapter, updates, after).values()) < 1e-12
+    assert max(aggregation_error(Ideal.of(adapter, updates), after).values()) < 1e-12
 
 
 def test_the_server_sees_nothing_of_a_client_but_what_it_released(federation):  # (25)

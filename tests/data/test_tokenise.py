@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedlr.data.synthetic import VOCABULARY, synthetic_text
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import TokenisedText, collate, micro_batches, tokenise
+from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches, tokenise
 from fedlr.errors import InputError
 
 
@@ -100,6 +100,21 @@ def test_a_subset_holds_the_same_examples(tokenised: TokenisedText) -> None:
         assert subset.ids[subset.offsets[place] : subset.offsets[place + 1]].tolist() == whole.tolist()
         assert subset.labels[place] == tokenised.labels[i]
     assert len(tokenised.subset([])) == 0
+
+
+def test_a_share_is_rows_of_the_table_and_copies_nothing(tokenised: TokenisedText) -> None:
+    rows = np.array([3, 7, 150])
+    share = Share(tokenised, rows)
+    assert share.table is tokenised and share.rows is rows and len(share) == 3
+    copied = tokenised.subset(rows)
+    assert share.lengths.tolist() == copied.lengths.tolist() and share.labels.tolist() == copied.labels.tolist()
+    whole = Share.whole(tokenised)
+    assert whole.rows.tolist() == list(range(200)) and whole.lengths.tolist() == tokenised.lengths.tolist()
+    assert len(Share(tokenised, rows[:0])) == 0
+
+
+def test_lengths_are_computed_once(tokenised: TokenisedText) -> None:
+    assert tokenised.lengths is tokenised.lengths
 
 
 def test_collating_pads_to_the_longest_of_the_micro_batch_only(tokenised: TokenisedText) -> None:

@@ -13,6 +13,19 @@ from simulations.progress import Progress
 from simulations.run_dir import LEDGER
 from simulations.simulate import create_ledger, run_rounds
 
+# What a run without privacy leaves behind; a private one also its ledger.
+RUN_FILES = {
+    "adapter",
+    "clients.jsonl",
+    "config.yaml",
+    "metrics.jsonl",
+    "partition.json",
+    "privacy.json",
+    "report.html",
+    "summary.json",
+    "versions.json",
+}
+
 SMALL = (
     "experiment=tiny",
     "data.num_examples=120",

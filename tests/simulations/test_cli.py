@@ -14,20 +14,10 @@ import pytest
 
 from fedlr.streams import Purpose, stream
 from simulations import cli
+from tests.simulations.small_runs import RUN_FILES
 
 METHODS = ("fedsvd", "lora_fair", "lora_fair_ridge", "ffa_lora", "ffa_lora_orthonormal", "fedit")
 TINY = ("experiment=tiny", "num_rounds=1", "runtime.num_workers=1")
-RUN_FILES = {
-    "adapter",
-    "clients.jsonl",
-    "config.yaml",
-    "metrics.jsonl",
-    "partition.json",
-    "privacy.json",
-    "report.html",
-    "summary.json",
-    "versions.json",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -145,12 +135,31 @@ def test_a_table_of_ones_own_trains_from_end_to_end(suffix: str, here: Path) -> 
     write_table(here / f"reviews{suffix}", examples(240))
     own = [f"data.path=reviews{suffix}", "data.text_column=review", "data.label_column=stars"]
     clients = ["data.group_column=shop", "partition=by_group", "num_clients=4"]
-    rest = ["data.max_length=16", "data.num_test=40", "name=mine", "privacy.delta=1e-4"]
+    rest = ["data.max_length=16", "data.num_test=40", "name=mine", "privacy.delta=1e-4", "data.labels=[down,up]"]
     assert cli.simulate([*TINY, "data=table", *own, *clients, *rest]) == 0
     run_dir = only_run(here / "outputs" / "mine")
     assert json.loads((run_dir / "partition.json").read_text()) == {"public": False}, "nobody said that they are public"
     card = (run_dir / "adapter" / "README.md").read_text()
     assert "0 = down, 1 = up" in card
+
+
+def test_label_names_of_private_data_are_not_taken_from_the_data(here: Path, capsys) -> None:
+    write_table(here / "reviews.csv", examples(240))
+    table = ["data=table", "data.path=reviews.csv", "data.text_column=review", "data.label_column=stars"]
+    rest = ["data.max_length=16", "data.num_test=40", "name=mine", "privacy.delta=1e-4"]
+    assert cli.plan([*TINY, *table, *rest, "~data.labels"]) == 2
+    capsys.readouterr()
+    assert cli.plan([*TINY, *table, *rest]) == 2
+    told = capsys.readouterr().err
+    assert "data.labels=[down,up]" in told and "data.public=true" in told and told.count("\n") == 1
+    for allowed in (
+        "data.labels=[down,up]",
+        "data.public=true",
+        "privacy=none",
+        "data.label_groups={x: [up], y: [down]}",
+    ):
+        needless = [word for word in rest if allowed != "privacy=none" or "delta" not in word]
+        assert cli.plan([*TINY, *table, *needless, allowed]) == 0, allowed
 
 
 def test_the_statement_is_that_of_the_ledger(copied: Path, capsys) -> None:

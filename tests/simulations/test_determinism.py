@@ -59,15 +59,14 @@ def test_number_of_workers_changes_no_bit_of_the_training(tmp_path: Path, refere
         assert row == {key: value for key, value in same.items() if key != "loss"}
 
 
-def test_workers_change_a_run_with_a_cached_prefix_by_rounding_only(tmp_path: Path) -> None:
+def test_number_of_workers_changes_no_bit_over_a_cached_prefix(tmp_path: Path) -> None:
     one, two = (
         rounds(federation("runtime.cache_prefix=true", "adapter.layers=[1]", f"runtime.num_workers={n}"), tmp_path / n)
         for n in ("1", "2")
     )
+    assert (one[0], one[2]) == (two[0], two[2])
     for row, same in zip(one[1], two[1], strict=True):
-        assert row["loss"] == pytest.approx(same["loss"], rel=1e-6)
-        for path, values in row["singular_values"].items():
-            assert values == pytest.approx(same["singular_values"][path], rel=1e-4, abs=1e-6)
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-6)  # evaluation uses all threads
 
 
 def test_order_in_which_clients_finish_changes_no_bit() -> None:

@@ -12,7 +12,7 @@ from fedlr.evaluate import Evaluation
 from fedlr.rounds import Dropout, RoundDiagnostics
 from fedlr.wire import num_bytes, to_record
 from simulations.records import client_rows, metrics_row, summarise
-from simulations.run_dir import append_line, create_run_dir, read_json, write_json
+from simulations.run_dir import append_lines, create_run_dir, json_text, read_json, write_json
 from simulations.simulate import create_ledger
 from tests.simulations.small_runs import experiment, federation, rounds
 
@@ -32,11 +32,13 @@ def diagnostics(**changes: object) -> RoundDiagnostics:
     return RoundDiagnostics(**{**values, **changes})
 
 
-def clients(d: RoundDiagnostics) -> list[dict]:
+SECONDS = {0: 1.5, 2: 2.5, 3: 3.5}
+
+
+def clients(d: RoundDiagnostics, **changes: object) -> list[dict]:
     turns = {0: 1, 1: 2, 2: 1, 3: 1}
-    return list(
-        client_rows(d, None, round_index=4, num_steps=3, participations=turns, seconds={0: 1.5, 2: 2.5, 3: 3.5})
-    )
+    values = {"spent": {}, "round_index": 4, "num_steps": 3, "participations": turns, "seconds": SECONDS}
+    return list(client_rows(d, **{**values, **changes}))
 
 
 def test_every_client_asked_has_one_line_that_says_its_fate() -> None:
@@ -46,6 +48,18 @@ def test_every_client_asked_has_one_line_that_says_its_fate() -> None:
     assert [row["reason"] for row in rows] == [None, "budget_exhausted", "not_finite", None]
     assert [row["num_steps"] for row in rows] == [3, 0, 3, 3]
     assert [row["epsilon"] for row in rows] == [None] * 4
+    assert [row["seconds"] for row in rows] == [1.5, 0.0, 2.5, 3.5]
+    spent = {0: 0.5, 1: 6.0, 2: 0.25, 3: 1.0, 4: 2.0}
+    assert [row["epsilon"] for row in clients(diagnostics(), spent=spent)] == [0.5, 6.0, 0.25, 1.0]
+    assert [row["seconds"] for row in clients(diagnostics(), seconds=None)] == [None] * 4
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_a_clients_time_is_told_where_its_data_are_public_only(tmp_path: Path, public: bool) -> None:
+    rounds(federation(f"data.public={public}".lower()), tmp_path / "run")
+    told = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
+    assert len(told) == 6
+    assert all(seconds > 0 for seconds in told) if public else told == [None] * 6
 
 
 def test_a_second_update_is_an_event_of_the_round_and_no_fate_of_the_client() -> None:
@@ -53,12 +67,12 @@ def test_a_second_update_is_an_event_of_the_round_and_no_fate_of_the_client() ->
         dropouts=(*diagnostics().dropouts, Dropout(3, "rejected", "duplicate"), Dropout(9, "rejected", "x"))
     )
     assert clients(d) == clients(diagnostics())
-    row = metrics_row(federation().start, Evaluation(0.5, 0.6), None, num_clients=4, diagnostics=d, evaluate_s=0.1)
+    row = metrics_row(federation().start, Evaluation(0.5, 0.6), spent=[], diagnostics=d, evaluate_s=0.1)
     assert (row["num_trained"], row["num_refused"], row["num_rejected"]) == (2, 1, 3)
 
 
 def test_first_line_is_the_start() -> None:
-    row = metrics_row(federation().start, Evaluation(0.5, 0.6), None, num_clients=4, evaluate_s=0.1)
+    row = metrics_row(federation().start, Evaluation(0.5, 0.6), spent=[], evaluate_s=0.1)
     assert row["rounds_completed"] == 0
     assert [row[f"num_{fate}"] for fate in ("trained", "refused", "rejected")] == [0, 0, 0]
     assert [row["bytes_up"], row["bytes_down"], row["aggregation_error"]] == [0, 0, 0.0]
@@ -70,7 +84,8 @@ def test_epsilon_is_the_ledgers_over_all_enrolled_clients(tmp_path: Path) -> Non
     ledger = create_ledger(f, tmp_path / "ledger.jsonl")
     ledger.reserve(0, f.mechanism, 2, [1, 2, 3])
     ledger.reserve(1, f.mechanism, 2, [3])
-    row = metrics_row(f.start, Evaluation(0.5, 0.6), ledger, num_clients=4, evaluate_s=0.1)
+    spent = ledger.spent_all(range(4)).values()
+    row = metrics_row(f.start, Evaluation(0.5, 0.6), spent=spent, evaluate_s=0.1)
     assert (row["epsilon_min"], row["epsilon_median"], row["epsilon_max"]) == (0.0, ledger.spent(1), ledger.spent(3))
 
 
@@ -109,10 +124,10 @@ def test_long_lines_are_written_in_one_go(tmp_path: Path, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patched:
         patched.setattr(type(tmp_path), "open", watched)
-        append_line(tmp_path / "x.jsonl", {"long": "x" * 100_000})
-        append_line(tmp_path / "x.jsonl", {"e": math.pi})
-    assert written == [100_013, 25]
-    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[1]) == {"e": math.pi}
+        append_lines(tmp_path / "x.jsonl", [{"long": "x" * 100_000}, {"short": 1}])
+        append_lines(tmp_path / "x.jsonl", [{"e": math.pi}])
+    assert written == [100_026, 25]
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[2]) == {"e": math.pi}
 
 
 class Recorder:
@@ -140,6 +155,23 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     for name in ("y.json", "z.json"):
         with pytest.raises(InputError, match=name):
             read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"a": []},
+        {"a": [{}], "b": {"c": [1, {"d": "line\nfeed"}]}, "e": "\u00e9"},
+        {"clients": [{"client_id": i, "label_counts": [i, 2]} for i in range(30)], "labels": ["x", "y"]},
+    ],
+)
+def test_json_files_hold_what_they_were_given_an_object_of_a_list_a_line(value: dict) -> None:
+    text = json_text(value)
+    assert json.loads(text) == value
+    if "clients" in value:
+        assert sum('"client_id"' in line for line in text.splitlines()) == 30
+        assert len(text.splitlines()) < 40
 
 
 def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path: Path) -> None:

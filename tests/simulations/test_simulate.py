@@ -21,27 +21,14 @@ from fedlr.privacy.sampling import PoissonSampler
 from simulations.run_dir import LEDGER
 from simulations.simulate import create_ledger, leave_behind, simulate
 from tests.simulations import small_runs
-from tests.simulations.small_runs import experiment, federation, lines, open_ledger, rounds
-
-FILES = {
-    "adapter",
-    "clients.jsonl",
-    "config.yaml",
-    "ledger.jsonl",
-    "metrics.jsonl",
-    "partition.json",
-    "privacy.json",
-    "report.html",
-    "summary.json",
-    "versions.json",
-}
+from tests.simulations.small_runs import RUN_FILES, experiment, federation, lines, open_ledger, rounds
 
 
 def test_a_run_leaves_everything_behind_and_nothing_half_done(tmp_path: Path) -> None:
     said: list[str] = []
     e = experiment(f"tracking.output_dir={tmp_path}", "tracking.run_alone=true", "tracking.run_no_privacy=true")
     run = simulate(e, say=said.append)
-    assert {path.name for path in run.iterdir()} == {*FILES, "baselines"}
+    assert {path.name for path in run.iterdir()} == {*RUN_FILES, LEDGER, "baselines"}
     assert not list(run.rglob("*.partial"))
     metrics, clients = lines(run / "metrics.jsonl"), lines(run / "clients.jsonl")
     assert [row["rounds_completed"] for row in metrics] == [0, 1, 2]
@@ -60,7 +47,7 @@ def test_a_run_leaves_everything_behind_and_nothing_half_done(tmp_path: Path) ->
 
 def test_a_run_without_privacy_has_no_ledger_and_says_so(tmp_path: Path) -> None:
     run = simulate(experiment(f"tracking.output_dir={tmp_path}", "privacy=none"), say=lambda line: None)
-    assert {path.name for path in run.iterdir()} == FILES - {LEDGER}
+    assert {path.name for path in run.iterdir()} == RUN_FILES
     assert json.loads((run / "summary.json").read_text())["privacy"] == "none"
     assert all(row["epsilon"] is None for row in lines(run / "clients.jsonl"))
 
@@ -120,7 +107,7 @@ def test_calibrated_noise_lasts_for_all_rounds(tmp_path: Path) -> None:
 def test_a_run_that_fails_leaves_whole_lines_and_a_ledger_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    f, calls, real = federation(), [], local.privatise
+    f, calls, real = federation("trainer.engine=opacus"), [], local.privatise
 
     def fails_late(total: object, **arguments: object) -> object:
         calls.append(None)

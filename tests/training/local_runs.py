@@ -19,7 +19,7 @@ from fedlr.streams import SeededRandomness
 from fedlr.training.gradients import Gradients, HookGradients
 from fedlr.training.local import LocalTraining
 from fedlr.training.losses import cross_entropy
-from tests.training.small_models import A_AND_B, client_data, small_model
+from tests.training.small_models import A_AND_B, among_others, client_data, small_model
 
 SIGMA, BOUND, DIVISOR = 1.3, 0.5, 7.0
 
@@ -88,7 +88,7 @@ class Bench:
         self.num_steps = local.train_client(
             self.model,
             self.engine,
-            data,
+            among_others(data),
             training=training,
             mechanism=mechanism,
             randomness=randomness or SeededRandomness(seed),

@@ -1,6 +1,7 @@
 """What the training tests share: tiny random models, random batches, and mutants of the shipped source."""
 
 import inspect
+import itertools
 import types
 from collections.abc import Mapping
 from types import ModuleType
@@ -10,19 +11,25 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot, adapter_parameters
-from fedlr.data.tokenise import TokenisedText
+from fedlr.data.tokenise import Share, TokenisedText
 
 VOCABULARY, PADDING, NUM_LABELS, MAX_TOKENS = 40, 1, 3, 9
 
@@ -58,6 +65,18 @@ _DISTILBERT = _ENCODER | {
     "attention_dropout": 0.0,
     "seq_classif_dropout": 0.0,
 }
+_GPT2 = _ENCODER | {
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_ALBERT = _ENCODER | _WIDTHS | {"embedding_size": 8, "classifier_dropout_prob": 0.0}
+_VIT = _WIDTHS | {"image_size": 8, "patch_size": 4, "num_labels": NUM_LABELS, "initializer_range": 0.3}
 
 BUILDERS = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER, **_WIDTHS)),
@@ -65,6 +84,9 @@ BUILDERS = {
     "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(**_DISTILBERT)),
     "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**_LLAMA)),
     "llama_lm": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(**_GPT2)),  # query, key and value are one Conv1D
+    "vit": lambda: ViTForImageClassification(ViTConfig(**_VIT)),
+    "albert": lambda: AlbertForSequenceClassification(AlbertConfig(**_ALBERT)),  # every layer is used twice
 }
 CLASSIFIERS = ("bert", "roberta", "distilbert", "llama")
 QUERY_VALUE = {
@@ -73,19 +95,24 @@ QUERY_VALUE = {
     "distilbert": ["q_lin", "v_lin"],
     "llama": ["q_proj", "v_proj"],
     "llama_lm": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "vit": ["q_proj", "v_proj"],
+    "albert": ["query", "value"],
 }
 
 
-def small_model(architecture: str = "bert", *, targets: str = "query_value", **lora: object) -> PeftModel:
-    """Build a two-layer network with a LoRA adapter whose tensors are all far from zero."""
+def small_model(
+    architecture: str = "bert", *, targets: str = "query_value", rank: int = 4, **lora: object
+) -> PeftModel:
+    """Build a two-layer network with a LoRA adapter of scale 2 whose tensors are all far from zero."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         network = BUILDERS[architecture]()
         causal = architecture == "llama_lm"
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
-            r=4,
-            lora_alpha=8,
+            r=rank,
+            lora_alpha=2 * rank,
             target_modules=QUERY_VALUE[architecture] if targets == "query_value" else targets,
             modules_to_save=["pre_classifier", "classifier"] if architecture == "distilbert" else None,
             **lora,
@@ -117,6 +144,17 @@ def batch(rows: list[list[int]], *, width: int = MAX_TOKENS) -> dict[str, Tensor
     }
 
 
+def examples_of(architecture: str, num_rows: int, *, seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what a model reads of random texts or images, and their labels."""
+    inputs = batch(random_rows(num_rows, seed=seed))
+    if architecture == "llama_lm":
+        return inputs, language_labels(inputs)
+    if architecture == "vit":
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {"pixel_values": torch.randn(num_rows, 3, 8, 8, generator=generator)}
+    return inputs, torch.arange(num_rows) % NUM_LABELS
+
+
 def client_data(rows: list[list[int]], labels: list[int] | None = None) -> TokenisedText:
     """Hold token lists as a client would; labels default to 0, 1, 2, 0, 1, ..."""
     return TokenisedText(
@@ -126,6 +164,14 @@ def client_data(rows: list[list[int]], labels: list[int] | None = None) -> Token
         pad_id=PADDING,
         num_truncated=0,
     )
+
+
+def among_others(data: TokenisedText) -> Share:
+    """Hold a client's rows as every other of a table, between rows of somebody else."""
+    rows = [data.ids[start:end].tolist() for start, end in itertools.pairwise(data.offsets)]
+    mixed = [row for own in rows for row in ([4, 4], own)] + [[4, 4]]
+    labels = [label for own in data.labels.tolist() for label in (NUM_LABELS - 1, own)] + [NUM_LABELS - 1]
+    return Share(client_data(mixed, labels), 2 * np.arange(len(rows)) + 1)
 
 
 def language_labels(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -143,10 +189,14 @@ def difference(left: Mapping[Slot, Tensor], right: Mapping[Slot, Tensor]) -> dic
 
 
 def mutant(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
-    """Return the module compiled from its own source, with each `old` text, which must occur, made `new`."""
+    """Return the module compiled from its own source, with each `old` text, which must occur, made `new`.
+
+    A text that does not occur is a RuntimeError: an AssertionError would pass for a mutant that is caught.
+    """
     source = inspect.getsource(module)
     for old, new in changes:
-        assert old in source, f"the mutant no longer applies: {old!r}"
+        if old not in source:
+            raise RuntimeError(f"the mutant no longer applies: {old!r}")
         source = source.replace(old, new)
     changed = types.ModuleType(module.__name__)
     changed.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("__")})

@@ -1,62 +1,65 @@
-"""Hooks, ghost and loop are one function; what is not finite counts as zero; no call leaves a trace.
+"""Hooks, ghost, loop and fused are one function; what is not finite counts as zero; no call leaves a trace.
 
-Mutants this file kills: no guard against NaN (hooks, ghost), clean-up skipped when a call raises, traces of
-others not cleared, ghost norms in float32 (Opacus' own).
+Mutants this file kills: no guard against NaN (hooks, ghost, fused), clean-up skipped when a call raises, traces of
+others not cleared, ghost norms in float32 (Opacus' own), fused norms in float32.
 """
 
 import math
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from opacus.grad_sample.linear import compute_linear_norm_sample
 from torch import nn
 
-from fedlr.adapter import train_only
+from fedlr.adapter import HEAD, LORA_A, train_only
 from fedlr.errors import InputError
+from fedlr.training import fused
 from fedlr.training import gradients as shipped
 from fedlr.training.ghost import linear_norms
 from fedlr.training.gradients import LoopGradients, SumGradients
 from fedlr.training.losses import causal_lm, cross_entropy
+from tests.training.cohort_runs import engine_over
 from tests.training.small_models import (
     A_AND_B,
     B_AND_HEAD,
     B_ONLY,
-    CLASSIFIERS,
+    BUILDERS,
     EVERYTHING,
     batch,
     difference,
+    examples_of,
     joint_norm,
-    language_labels,
     mutant,
     random_rows,
     small_model,
 )
 
-ENGINES = ("HookGradients", "GhostGradients", "LoopGradients")
+ENGINES = ("HookGradients", "GhostGradients", "LoopGradients", "FusedGradients")
 HOOKED = ("HookGradients", "GhostGradients")
+MODULES = dict.fromkeys(ENGINES, shipped) | {"FusedGradients": fused}
 
 
 # A language model's head is its frozen, tied embedding.
-CASES = [(name, block) for name in CLASSIFIERS for block in (B_ONLY, A_AND_B, B_AND_HEAD, EVERYTHING)]
-CASES += [("llama_lm", B_ONLY), ("llama_lm", A_AND_B)]
+BLOCKS = (B_ONLY, frozenset({LORA_A}), A_AND_B, B_AND_HEAD, EVERYTHING)
+CASES = [(name, block) for name in BUILDERS for block in BLOCKS if name != "llama_lm" or HEAD not in block]
 
 
 @pytest.mark.parametrize(
     ("architecture", "block"), CASES, ids=lambda x: x if isinstance(x, str) else "+".join(sorted(x))
 )
 @pytest.mark.parametrize("targets", ["query_value", "all-linear"])
-def test_hooks_ghost_and_loop_agree(architecture: str, targets: str, block: frozenset[str]) -> None:
-    causal = architecture == "llama_lm"
+def test_hooks_ghost_loop_and_fused_agree(architecture: str, targets: str, block: frozenset[str]) -> None:
     model = small_model(architecture, targets=targets, use_rslora=targets == "all-linear")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trained = train_only(model, block)
-    inputs = batch(random_rows(6, seed=1))
-    labels = language_labels(inputs) if causal else torch.tensor([0, 1, 2, 0, 1, 2])
+    inputs, labels = examples_of(architecture, 6)
     sums = {}
     for name in ENGINES:
-        engine = getattr(shipped, name)(model, trained, loss=causal_lm if causal else cross_entropy)
+        if (architecture, name) == ("albert", "GhostGradients"):
+            continue  # it is refused where a layer is used twice
+        engine = getattr(MODULES[name], name)(model, trained, loss=causal_lm if labels.dim() > 1 else cross_entropy)
         for bound in (0.5, 1e6):
             sums[name, bound] = engine.clipped_sum(inputs, labels, max_grad_norm=bound)
         engine.close()
@@ -87,7 +90,7 @@ def test_an_engine_refuses_a_model_that_trains_something_else() -> None:
     train_only(model, A_AND_B)
     for name in (*ENGINES, "SumGradients"):
         with pytest.raises(ValueError, match="train_only"):
-            getattr(shipped, name)(model, trained, loss=cross_entropy)
+            getattr(MODULES.get(name, shipped), name)(model, trained, loss=cross_entropy)
 
 
 POISON_LABEL, POISON_TOKEN = 2, 39
@@ -129,14 +132,14 @@ BAD_VALUES = [math.nan, math.inf, -math.inf, 1e30, 1e38, -3e38]
 @pytest.mark.parametrize("value", BAD_VALUES)
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_bad_loss_moves_the_sum_by_at_most_c(name: str, value: float) -> None:
-    check_bad_rows_count_at_most_once(shipped, name, architecture="bert", loss_value=value)
+    check_bad_rows_count_at_most_once(MODULES[name], name, architecture="bert", loss_value=value)
 
 
 @pytest.mark.parametrize("value", BAD_VALUES)
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("architecture", ["roberta", "llama"])
 def test_a_bad_embedding_moves_the_sum_by_at_most_c(architecture: str, name: str, value: float) -> None:
-    check_bad_rows_count_at_most_once(shipped, name, architecture=architecture, embedding_value=value)
+    check_bad_rows_count_at_most_once(MODULES[name], name, architecture=architecture, embedding_value=value)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +156,46 @@ def test_without_the_guard_a_bad_row_is_seen(name: str, changes: list[tuple[str,
         check_bad_rows_count_at_most_once(mutant(shipped, *changes), name, architecture="bert", loss_value=value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_the_guard_the_fused_engine_sees_a_bad_row_too(value: float) -> None:
+    broken = SimpleNamespace(FusedGradients=engine_over(("        self.values[silent] = 0.0  # 0 * nan is nan\n", "")))
+    with pytest.raises(AssertionError):
+        check_bad_rows_count_at_most_once(broken, "FusedGradients", architecture="bert", loss_value=value)
+
+
+def check_huge_gradients_are_clipped_to_the_bound(make_engine: Callable, size: float) -> None:
+    model = small_model()
+    for block in (A_AND_B, B_AND_HEAD):
+        engine = make_engine(model, train_only(model, block), loss=poisoned_loss(size))
+        total = engine.clipped_sum(batch([[5, 6, 7]]), torch.tensor([POISON_LABEL]), max_grad_norm=0.3)
+        engine.close()
+        assert joint_norm(total) == pytest.approx(0.3, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e19, 1e25, 1e30, 1e33])
+@pytest.mark.parametrize("name", ENGINES)
+def test_huge_gradients_are_clipped_to_the_bound(name: str, size: float) -> None:
+    check_huge_gradients_are_clipped_to_the_bound(getattr(MODULES[name], name), size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("vector_norm(self.values, dim=1, dtype=torch.float64)", "vector_norm(self.values, dim=1)"),
+        ("vector_norm(t, dim=1, dtype=torch.float64)", "vector_norm(t, dim=1)"),
+    ],
+    ids=["lora", "head"],
+)
+def test_fused_norms_in_float32_would_lose_them(change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        check_huge_gradients_are_clipped_to_the_bound(engine_over(change), 1e25)
+
+
 def test_a_batch_of_bad_rows_alone_is_zero() -> None:
     model = small_model()
     trained = train_only(model, A_AND_B)
     for name in ENGINES:
-        engine = getattr(shipped, name)(model, trained, loss=poisoned_loss(math.nan))
+        engine = getattr(MODULES[name], name)(model, trained, loss=poisoned_loss(math.nan))
         total = engine.clipped_sum(batch([[5, 6], [7]]), torch.tensor([2, 2]), max_grad_norm=1.0)
         engine.close()
         assert list(total) == list(trained)
@@ -200,6 +238,11 @@ class Abort(Exception):
     """Stands for a signal, a time limit or an out-of-memory error."""
 
 
+def layers_of(engine: object) -> nn.ModuleList:
+    """Return the layers that the engine runs: the fused one has modules of its own."""
+    return engine._model.base_model.model.bert.encoder.layer
+
+
 def fail_in_loss(model: nn.Module, engine: object) -> Callable[[], None]:
     """Fail after the forward pass, when every activation is stored."""
     working = engine._loss
@@ -215,7 +258,7 @@ def fail_in_forward(model: nn.Module, engine: object) -> Callable[[], None]:
     def hook(*_: object) -> None:
         raise Abort
 
-    return model.base_model.model.bert.encoder.layer[1].register_forward_pre_hook(hook).remove
+    return layers_of(engine)[1].register_forward_pre_hook(hook).remove
 
 
 def fail_in_backward(model: nn.Module, engine: object) -> Callable[[], None]:
@@ -224,7 +267,7 @@ def fail_in_backward(model: nn.Module, engine: object) -> Callable[[], None]:
     def hook(*_: object) -> None:
         raise Abort
 
-    return model.base_model.model.bert.encoder.layer[0].register_full_backward_hook(hook).remove
+    return layers_of(engine)[0].register_full_backward_hook(hook).remove
 
 
 def check_no_trace_after_abort(engines: ModuleType, name: str, fail: Callable) -> None:
@@ -241,6 +284,9 @@ def check_no_trace_after_abort(engines: ModuleType, name: str, fail: Callable) -
         assert parameter.grad is None
         assert getattr(parameter, "grad_sample", None) is None
     assert not any(vars(m).get("activations") for m in model.modules())
+    if name == "FusedGradients":
+        shared = engine._shared
+        assert (shared.owner, shared.ranks, dict(shared.values), shared.found) == (None, None, {}, {})
     again = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
     assert all(torch.equal(again[slot], fresh[slot]) for slot in trained)
 
@@ -248,7 +294,7 @@ def check_no_trace_after_abort(engines: ModuleType, name: str, fail: Callable) -
 @pytest.mark.parametrize("fail", [fail_in_loss, fail_in_forward, fail_in_backward])
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_call_that_raises_leaves_no_trace(name: str, fail: Callable) -> None:
-    check_no_trace_after_abort(shipped, name, fail)
+    check_no_trace_after_abort(MODULES[name], name, fail)
 
 
 @pytest.mark.parametrize("fail", [fail_in_loss, fail_in_forward, fail_in_backward])
@@ -261,6 +307,13 @@ def test_without_cleaning_up_after_an_error_a_trace_is_found(name: str, fail: Ca
     )
     with pytest.raises(AssertionError):
         check_no_trace_after_abort(careless, name, fail)
+
+
+@pytest.mark.parametrize("fail", [fail_in_loss, fail_in_forward, fail_in_backward])
+def test_without_cleaning_up_the_fused_engine_keeps_a_trace(fail: Callable) -> None:
+    careless = mutant(fused, ("        finally:\n", "        except KeyError:\n"))
+    with pytest.raises(AssertionError):
+        check_no_trace_after_abort(careless, "FusedGradients", fail)
 
 
 def check_others_passes_do_not_count(engines: ModuleType, name: str) -> None:
@@ -279,7 +332,7 @@ def check_others_passes_do_not_count(engines: ModuleType, name: str) -> None:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_what_others_run_through_the_model_does_not_count(name: str) -> None:
-    check_others_passes_do_not_count(shipped, name)
+    check_others_passes_do_not_count(MODULES[name], name)
 
 
 def test_without_clearing_first_it_would() -> None:
@@ -288,13 +341,13 @@ def test_without_clearing_first_it_would() -> None:
         check_others_passes_do_not_count(trusting, "HookGradients")
 
 
-@pytest.mark.parametrize("name", HOOKED)
+@pytest.mark.parametrize("name", [*HOOKED, "FusedGradients"])
 def test_close_removes_every_hook_and_attribute(name: str) -> None:
     model = small_model()
     hooks_before = sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
     for block in (B_ONLY, A_AND_B, B_AND_HEAD):
         trained = train_only(model, block)
-        engine = getattr(shipped, name)(model, trained, loss=cross_entropy)
+        engine = getattr(MODULES[name], name)(model, trained, loss=cross_entropy)
         engine.clipped_sum(batch([[5, 6]]), torch.tensor([1]), max_grad_norm=1.0)
         engine.close()
     assert sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()) == hooks_before

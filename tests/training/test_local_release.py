@@ -24,12 +24,14 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
 from fedlr.training import gradients as shipped_engines
 from fedlr.training import local as shipped
+from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
 from fedlr.training.losses import cross_entropy
 from tests.training.local_runs import BOUND, DIVISOR, Bench
 from tests.training.small_models import (
     B_AND_HEAD,
     MAX_TOKENS,
+    among_others,
     client_data,
     difference,
     joint_norm,
@@ -56,7 +58,7 @@ def aborting(bench: Bench, micro_batch: int, where: str) -> Iterator[None]:
         if calls > micro_batch:
             raise Abort
 
-    layers = bench.model.base_model.model.bert.encoder.layer
+    layers = bench.engine._model.base_model.model.bert.encoder.layer  # the fused engine has modules of its own
     handle = (
         layers[1].register_forward_hook(hook) if where == "forward" else layers[0].register_full_backward_hook(hook)
     )
@@ -81,7 +83,7 @@ def check_an_aborted_step_leaves_nothing(local: ModuleType, bench: Bench, *, mic
     assert float(again.norm()) * DIVISOR <= NUM_ROWS * BOUND * (1 + 1e-5)
 
 
-@pytest.fixture(scope="module", params=[HookGradients, GhostGradients], ids=lambda e: e.__name__)
+@pytest.fixture(scope="module", params=[HookGradients, GhostGradients, FusedGradients], ids=lambda e: e.__name__)
 def engine_bench(request: pytest.FixtureRequest) -> Bench:
     return Bench(make_engine=request.param, block=B_AND_HEAD)
 
@@ -140,7 +142,7 @@ def check_raw_gradients_never_arrive(local: ModuleType, engine: Callable) -> Non
         assert not hasattr(parameter, "_norm_sample")
 
 
-@pytest.mark.parametrize("engine", [HookGradients, GhostGradients, LoopGradients])
+@pytest.mark.parametrize("engine", [HookGradients, GhostGradients, LoopGradients, FusedGradients])
 def test_raw_gradients_never_reach_the_update(engine: Callable) -> None:
     check_raw_gradients_never_arrive(shipped, engine)
 
@@ -182,7 +184,7 @@ def two_rounds(local: ModuleType, optimizer: Callable, *, rebuild: bool) -> dict
         local.train_client(
             bench.model,
             bench.engine,
-            data,
+            among_others(data),
             training=training,
             mechanism=Mechanism(1.0, BOUND, 0.6, DIVISOR),
             randomness=SeededRandomness(1),
@@ -236,7 +238,7 @@ def test_the_update_is_the_optimizer_applied_to_the_releases_alone(optimizer: Ca
     shipped.train_client(
         bench.model,
         bench.engine,
-        client_data(random_rows(6, seed=3)),
+        among_others(client_data(random_rows(6, seed=3))),
         training=training,
         mechanism=Mechanism(1.0, BOUND, 0.5, DIVISOR),
         randomness=SeededRandomness(1),

@@ -1,8 +1,9 @@
 """Steps, divisor, sampling and noise come from the configuration and the streams, not from the data.
 
 R-P3, R-P5, R-P6, R-P7 and the scale of the noise (acceptance 22). Mutants this file kills: a divisor, number
-of steps or a skipped step that depends on the data; shuffled, capped or retried batches; one stream for all
-clients, rounds or steps; noise from torch's global generator, 2/3 or 3/2 of what it should be, or missing.
+of steps or a skipped step that depends on the data; shuffled, capped or retried batches; rows of another client;
+one stream for all clients, rounds or steps; noise from torch's global generator, 2/3 or 3/2 of what it should be, or
+missing.
 """
 
 import ast
@@ -24,10 +25,10 @@ from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.training import local as shipped
 from fedlr.training.gradients import SumGradients
 from tests.training.local_runs import BOUND, DIVISOR, SIGMA, Bench, KeepingSGD, RowCounts, silent_data
-from tests.training.small_models import B_AND_HEAD, B_ONLY, client_data, mutant, random_rows
+from tests.training.small_models import B_AND_HEAD, B_ONLY, among_others, client_data, mutant, random_rows
 
 SIZES = (0, 1, 7, 63, 64, 65)
-DRAW = "rows = training.sampler.draw(len(data.labels), randomness.sampling(**key))"
+DRAW = "rows = data.rows[training.sampler.draw(len(data), randomness.sampling(**key))]"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def size_reads(source: str) -> list[str]:
         a for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(".draw") for a in n.args
     ]
     allowed = {id(node) for argument in drawn for node in ast.walk(argument)}
-    private = {"data", "rows", "indices", "inputs", "labels", "part"}
+    private = {"data", "table", "rows", "indices", "inputs", "labels", "part"}
     found = []
     for node in ast.walk(tree):
         if id(node) in allowed:
@@ -237,7 +238,7 @@ def check_batches_are_poisson(local: ModuleType, *, num_rows: int, sample_rate: 
     local.train_client(
         nn.Identity(),
         RowCounts(slot, num_rows),
-        client_data([[row] for row in range(num_rows)]),
+        among_others(client_data([[row] for row in range(num_rows)])),
         training=training,
         mechanism=Mechanism(0.0, 1.0, sample_rate, 1.0),
         randomness=SeededRandomness(5),
@@ -275,12 +276,13 @@ NOT_POISSON = {
         (IMPORT, f"{IMPORT}, ShuffledSampler"),
     ],
     "capped": [(DRAW, DRAW + "[:3]")],
+    "rows of others": [(DRAW, DRAW.replace("data.rows[", "(").replace("]", ")"))],
     "skipped when empty": [
         ("        total = sum_over(", "        if not len(rows): continue\n        total = sum_over(")
     ],
     "never empty": [(DRAW, f"{DRAW}\n        rows = rows if len(rows) else np.arange(1)")],
     "one stream": [("randomness.sampling(**key)", "randomness.sampling(client=0, round_index=0, step=0)")],
-    "doubled": [("in micro_batches(data.lengths, rows,", "in micro_batches(data.lengths, np.repeat(rows, 2),")],
+    "doubled": [("in micro_batches(table.lengths, rows,", "in micro_batches(table.lengths, np.repeat(rows, 2),")],
     "last batch dropped": [("token_budget=training.token_budget):", "token_budget=training.token_budget)[:-1]:")],
 }
 

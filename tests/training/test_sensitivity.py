@@ -2,7 +2,7 @@
 
 Mutants this file kills: the language-model loss averaged over the tokens of the batch, as the library does
 it; the classification loss averaged over the batch; a clip of each tensor apart; a clip of the batch instead
-of the example; a bound that is 1% too large.
+of the example; a bound that is 1% too large; all of it in the fused engine too.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from fedlr.adapter import train_only
+from fedlr.training import fused
 from fedlr.training import gradients as shipped
 from fedlr.training.losses import causal_lm, cross_entropy
 from tests.training.small_models import (
     A_AND_B,
     B_AND_HEAD,
     B_ONLY,
+    EVERYTHING,
     MAX_TOKENS,
     batch,
     client_data,
@@ -115,7 +117,14 @@ CASES = [
     ("GhostGradients", "distilbert", A_AND_B, 20),
     ("GhostGradients", "llama", B_AND_HEAD, 20),
     ("LoopGradients", "bert", A_AND_B, 5),
+    ("FusedGradients", "llama_lm", A_AND_B, 60),
+    ("FusedGradients", "bert", EVERYTHING, 40),
+    ("FusedGradients", "gpt2", B_AND_HEAD, 20),
+    ("FusedGradients", "roberta", B_ONLY, 20),
 ]
+
+
+MODULES = {"HookGradients": shipped, "GhostGradients": shipped, "LoopGradients": shipped, "FusedGradients": fused}
 
 
 @pytest.mark.parametrize(("name", "architecture", "block", "num_pairs"), CASES)
@@ -123,7 +132,7 @@ def test_one_example_moves_the_clipped_sum_by_at_most_c(
     name: str, architecture: str, block: frozenset[str], num_pairs: int
 ) -> None:
     loss = causal_lm if architecture == "llama_lm" else cross_entropy
-    check_sensitivity(Case(shipped, name, architecture, block, loss), num_pairs=num_pairs)
+    check_sensitivity(Case(MODULES[name], name, architecture, block, loss), num_pairs=num_pairs)
 
 
 def library_causal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -137,9 +146,9 @@ def batch_mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, labels) / len(labels)
 
 
-@pytest.mark.parametrize("name", ["HookGradients", "GhostGradients"])
+@pytest.mark.parametrize("name", ["HookGradients", "GhostGradients", "FusedGradients"])
 def test_the_librarys_language_loss_is_caught_by_more_than_five_c(name: str) -> None:
-    case = Case(shipped, name, "llama_lm", A_AND_B, library_causal_loss)
+    case = Case(MODULES[name], name, "llama_lm", A_AND_B, library_causal_loss)
     with pytest.raises(AssertionError):
         check_sensitivity(case, num_pairs=0)
     before, after = [([5, 6], 0)] * 7 + [([7] * LONG, 0)], [([5, 6], 0)] * 8
@@ -154,9 +163,9 @@ def test_it_is_the_librarys_own_loss_that_is_caught() -> None:
     torch.testing.assert_close(library_causal_loss(outputs.logits, labels).mean(), outputs.loss)
 
 
-@pytest.mark.parametrize("name", ["HookGradients", "GhostGradients"])
+@pytest.mark.parametrize("name", ["HookGradients", "GhostGradients", "FusedGradients"])
 def test_a_batch_mean_loss_is_caught(name: str) -> None:
-    case = Case(shipped, name, "bert", B_AND_HEAD, batch_mean_loss)
+    case = Case(MODULES[name], name, "bert", B_AND_HEAD, batch_mean_loss)
     with pytest.raises(AssertionError):
         check_sensitivity(case, num_pairs=0)
     assert worst_ratio(case, num_pairs=0, seed=0) > 1.2
@@ -183,11 +192,28 @@ def test_ghost_with_a_wrong_bound_is_caught() -> None:
         check_sensitivity(Case(engines, "GhostGradients", "bert", A_AND_B, cross_entropy), num_pairs=20)
 
 
-def test_padding_and_micro_batches_do_not_change_the_sum() -> None:
+FOUND = "torch.stack([gradients.squared_norms() for gradients in found]).sum(dim=0).sqrt()"
+WRONG_FUSED_CLIPS = {
+    "each tensor apart": (FOUND, FOUND.replace("sum(dim=0)", "amax(dim=0)")),
+    "the batch": (FOUND, f"{FOUND}.square().mean().sqrt().expand(num_rows)"),
+    "1% too large": ("clip_weights(norms, max_grad_norm=", "clip_weights(norms, max_grad_norm=1.01 * "),
+    "the first tensor alone": ("for gradients in found])", "for gradients in found[:1]])"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FUSED_CLIPS)
+def test_a_wrong_clip_of_the_fused_engine_is_caught(name: str) -> None:
+    case = Case(mutant(fused, WRONG_FUSED_CLIPS[name]), "FusedGradients", "bert", A_AND_B, cross_entropy)
+    with pytest.raises(AssertionError):
+        check_sensitivity(case, num_pairs=20)
+
+
+@pytest.mark.parametrize("name", ["HookGradients", "FusedGradients"])
+def test_padding_and_micro_batches_do_not_change_the_sum(name: str) -> None:
     from fedlr.data.tokenise import collate, micro_batches
 
     model = small_model("roberta")
-    engine = shipped.HookGradients(model, train_only(model, A_AND_B), loss=cross_entropy)
+    engine = getattr(MODULES[name], name)(model, train_only(model, A_AND_B), loss=cross_entropy)
     data = client_data(random_rows(9, seed=6))
     sums = []
     for budget in (1, 20, 1000):

@@ -1,6 +1,7 @@
 """What DP-SGD cannot train is one clear error before any example is read (R-P9, R-P11).
 
-Mutants this file kills: no probe, so that layers which mix examples or read padding pass.
+Mutants this file kills: no probe, so that layers which mix examples or read padding pass, also over a bfloat16 base and
+with images.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers import ConvBertConfig, ConvBertForSequenceClassification
 
 from fedlr.adapter import HEAD, LORA_B, train_only
 from fedlr.errors import InputError
+from fedlr.precision import with_bfloat16_base
 from fedlr.training import supported as shipped
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
 from fedlr.training.losses import cross_entropy
@@ -48,6 +50,27 @@ def test_what_is_supported_passes_and_is_left_as_it_was(architecture: str, block
     assert not any(m.training for m in model.modules())
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+@pytest.mark.parametrize("architecture", ["llama_lm", "gpt2", "vit"])
+@pytest.mark.parametrize("mode", MODES)
+def test_language_models_fused_layers_and_images_pass(architecture: str, mode: str) -> None:
+    model = small_model(architecture, targets="all-linear")
+    block = B_ONLY if architecture == "llama_lm" else B_AND_HEAD
+    check_supported(model, block, grad_sample_mode=mode)
+    check_supported(with_bfloat16_base(model), block, grad_sample_mode=mode)
+
+
+def test_a_fused_layer_has_the_gradients_of_one_example_after_the_other() -> None:
+    model = small_model("gpt2")
+    trained = train_only(model, B_ONLY)
+    inputs, labels = batch([[5, 6, 7], [8], [9, 10]]), torch.tensor([0, 1, 2])
+    hooks = HookGradients(model, trained, loss=cross_entropy)
+    got = hooks.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    hooks.close()
+    oracle = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=0.5)
+    assert {slot.path.rpartition(".")[2] for slot in got} == {"c_attn"}
+    assert joint_norm(difference(got, oracle)) <= 1e-5 * joint_norm(oracle)
 
 
 def first_layer(model: PeftModel) -> nn.Module:
@@ -125,10 +148,22 @@ def counting(self: Around, x: torch.Tensor) -> torch.Tensor:
     return self.inner(x)
 
 
+def around_image_query(forward: Callable) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = small_model("vit")
+        attention = model.base_model.model.vit.layers[0].attention
+        attention.q_proj = Around(attention.q_proj, forward)
+        return model
+
+    return build
+
+
 four_dimensional = around_query(lambda self, x: self.inner(x[:, None])[:, 0])
 used_twice = around_query(lambda self, x: (self.inner(x) + self.inner(2 * x)) / 2)
 merged = around_query(lambda self, x: self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 mixing = around_query(lambda self, x: self.inner(x) - x.mean(dim=0, keepdim=True))
+mixing_images = around_image_query(lambda self, x: self.inner(x) - x.mean(dim=0, keepdim=True))
+merging_images = around_image_query(lambda self, x: self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 left_out = around_query(lambda self, x: x)
 moving_buffer = around_query(counting)
 
@@ -144,6 +179,20 @@ def with_tied_factors() -> nn.Module:
 def with_half_precision_factors() -> nn.Module:
     model = small_model()
     first_layer(model).attention.self.query.lora_B["default"].bfloat16()
+    return model
+
+
+def in_bfloat16(build: Callable) -> Callable[[], nn.Module]:
+    return lambda: with_bfloat16_base(build())
+
+
+def with_lora_on_patches() -> nn.Module:
+    return small_model("vit", targets=["projection", "q_proj"])
+
+
+def reading_nothing_known() -> nn.Module:
+    model = small_model()
+    model.base_model.model.set_input_embeddings(nn.Identity())
     return model
 
 
@@ -181,6 +230,12 @@ REFUSED = [
     (mixing, B_ONLY, "hooks", "do not interact"),
     (merged, B_ONLY, "hooks", "keep examples apart"),
     (reading_padding, B_ONLY, "hooks", "ignores padding"),
+    (mixing_images, B_ONLY, "hooks", "do not interact"),
+    (merging_images, B_ONLY, "hooks", "keep examples apart"),
+    (in_bfloat16(mixing), B_ONLY, "hooks", "do not interact"),
+    (in_bfloat16(reading_padding), B_ONLY, "hooks", "ignores padding"),
+    (with_lora_on_patches, B_ONLY, "hooks", "linear layers"),
+    (reading_nothing_known, B_ONLY, "hooks", "tokens or pixels"),
     (left_out, B_ONLY, "hooks", "left out"),
     (moving_buffer, B_ONLY, "hooks", "buffers"),
     (with_tied_factors, B_ONLY, "hooks", "tied"),
@@ -204,7 +259,9 @@ def test_what_is_not_supported_is_one_clear_error(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("build", [mixing, merged, left_out, moving_buffer, reading_padding])
+@pytest.mark.parametrize(
+    "build", [mixing, merged, left_out, moving_buffer, reading_padding, mixing_images, in_bfloat16(mixing)]
+)
 def test_without_the_probe_it_would_pass(build: Callable) -> None:
     blind = mutant(shipped, ("    _probe(model, trained, grad_sample_mode)\n", ""))
     blind.check_supported(build(), B_ONLY)

@@ -1,0 +1,267 @@
+"""Local training of many clients at once: the steps of `fedlr.training.local`, taken by a whole cohort together.
+
+In each step every client draws its own Poisson batch. The examples of all of them are sorted by length and cut into
+micro-batches, so little is padded; each micro-batch is one forward and one backward pass over rows of many clients
+(`fedlr.training.fused`). Then each client's sum of clipped gradients, which may be empty, gets that client's noise and
+goes to its row of the optimizer. With the same streams the numbers are those of `train_client`, up to the rounding of
+sums taken in another order.
+
+Notable choices:
+- Micro-batches are added up in their order, whichever thread is done first: the number of threads changes no bit.
+- One optimizer holds all clients: its rules work entry by entry, so the rows of a matrix are optimizers of their own.
+  Others (LBFGS, Muon, Adafactor) are refused.
+
+Legend: C clients, V trained values of one client, slot after slot in their order.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlr.adapter import HEAD, LORA_A, Slot
+from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
+from fedlr.errors import InputError
+from fedlr.privacy.mechanism import Mechanism, gaussian_noise
+from fedlr.streams import Randomness
+from fedlr.training.fused import ClippedSums
+from fedlr.training.local import LocalTraining, check_training
+
+# Torch's optimizers whose update of an entry reads that entry's gradient and history alone.
+ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,  # and AdamW
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+)
+
+
+class FusedSums(Protocol):
+    """Computes clipped sums of a micro-batch: `FusedGradients.clipped_sums` on whatever thread is free."""
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        *,
+        owner: Tensor,
+        stacks: Mapping[Slot, Tensor],
+        max_grad_norm: float,
+        ranks: Tensor | None,
+    ) -> ClippedSums: ...
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The trained tensors of C clients: one row of `theta` (C, V) each."""
+
+    theta: Tensor  # float32
+    shapes: Mapping[Slot, torch.Size]  # sorted by slot
+    ranks: tuple[int, ...] | None = None  # of each client; None: all have the adapter's
+
+    @classmethod
+    def of(
+        cls,
+        starts: Sequence[Mapping[Slot, Tensor]],
+        *,
+        ranks: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Stack":
+        """Stack the clients' starting values, of equal shapes; what lies beyond a client's rank becomes zero.
+
+        Raises:
+            ValueError: for ranks that do not fit.
+        """
+        shapes = {slot: starts[0][slot].shape for slot in sorted(starts[0])}
+        rows = [torch.cat([start[slot].detach().flatten().float() for slot in shapes]) for start in starts]
+        stack = cls(torch.stack(rows).to(device), shapes, None if ranks is None else tuple(ranks))
+        for client, rank in enumerate(stack.ranks or ()):
+            if rank < 1 or len(stack.ranks or ()) != len(rows):
+                raise ValueError(f"Expected one rank >= 1 for each of {len(rows)} clients, got {stack.ranks}")
+            for slot, view in stack.by_slot().items():
+                beyond(view[client], slot, rank).zero_()
+        return stack
+
+    def by_slot(self) -> dict[Slot, Tensor]:
+        """Return views (C, ...) of each slot's tensors."""
+        parts = self.theta.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        return {slot: part.unflatten(1, shape) for (slot, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def tensors(self, client: int) -> dict[Slot, Tensor]:
+        """Return copies of one client's tensors, on the CPU."""
+        return {slot: view[client].to("cpu", copy=True) for slot, view in self.by_slot().items()}
+
+
+def beyond(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
+    """Return the view of a LoRA factor beyond a rank: rows of lora_A, columns of lora_B; of a head, nothing."""
+    if slot.role == HEAD:
+        return tensor[:0]
+    return tensor[rank:] if slot.role == LORA_A else tensor[:, rank:]
+
+
+def train_cohort(
+    sums: FusedSums,
+    threads: Executor,
+    stack: Stack,
+    shares: Sequence[Share],
+    *,
+    training: LocalTraining,
+    mechanism: Mechanism | None,
+    randomness: Randomness,
+    client_ids: Sequence[int],
+    round_index: int,
+) -> int:
+    """Take `num_steps` noised steps of each client from the values in `stack`, in place.
+
+    Args:
+        sums: clipped sums of a micro-batch; called from `threads`.
+        threads: what runs micro-batches and noise side by side.
+        stack: the clients' trained tensors.
+        shares: each client's private rows, of one table; a client without rows is fine.
+        training, mechanism, randomness, round_index: as in `fedlr.training.local.train_client`.
+        client_ids: part of the keys of each client's streams.
+
+    Returns:
+        The number of steps each client took, always `training.num_steps`.
+
+    Raises:
+        InputError: before any row is read, if mechanism, steps and optimizer do not fit together.
+
+    Guarantees:
+        As `train_client`, for each client by itself: what leaves of a client is a function of `num_steps` Gaussian sums
+        over its own rows, whose noise is drawn from its own streams. An empty batch is a step like any other.
+    """
+    check_training(training, mechanism)
+    check_elementwise(training.optimizer)
+    table = shares[0].table
+    if any(share.table is not table for share in shares):
+        raise ValueError("Expected the shares of a cohort to be rows of one table, got several tables")
+    max_grad_norm = math.inf if mechanism is None else mechanism.max_grad_norm
+    theta = nn.Parameter(stack.theta, requires_grad=False)  # the optimizer writes into the stack
+    optimizer = training.optimizer([theta])
+    for step in range(training.num_steps):
+        keys = [{"client": client, "round_index": round_index, "step": step} for client in client_ids]
+        drawn = [
+            share.rows[training.sampler.draw(len(share), randomness.sampling(**key))]
+            for share, key in zip(shares, keys, strict=True)
+        ]
+        total = sum_over_cohort(
+            sums, threads, stack, table, drawn, token_budget=training.token_budget, max_grad_norm=max_grad_norm
+        )
+        if mechanism is not None:
+            noises = [randomness.noise(**key) for key in keys]
+            privatise_rows(total, stack, mechanism=mechanism, generators=noises, threads=threads)
+        theta.grad = total.div_(training.divisor)
+        optimizer.step()
+    return training.num_steps
+
+
+def sum_over_cohort(
+    sums: FusedSums,
+    threads: Executor,
+    stack: Stack,
+    table: TokenisedText,
+    drawn: Sequence[NDArray[np.int64]],
+    *,
+    token_budget: int,
+    max_grad_norm: float,
+) -> Tensor:
+    """Return the sum of each client's (clipped) gradients over the rows it drew, (C, V); zeros for no rows.
+
+    Privacy: raw data go in and the result is private; a client's row moves by at most C when one of its rows is added
+    or removed.
+    """
+    stacks = stack.by_slot()
+    device = stack.theta.device
+    ranks = None if stack.ranks is None else torch.tensor(stack.ranks, device=device)
+    rows, owners = np.concatenate(drawn), np.repeat(np.arange(len(drawn)), [len(mine) for mine in drawn])
+
+    def part(places: NDArray[np.int64]) -> ClippedSums:
+        inputs, labels = collate(table, rows[places])
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        owner = torch.from_numpy(owners[places]).to(device)
+        return sums(inputs, labels.to(device), owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks)
+
+    total = torch.zeros_like(stack.theta)
+    for found in in_order(threads, part, micro_batches(table.lengths[rows], np.arange(len(rows)), token_budget)):
+        found.add_to(total)
+    return total
+
+
+def privatise_rows(
+    total: Tensor,
+    stack: Stack,
+    *,
+    mechanism: Mechanism,
+    generators: Sequence[np.random.Generator],
+    threads: Executor,
+) -> None:
+    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of each client's sum, in place.
+
+    Each client's noise is drawn from its own generator, one draw a slot in the order of the slots, and has the shape of
+    what that client trains: the same numbers as `fedlr.training.local.privatise` draws.
+
+    Privacy: the only way for the sums of a cohort to leave a step.
+    """
+    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+
+    def add(client: int) -> None:
+        start = 0
+        for slot, shape in stack.shapes.items():
+            row = total[client, start : start + shape.numel()].view(shape)
+            own = row if stack.ranks is None else within(row, slot, stack.ranks[client])
+            own += gaussian_noise(own.shape, std=std, generator=generators[client]).to(own.device)
+            start += shape.numel()
+
+    deque(threads.map(add, range(len(total))), maxlen=0)
+
+
+def within(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
+    """Return the view of a LoRA factor that a client of this rank has; of a head, all of it."""
+    if slot.role == HEAD:
+        return tensor
+    return tensor[:rank] if slot.role == LORA_A else tensor[:, :rank]
+
+
+def in_order(
+    threads: Executor, work: Callable[[NDArray[np.int64]], ClippedSums], pieces: Sequence[NDArray[np.int64]]
+) -> Iterator[ClippedSums]:
+    """Work on the pieces side by side and yield the results in the order of the pieces.
+
+    If one fails, the others are called off or waited for, and its error is raised.
+    """
+    waiting = deque(threads.submit(work, piece) for piece in pieces)
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in [future for future in waiting if not future.cancel()]:
+            future.exception()
+
+
+def check_elementwise(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """Refuse an optimizer whose update of one client could read another's.
+
+    Raises:
+        InputError: naming it and what serves it.
+    """
+    made = optimizer([nn.Parameter(torch.zeros(1))])
+    if not isinstance(made, ELEMENTWISE):
+        known = ", ".join(sorted(kind.__name__ for kind in ELEMENTWISE))
+        raise InputError(
+            f"Expected a trainer.optimizer that works entry by entry ({known}) for trainer.engine=fused, got "
+            f"{type(made).__name__}; set trainer.engine=opacus"
+        )

@@ -1,0 +1,54 @@
+"""What the engine must reach: one row a goal, in the order in which they are shown."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on the median of one measure. `key` is that of the measure."""
+
+    key: str
+    text: str
+    kind: Literal["at most", "at least"]
+    bound: float
+    unit: str  # written after the number
+
+    def reached(self, value: float) -> bool:
+        """Return whether a value is on the right side of the bound; nan never is.
+
+        >>> Goal("speed", "speed", "at least", 2.2, " times").reached(2.2)
+        True
+        """
+        return value <= self.bound if self.kind == "at most" else value >= self.bound
+
+
+def _times(key: str, text: str, bound: float) -> Goal:
+    return Goal(key, text, "at least", bound, " x")
+
+
+def _share(key: str, text: str, bound: float) -> Goal:
+    return Goal(key, text, "at most", bound, "")
+
+
+GOALS = (
+    _share("step-plain", "private step / plain non-private PEFT step, all sizes", 1.00),
+    _share("step-plain-encoder", "the same, 6x384 encoder", 1.00),
+    _share("step-plain-vit", "the same, 6x384 ViT", 1.00),
+    _share("step-plain-decoder", "the same, 6x384 decoder", 1.00),
+    _share("step-hooks", "private step / Opacus hooks, all sizes", 0.93),
+    _share("step-ghost", "private step / Opacus ghost clipping, all sizes", 0.62),
+    _times("cohort", "cohort of 64, fp32, against two processes one by one", 2.2),
+    _times("cohort-bf16", "the same, bf16 base", 3.0),
+    _times("cohort-upper", "the same, LoRA in the upper third, bf16, cached prefix", 5.0),
+    _times("round-cached", "round of 100 clients, against Flower + Ray, model cached in the actor", 4.0),
+    _times("round-examples", "the same, against Flower + Ray as in its public examples", 10.0),
+    _share("memory", "peak memory of 1,000 clients in a round / of one client", 1.25),
+    Goal("overhead", "overhead of a round of 10,000 trivial clients, a client", "at most", 0.3, " ms"),
+    _share("overhead-growth", "the same, growth of the time from 1,000 to 10,000 clients / tenfold", 1.10),
+    _share("parity", "fused against one by one, same noise, 20 steps: relative difference", 1e-6),
+    _times("gpu-110m", "GPU: 64 clients, 110 M encoder, against one by one", 10.0),
+    _times("gpu-355m", "GPU: 64 clients, 355 M encoder, against one by one", 10.0),
+    Goal("gpu-rate", "GPU: share of the measured bf16 matrix rate at batch 32", "at least", 0.35, ""),
+)
+BY_KEY = {goal.key: goal for goal in GOALS}

@@ -1,0 +1,42 @@
+"""Peak memory of a round of 1,000 clients, against the same process with one client: MiniLM, 23 M parameters.
+
+Each contestant is a fresh process that loads the base model and the data and then forgets its peak (Linux: clear_refs),
+so that what loading needed for a moment does not count. Then one trains one client, the other a thousand in one round:
+training, checks and aggregation. Memory is the resident set; nothing is shared with other processes but library code.
+"""
+
+from statistics import median
+
+from simulations.bench.contestants import Contestant
+from simulations.bench.federations import ours, overrides
+from simulations.bench.memory_use import can_measure
+from simulations.bench.outcome import Measure, Outcome
+from simulations.bench.settings import Settings
+
+ONE, MANY = "one client", "all clients"
+
+
+def run(settings: Settings) -> Outcome:
+    """Measure both peaks, in turn, each in fresh processes."""
+    if not can_measure():
+        return Outcome("memory", not_run="this system keeps no peak of a process that can be set back (Linux does)")
+    num_clients = settings.pick(tiny=8, quick=1000, full=1000)
+    turns = settings.pick(tiny=1, quick=1, full=3)
+    words = [*overrides(settings, num_clients=num_clients, num_steps=1, batch=4), *ours(settings)]
+    peaks: dict[str, list[float]] = {ONE: [], MANY: []}
+    for _ in range(turns):
+        for name, clients in ((ONE, 1), (MANY, num_clients)):
+            with Contestant(name, settings.scratch, words) as contestant:
+                contestant.ask("peak", reset=True)
+                contestant.ask("round", clients=clients)
+                peaks[name].append(contestant.ask("peak", reset=False)["peak_mb"])
+    one, many = median(peaks[ONE]), median(peaks[MANY])
+    settings.say(f"  one client {one:.0f} MB, {num_clients:,} clients {many:.0f} MB")
+    measure = Measure(
+        "memory",
+        f"peak memory of {num_clients:,} clients in a round / of one client",
+        tuple(b / a for a, b in zip(peaks[ONE], peaks[MANY], strict=True)),
+    )
+    megabytes = [Measure(f"memory-mb-{n}", f"peak memory of a process, {n}", tuple(v), " MB") for n, v in peaks.items()]
+    setting = {"clients": num_clients, "overrides": words, "counted": "VmHWM after the base and the data are loaded"}
+    return Outcome("memory", (measure, *megabytes), (), setting, {"peak_mb": peaks})

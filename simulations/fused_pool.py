@@ -1,0 +1,183 @@
+"""Virtual clients that train together: one resident base model, a whole group of clients in each pass.
+
+The admitted clients of a round are cut into groups. A group's trained tensors are one matrix, a row a client; worker
+threads compute clipped sums of micro-batches that hold rows of many clients (`fedlr.training.cohort`). A client that
+only is enrolled costs its row numbers.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor, nn
+
+from fedlr.adapter import AdapterState, Block, ClientUpdate, Slot, train_only, write_adapter
+from fedlr.data.tokenise import Share
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.rounds import Dropout, RoundTask
+from fedlr.streams import Randomness
+from fedlr.training.cohort import Stack, train_cohort
+from fedlr.training.fused import ClippedSums, FusedGradients
+from fedlr.training.local import LocalTraining
+from fedlr.training.losses import cross_entropy
+from fedlr.training.parity import ParityCheck
+from simulations.pool import Accounts, Charges, sharing_base
+
+# More of them fill no micro-batch better: the lengths of their examples lie close enough.
+LARGEST_GROUP = 64
+# Rows of float32 that a client needs at once: tensors, sums, two of an optimizer, noise on its way.
+ROWS_A_CLIENT = 6
+
+
+class FusedPool:
+    """A `ClientPool` (fedlr.rounds) of simulated clients that train together.
+
+    Args:
+        model: PEFT model whose frozen tensors all workers share; it is not changed.
+        clients: each client's private examples, rows of one table.
+        enrolled: the adapter every client was given once, when it joined; broadcasts overlay it.
+        training: local training, the same for all.
+        mechanism: clip and noise, or None for no privacy.
+        ledger: where each client's spending is written before its data are read; None exactly when mechanism is.
+        randomness: sampling and noise streams.
+        weights: aggregation weight of each client, by the server's rule.
+        num_workers: threads.
+        memory_gb: for the clients that train at once; None: as for `LARGEST_GROUP` of them.
+        check_parity: compare the first batch with Opacus.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clients: Sequence[Share],
+        *,
+        enrolled: AdapterState,
+        training: LocalTraining,
+        mechanism: Mechanism | None,
+        ledger: Charges | None,
+        randomness: Randomness,
+        weights: Sequence[float],
+        num_workers: int,
+        memory_gb: float | None = None,
+        check_parity: bool = True,
+    ) -> None:
+        self._clients, self._enrolled, self._weights = clients, enrolled, weights
+        self._training, self._mechanism, self._randomness = training, mechanism, randomness
+        self._accounts = Accounts(ledger, mechanism, training)
+        self._memory_gb = memory_gb
+        self._device = next(model.parameters()).device
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rows", initializer=_one_thread)
+        self._workers: SimpleQueue[FusedWorker] = SimpleQueue()
+        for _ in range(num_workers):
+            self._workers.put(FusedWorker(sharing_base(model)))
+        self._parity = ParityCheck(sharing_base(model), loss=cross_entropy) if check_parity else None
+        self.seconds: dict[int, float] = {}  # by client, of its latest round: its part of its group's time
+
+    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+        """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
+        admitted, refused = self._accounts.reserve(task.round_index, cohort)
+        yield from refused
+        adapter = self._enrolled.with_tensors(task.broadcast)
+        size = group_size(adapter.select(task.block), self._memory_gb)
+        for start in range(0, len(admitted), size):
+            yield from self._train_group(task, adapter, admitted[start : start + size])
+
+    def close(self) -> None:
+        """Wait for the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _train_group(self, task: RoundTask, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:
+        started = time.perf_counter()
+        stack = Stack.of([adapter.select(task.block)] * len(group), device=self._device)
+        sums = GroupSums(self._workers, adapter, task.block, self._parity)
+        steps = train_cohort(
+            sums,
+            self._threads,
+            stack,
+            [self._clients[client] for client in group],
+            training=self._training,
+            mechanism=self._mechanism,
+            randomness=self._randomness,
+            client_ids=group,
+            round_index=task.round_index,
+        )
+        self._accounts.settle(task.round_index, dict.fromkeys(group, steps))
+        self.seconds.update(dict.fromkeys(group, (time.perf_counter() - started) / len(group)))
+        for place, client in enumerate(group):
+            yield ClientUpdate(client, stack.tensors(place), self._weights[client], task.round_index)
+
+
+class FusedWorker:
+    """One model with its fused copy; serves one micro-batch at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._engines: dict[Block, FusedGradients] = {}
+        self._adapter: AdapterState | None = None
+
+    def engine(self, adapter: AdapterState, block: Block) -> FusedGradients:
+        """Return the engine of a block, over an adapter's frozen tensors."""
+        if self._adapter is not adapter:
+            write_adapter(self._model, adapter.tensors)
+            self._adapter = adapter
+        if block not in self._engines:
+            self._engines[block] = FusedGradients(self._model, train_only(self._model, block), loss=cross_entropy)
+        return self._engines[block]
+
+
+class GroupSums:
+    """Clipped sums of one group's micro-batches, by whichever worker is free."""
+
+    def __init__(
+        self, workers: SimpleQueue[FusedWorker], adapter: AdapterState, block: Block, parity: ParityCheck | None
+    ) -> None:
+        self._workers, self._adapter, self._block, self._parity = workers, adapter, block, parity
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        *,
+        owner: Tensor,
+        stacks: Mapping[Slot, Tensor],
+        max_grad_norm: float,
+        ranks: Tensor | None,
+    ) -> ClippedSums:
+        """See `fedlr.training.cohort.FusedSums`."""
+        worker = self._workers.get()
+        try:
+            engine = worker.engine(self._adapter, self._block)
+            found = engine.clipped_sums(
+                inputs, labels, owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks
+            )
+        finally:
+            self._workers.put(worker)
+        if self._parity is not None:
+            self._parity.compare(
+                found,
+                inputs,
+                labels,
+                owner=owner,
+                adapter=self._adapter.tensors,
+                stacks=stacks,
+                max_grad_norm=max_grad_norm,
+            )
+        return found
+
+
+def group_size(trained: Mapping[Slot, Tensor], memory_gb: float | None) -> int:
+    """Return how many clients train at once: a function of the configuration alone, so that sums always add up alike.
+
+    >>> group_size({Slot("layer", "lora_B"): torch.zeros(1000, 1000)}, 0.1)
+    4
+    """
+    if memory_gb is None:
+        return LARGEST_GROUP
+    bytes_a_client = 4 * ROWS_A_CLIENT * sum(tensor.numel() for tensor in trained.values())
+    return max(1, min(LARGEST_GROUP, int(memory_gb * 1e9 / bytes_a_client)))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
