@@ -13,6 +13,8 @@ from simulations.bench.memory_use import can_measure
 from simulations.bench.outcome import Measure, Outcome
 from simulations.bench.settings import Settings
 
+# What a machine with little memory sets: smaller micro-batches, and fewer clients at once.
+FRUGAL = ("trainer.token_budget=256", "runtime.memory_gb=0.01")
 ONE, MANY = "one client", "all clients"
 
 
@@ -22,7 +24,7 @@ def run(settings: Settings) -> Outcome:
         return Outcome("memory", not_run="this system keeps no peak of a process that can be set back (Linux does)")
     num_clients = settings.pick(tiny=8, quick=1000, full=1000)
     turns = settings.pick(tiny=1, quick=1, full=3)
-    words = [*overrides(settings, num_clients=num_clients, num_steps=1, batch=4), *ours(settings)]
+    words = [*overrides(settings, num_clients=num_clients, num_steps=1, batch=4), *ours(settings, *FRUGAL)]
     peaks: dict[str, list[float]] = {ONE: [], MANY: []}
     for _ in range(turns):
         for name, clients in ((ONE, 1), (MANY, num_clients)):
