@@ -24,7 +24,10 @@ EVERY_S, SWITCH_S = 0.002, 0.0005
 WIDTH, ROW, GAP = 1200, 17, 1
 SMALLEST = 0.002  # of the whole: a narrower frame is not drawn
 # Frames that only pass a call on.
-PASSING = {"_wrapped_call_impl", "_call_impl", "wrapper", "wrapped", "inner", "decorate_context", "apply"}
+PASSING = {
+    *("_wrapped_call_impl", "_call_impl", "wrapper", "wrapped", "inner", "decorate_context", "apply"),
+    *("in_order", "<genexpr>", "submit", "part", "forward_with_checkpointing", "apply_chunking_to_forward"),
+}
 
 
 @contextmanager
@@ -130,7 +133,7 @@ def _box(
     name, fill = stack[-1], category(stack)
     share = f"{100 * seconds / whole:.1f} %"
     letters = int((width - 6) / 6.1)
-    shown = name if len(name) <= letters else name.partition(" ")[0].rpartition(".")[2][: max(0, letters)]
+    shown = name if len(name) <= letters else _short(name)[: max(0, letters)]
     y = 4 + row * ROW
     text = (
         f'<text x="{x + 3:.1f}" y="{y + 12}" font-size="10" style="fill: #1b1f24">{html.escape(shown)}</text>'
@@ -142,6 +145,16 @@ def _box(
         f'<rect x="{x:.1f}" y="{y}" width="{max(0.5, width - GAP):.1f}" height="{ROW - GAP}" rx="2" '
         f'style="fill: var(--{fill}, {COLOURS[fill][0]}); fill-opacity: 0.65"/>{text}</g>'
     )
+
+
+def _short(name: str) -> str:
+    """Return a function's own name, or its class where a hundred functions are called the same.
+
+    >>> _short("BertOutput.forward (bert/modeling_bert)"), _short("a.<locals>.train (bench/profile)")
+    ('BertOutput', 'train')
+    """
+    owner, _, function = name.partition(" ")[0].rpartition(".")
+    return owner.rpartition(".")[2] if function == "forward" and owner else function
 
 
 def _depth(frame: FrameType | None) -> int:

@@ -43,7 +43,7 @@ GOALS = (
     _times("cohort-upper", "the same, LoRA in the upper third, bf16, cached prefix", 5.0),
     _times("round-cached", "round of 100 clients, against Flower + Ray, model cached in the actor", 4.0),
     _times("round-examples", "the same, against Flower + Ray as in its public examples", 10.0),
-    _share("memory", "peak memory of 1,000 clients in a round / of one client", 1.25),
+    _share("memory", "peak memory of 1,000 clients in a round, frugal settings / of one client", 1.25),
     Goal("overhead", "overhead of a round of 10,000 trivial clients, a client", "at most", 0.3, " ms"),
     _share("overhead-growth", "the same, growth of the time from 1,000 to 10,000 clients / tenfold", 1.10),
     _share("parity", "fused against one by one, same noise, 20 steps: relative difference", 1e-6),

@@ -104,10 +104,14 @@ QUERY_VALUE = {
 def small_model(
     architecture: str = "bert", *, targets: str = "query_value", rank: int = 4, **lora: object
 ) -> PeftModel:
-    """Build a two-layer network with a LoRA adapter of scale 2 whose tensors are all far from zero."""
+    """Build a two-layer network with biases, and a LoRA adapter of scale 2 whose tensors are far from zero."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         network = BUILDERS[architecture]()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.02)  # zeros, which new networks have, nobody would miss
         causal = architecture == "llama_lm"
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,

@@ -319,7 +319,8 @@ def check_only_the_release_depends_on_the_data(
         capfd.readouterr()
         left = everything_else(cohort, bench, before, tape, sample_rate), capfd.readouterr()
         right = everything_else(cohort, bench, after, tape, sample_rate), capfd.readouterr()
-        assert left == right
+        same = left == right  # not in the assert: pytest would compare thousands of numbers line by line
+        assert same
         for one, other in zip(*tape.sums, strict=True):
             moved = (one.double() - other.double()).norm(dim=1)
             own.append(float(moved[changed]))
@@ -337,7 +338,7 @@ def nan_bench() -> CohortBench:
 
 
 def test_only_the_release_depends_on_the_data(nan_bench: CohortBench, capfd: pytest.CaptureFixture[str]) -> None:
-    check_only_the_release_depends_on_the_data(shipped, nan_bench, capfd, num_pairs=60)
+    check_only_the_release_depends_on_the_data(shipped, nan_bench, capfd, num_pairs=40)
 
 
 DIVIDED = "total.div_(training.divisor)"

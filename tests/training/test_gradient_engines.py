@@ -1,7 +1,7 @@
 """Hooks, ghost, loop and fused are one function; what is not finite counts as zero; no call leaves a trace.
 
 Mutants this file kills: no guard against NaN (hooks, ghost, fused), clean-up skipped when a call raises, traces of
-others not cleared, ghost norms in float32 (Opacus' own), fused norms in float32.
+others not cleared, ghost norms in float32 (Opacus' own), fused norms in float32 or without a largest.
 """
 
 import math
@@ -189,6 +189,30 @@ def test_huge_gradients_are_clipped_to_the_bound(name: str, size: float) -> None
 def test_fused_norms_in_float32_would_lose_them(change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
         check_huge_gradients_are_clipped_to_the_bound(engine_over(change), 1e25)
+
+
+def check_norms_at_the_end_of_float32_add_at_most_the_bound(make_engine: Callable) -> None:
+    """Where C / norm leaves the normal float32 numbers it is rounded by parts of a thousand, up or down."""
+    model, bound, norms = small_model(), 1e-3, []
+    trained = train_only(model, A_AND_B)
+    for exponent in torch.linspace(33, 38, 21).tolist():
+        engine = make_engine(model, trained, loss=poisoned_loss(10**exponent))
+        total = engine.clipped_sum(batch([[5, 6, 7]]), torch.tensor([POISON_LABEL]), max_grad_norm=bound)
+        engine.close()
+        norms.append(joint_norm(total))
+    assert max(norms) <= bound * (1 + 1e-6)
+    assert max(norms) > 0.99 * bound
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_norms_at_the_end_of_float32_add_at_most_the_bound(name: str) -> None:
+    check_norms_at_the_end_of_float32_add_at_most_the_bound(getattr(MODULES[name], name))
+
+
+def test_without_a_largest_norm_the_fused_engine_would_add_more() -> None:
+    boundless = mutant(fused, (".where(norms < LARGEST_GHOST_NORM, 0.0)", ""))
+    with pytest.raises(AssertionError):
+        check_norms_at_the_end_of_float32_add_at_most_the_bound(boundless.FusedGradients)
 
 
 def test_a_batch_of_bad_rows_alone_is_zero() -> None:
