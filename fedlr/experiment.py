@@ -251,6 +251,11 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
             f"Expected seed=null with privacy.randomness=os, got seed={e.seed}: noise that a seed can "
             "repeat can be subtracted"
         )
+    if e.runtime.base_dtype == "bfloat16" and e.privacy.epsilon is not None and e.privacy.randomness == "os":
+        raise InputError(
+            "Expected runtime.base_dtype=float32 with privacy.randomness=os, got bfloat16: one example can change how "
+            "others are padded, and so round, by hundredths of the clip bound, which no epsilon here allows for"
+        )
     baselines = [key for key in ("run_no_privacy", "run_alone") if getattr(e.tracking, key)]
     if baselines and e.privacy.epsilon is not None and not e.data.public:
         raise InputError(

@@ -266,6 +266,11 @@ def notes(
     if cut := tokenised.num_truncated + test.num_truncated:
         total = len(data) + len(held_out)
         found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")
+    if experiment.runtime.base_dtype == "bfloat16" and experiment.privacy.epsilon is not None:
+        found.append(
+            "over a bfloat16 base one example can change how others round, by hundredths of the clip bound; epsilon "
+            "does not count that (docs/privacy.md, the last bits)"
+        )
     on_cpu = experiment.runtime.device == "cpu"
     if on_cpu and experiment.runtime.base_dtype == "bfloat16" and (slow := bfloat16_note()):
         found.append(slow)

@@ -115,6 +115,11 @@ PRIVACY = {
     "privacy.max_participations=1": ["privacy.max_participations >= 2", "got 1"],
     "privacy.accountant=prv": ["privacy.accountant", "'pld' or 'rdp'", '"prv"'],
     "privacy.randomness=oss": ["privacy.randomness", "'seeded' or 'os'", '"oss"'],
+    "privacy.randomness=os seed=null tracking.run_alone=false runtime.base_dtype=bfloat16": [
+        "runtime.base_dtype=float32",
+        "privacy.randomness=os",
+        "got bfloat16",
+    ],
     "privacy.randomness=os": ["seed=null", "privacy.randomness=os", "seed=0"],
     "privacy=none privacy.epsilon=3": ["privacy=none", "privacy.epsilon=3"],
     "privacy=none privacy.noise_multiplier=2": ["privacy.noise_multiplier=2", "privacy.epsilon"],

@@ -85,12 +85,13 @@ class Stack:
         Raises:
             ValueError: for ranks that do not fit.
         """
+        most = max((min(t.shape) for slot, t in starts[0].items() if slot.role != HEAD), default=0)
+        if ranks is not None and (len(ranks) != len(starts) or not all(1 <= rank <= most for rank in ranks)):
+            raise ValueError(f"Expected a rank in [1, {most}] for each of {len(starts)} clients, got {list(ranks)}")
         shapes = {slot: starts[0][slot].shape for slot in sorted(starts[0])}
         rows = [torch.cat([start[slot].detach().flatten().float() for slot in shapes]) for start in starts]
         stack = cls(torch.stack(rows).to(device), shapes, None if ranks is None else tuple(ranks))
         for client, rank in enumerate(stack.ranks or ()):
-            if rank < 1 or len(stack.ranks or ()) != len(rows):
-                raise ValueError(f"Expected one rank >= 1 for each of {len(rows)} clients, got {stack.ranks}")
             for slot, view in stack.by_slot().items():
                 beyond(view[client], slot, rank).zero_()
         return stack

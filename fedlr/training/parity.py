@@ -1,4 +1,9 @@
-"""The fused engine against Opacus on real rows, once a run: two implementations that must say the same."""
+"""The fused engine against Opacus on real rows, twice a run: two implementations that must say the same.
+
+Once on the first micro-batch, where all clients still have the tensors they were sent, and once on the first whose
+clients have tensors of their own: an engine that gives every row the first client's tensors is right before, and only
+before.
+"""
 
 import threading
 from collections.abc import Mapping
@@ -19,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 class ParityCheck:
-    """Compares the first micro-batch it is shown, and no other.
+    """Compares the first micro-batch it is shown, and the first whose clients differ, and no other.
 
     Args:
         model: a PEFT model of its own, over the same frozen tensors; its trained tensors are written.
@@ -30,7 +35,7 @@ class ParityCheck:
         self._model, self._loss = model, loss
         halved = any(tensor.dtype == torch.bfloat16 for tensor in model.parameters())
         self._tolerance = TOLERANCE[torch.bfloat16 if halved else torch.float32]
-        self._lock, self._done = threading.Lock(), False
+        self._lock, self._seen, self._seen_different = threading.Lock(), False, False
 
     def compare(
         self,
@@ -52,10 +57,15 @@ class ParityCheck:
         Raises:
             InputError: if they disagree. It says nothing of the rows.
         """
+        if self._seen and self._seen_different:
+            return
         with self._lock:
-            if self._done:
+            different = any(
+                not torch.equal(stack[found.clients[0]], stack[found.clients[-1]]) for stack in stacks.values()
+            )
+            if self._seen_different if different else self._seen:
                 return
-            self._done = True
+            self._seen, self._seen_different = True, different
             trained = train_only(self._model, frozenset(slot.role for slot in stacks))
             gradients = HookGradients(self._model, trained, loss=self._loss)
             try:
@@ -73,7 +83,7 @@ class ParityCheck:
                     if not distance <= self._tolerance * sum(float(part.norm()) for part in parts):
                         raise InputError(
                             "Expected the fused engine to compute the clipped sums that Opacus computes, got others on "
-                            "the first batch of this run; set trainer.engine=opacus, and report the model and the "
+                            "a first batch of this run; set trainer.engine=opacus, and report the model and the "
                             "adapter (trainer.check_parity=false would hide it)"
                         )
             finally:

@@ -431,8 +431,8 @@ def with_random_factors(f: Federation) -> object:
     )
 
 
-@pytest.mark.parametrize(("checked", "comparisons"), [("true", 1), ("false", 0)])
-def test_the_first_batch_of_a_run_is_compared_once(
+@pytest.mark.parametrize(("checked", "comparisons"), [("true", 2), ("false", 0)])
+def test_the_first_batch_of_a_run_and_the_first_with_different_tensors_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: str, comparisons: int
 ) -> None:
     made = []

@@ -1,4 +1,4 @@
-"""The check of a run's first batch stops a broken engine, and no other.
+"""The check of a run's first batches stops a broken engine, and no other.
 
 Mutants this file kills: an engine that forgets the scale, a head's bias or some rows, one that credits the next client,
 one that reads the first client's tensors, one that gives nan or nothing; a check that compares nothing, one client, or
@@ -115,6 +115,16 @@ def test_a_broken_engine_is_stopped(name: str, halved: bool) -> None:
         scene.compare()
 
 
+def test_an_engine_that_reads_one_clients_tensors_is_stopped_when_they_first_differ() -> None:
+    scene = Scene(engine=engine_over(*BROKEN["takes the first client's tensors"]))
+    own = scene.stacks
+    scene.stacks = {slot: stack[:1].expand_as(stack).clone() for slot, stack in own.items()}
+    scene.compare()  # as in the first step of a round: right by chance
+    scene.stacks = own
+    with pytest.raises(InputError, match="trainer.engine=opacus"):
+        scene.compare()
+
+
 def test_the_message_names_what_to_set_and_holds_no_number() -> None:
     errors = []
     for bound in (0.5, 0.7):
@@ -171,7 +181,7 @@ def test_each_of_the_first_clients_counts() -> None:
         ("[:CLIENTS_COMPARED]", "[:1]"),
         ("mine = owner == client", "mine = owner == owner.min()"),
         ("torch.float32: 1e-3", "torch.float32: 1.0"),
-        ("            if self._done:", "            if True:"),
+        ("if self._seen_different if different else self._seen:", "if True:"),
     ],
     ids=["one client", "one client's rows", "any tolerance", "never"],
 )
