@@ -6,11 +6,12 @@ never moved passing for parity, a peak of memory that was never set back, a samp
 
 import gc
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from simulations.bench.outcome import BenchmarkFailed, Outcome
 from simulations.bench.rivals.networks import FAMILIES, build_network
 from simulations.bench.settings import Settings
 from simulations.federation import torch_threads
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -91,18 +94,28 @@ def test_parity_is_relative_and_counts_no_client_that_stood_still() -> None:
         parity.differences(mine, theirs, [0, 1, 2])
 
 
+PEAKS = """
+from simulations.bench.memory_use import peak_mb, reset_peak, resident_mb
+reset_peak()
+before = peak_mb()
+block = bytearray(60_000_000)
+held = peak_mb()
+del block
+freed = peak_mb()
+reset_peak()
+print(held - before, freed - before, peak_mb() - before, resident_mb() - peak_mb())
+"""
+
+
 @pytest.mark.skipif(not memory_use.can_measure(), reason="this system keeps no peak that can be set back")
 def test_a_peak_is_kept_and_can_be_set_back() -> None:
-    memory_use.reset_peak()
-    before = memory_use.peak_mb()
-    block = np.ones(60_000_000, dtype=np.uint8)
-    assert block.sum() == 60_000_000
-    assert 50 < memory_use.peak_mb() - before < 90
-    del block
-    assert memory_use.peak_mb() - before > 50
-    memory_use.reset_peak()
-    assert memory_use.peak_mb() - before < 20
-    assert memory_use.resident_mb() <= memory_use.peak_mb() + 1
+    # In a process of its own, as it is used: here, others' garbage may go at the same moment.
+    told = subprocess.run([sys.executable, "-c", PEAKS], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    held, freed, back, resident = map(float, told.split())
+    assert 50 < held < 90
+    assert freed > 50
+    assert back < 20
+    assert resident <= 1
 
 
 def test_the_gpu_benchmark_says_why_it_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
