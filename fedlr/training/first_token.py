@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PROBE_EXAMPLES, PROBE_TOKENS = 3, 7
+from fedlr.training.supported import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
+
 # Of the largest logit: another order of the same products. A token that should not count changes logits by far more.
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05
 
@@ -28,14 +29,15 @@ def first_token_only(model: nn.Module) -> nn.Module:
     All names of adapted layers stay. A model for which that is not known to be the same is copied as it is.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(tensor): tensor for tensor in tensors}
-    whole = copy.deepcopy(model, dict(memo))
-    short = copy.deepcopy(model, dict(memo))
-    for path, module in list(short.named_modules()):
-        if isinstance(module, nn.ModuleList) and len(module) and (kind := _kind(module[-1])) is not None:
-            cast(nn.ModuleList, short.get_submodule(path))[-1] = kind(module[-1])
-            return short if _same_logits(model, short) else whole
-    return whole
+    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for layers in short.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) and (kind := _kind(layers[-1])) is not None:
+            last = layers[-1]
+            layers[-1] = kind(last)
+            if not _same_logits(model, short):
+                layers[-1] = last
+            break
+    return short
 
 
 class _BertLayer(nn.Module):
@@ -149,16 +151,13 @@ def _reads_tokens(model: Any) -> bool:
 
 
 def _probe(model: Any) -> dict[str, Tensor]:
-    config, device = model.config, next(model.parameters()).device
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if hasattr(config, "image_size"):
-        shape = (PROBE_EXAMPLES, config.num_channels, config.image_size, config.image_size)
-        values = torch.linspace(-1.0, 1.0, PROBE_EXAMPLES * config.num_channels * config.image_size**2)
-        return {"pixel_values": values.view(shape).to(device, dtype)}
-    mask = torch.ones(PROBE_EXAMPLES, PROBE_TOKENS, dtype=torch.long, device=device)
-    mask[-1, PROBE_TOKENS // 2 :] = 0
-    if _reads_tokens(model):
-        ids = torch.arange(PROBE_EXAMPLES * PROBE_TOKENS, device=device).view(mask.shape)
-        return {"input_ids": ids % (config.vocab_size - 4) + 4, "attention_mask": mask}
-    states = torch.linspace(-1.0, 1.0, mask.numel() * config.hidden_size).view(*mask.shape, -1)
-    return {"inputs_embeds": states.to(device, dtype), "attention_mask": mask}
+    if model.main_input_name == "pixel_values" or _reads_tokens(model):
+        inputs = probe_inputs(model)
+    else:
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        mask = torch.ones(PROBE_EXAMPLES, PROBE_TOKENS, dtype=torch.long, device=like.device)
+        states = torch.linspace(-1.0, 1.0, mask.numel() * model.config.hidden_size).view(*mask.shape, -1)
+        inputs = {"inputs_embeds": states.to(like), "attention_mask": mask}
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][-1, PROBE_TOKENS // 2 :] = 0
+    return inputs

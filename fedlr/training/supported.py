@@ -20,7 +20,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block
+from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block, head_parts
 from fedlr.errors import InputError
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
@@ -154,12 +154,8 @@ def _trained_layers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
     for path, layer in _lora_layers(model):
         for role in sorted(block & {LORA_A, LORA_B}):
             found[f"{path}.{role}"] = getattr(layer, role)[ADAPTER_NAME]
-    for path, module in model.named_modules():
-        heads = getattr(module, "modules_to_save", None)
-        if HEAD in block and isinstance(heads, nn.ModuleDict):
-            for name, part in heads[ADAPTER_NAME].named_modules():
-                if any(True for _ in part.parameters(recurse=False)):
-                    found[f"{path}.{name}".rstrip(".")] = part
+    if HEAD in block:
+        found |= {path: part for path, (_, part) in head_parts(model).items()}
     return found
 
 

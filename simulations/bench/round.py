@@ -42,7 +42,7 @@ def run(settings: Settings) -> Outcome:
 
     unit = LR * MAX_GRAD_NORM / DIVISOR / num_clients
     checks, measures, raw = [], [], {}
-    rivals = (("round-cached", CACHED, (1, 2, 5)), ("round-examples", EXAMPLE, (1, 1, 3)))
+    rivals = (("round-cached", CACHED, (1, 1, 5)), ("round-examples", EXAMPLE, (1, 1, 3)))
     for key, rival, (tiny, quick, full) in rivals:
         turns = settings.pick(tiny=tiny, quick=quick, full=full)
         pair = {name: turn_of[name] for name in (OURS, rival)}

@@ -85,7 +85,7 @@ def test_a_model_that_reads_every_token_stays_whole() -> None:
     inputs = batch(random_rows(5, seed=1))
     torch.testing.assert_close(logits(first_token_only(model), inputs), logits(model, inputs))
 
-    unprobed = mutant(first_token, ("return short if _same_logits(model, short) else whole", "return short"))
+    unprobed = mutant(first_token, ("if not _same_logits(model, short):", "if False:"))
     assert not torch.allclose(logits(unprobed.first_token_only(model), inputs), logits(model, inputs), rtol=1e-2)
 
 
