@@ -20,13 +20,16 @@ ONE, MANY = "one client", "all clients"
 
 
 def run(settings: Settings) -> Outcome:
-    """Measure both peaks, in turn, each in fresh processes: with the frugal settings, then with the default ones."""
+    """Measure both peaks, in turn, each in fresh processes: with the frugal settings; in full, with the default ones."""
     if not can_measure():
         return Outcome("memory", not_run="this system keeps no peak of a process that can be set back (Linux does)")
     num_clients = settings.pick(tiny=8, quick=1000, full=1000)
     words = [*overrides(settings, num_clients=num_clients, num_steps=1, batch=4), *ours(settings)]
     measures, raw = [], {}
-    for key, text, more in (("memory", ", frugal settings", FRUGAL), ("memory-default", ", default settings", ())):
+    variants: list[tuple[str, str, Sequence[str]]] = [("memory", ", frugal settings", FRUGAL)]
+    if settings.size != "quick":
+        variants.append(("memory-default", ", default settings", ()))
+    for key, text, more in variants:
         peaks = measure_peaks(settings, [*words, *more], num_clients)
         one, many = median(peaks[ONE]), median(peaks[MANY])
         settings.say(f"  {' '.join(more) or 'default'}: one client {one:.0f} MB, {num_clients:,} clients {many:.0f} MB")

@@ -8,6 +8,7 @@ share the main run's noise.
 """
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import closing
@@ -128,3 +129,15 @@ def test_randomness_of_the_operating_system_never_repeats(tmp_path: Path) -> Non
     f = replace(federation(), randomness=OsRandomness())
     assert with_other_noise(f) is f
     assert rounds(f, tmp_path / "one")[0] != rounds(f, tmp_path / "two")[0]
+
+
+def test_a_product_has_the_same_bits_wherever_its_operands_lie() -> None:
+    # Fails on some processors without the variable that `import fedlr` sets; those of one maker show nothing.
+    assert os.environ["MKL_CBWR"] == "AUTO"
+    rows, weight, bias = torch.randn(5, 16), torch.randn(3, 16), torch.randn(3)
+    expected = torch.nn.functional.linear(rows, weight, bias)
+    buffer = torch.empty(rows.numel() + 64)
+    for start in range(64):
+        moved = buffer[start : start + rows.numel()].view_as(rows)
+        moved.copy_(rows)
+        assert torch.equal(torch.nn.functional.linear(moved, weight, bias), expected)
