@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     EVALUATION = 6
     DATA = 7  # synthetic data
     BASELINE = 8  # the seed of a run that another is compared with
+    REINIT = 9  # lora_A where a method draws it anew between rounds
+    SKETCH = 10  # random directions a server multiplies released products with
 
 
 class Randomness(Protocol):

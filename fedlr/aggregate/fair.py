@@ -5,7 +5,16 @@ the paper's (`LoraFair`) and a closed form of ours (`LoraFairRidge`). Neither so
 G = A A^T (R, R) and T = delta_W A^T (D, R), <delta_W, B' A> = <T, B'> and ||B' A||^2 = <B' G, B'>.
 The residual is computed from released updates only, so it is post-processing and costs no privacy. Where all
 clients hold the same lora_A (FFA-LoRA, FedSVD), or the same lora_B, the mean is exact and is left alone. All that
-the solvers need is gathered while the updates stream by.
+the solvers need is gathered while the updates stream by, in memory that does not grow with the cohort.
+
+T needs the mean lora_A, which is known only when all updates are gone. It is exact while the cohort's factors fit
+(`Ideal.is_exact`: 21 clients of rank 8 over 48 layers of 1024 x 1024). For larger cohorts T is exact along the 4R
+directions that the ideal tracks, among them the rows of the lora_A that was broadcast and of the mean lora_A of the
+clients up to then; along all others delta_W is taken to be the product of the means, which neglects the covariance of
+lora_B and lora_A there. T - B G then is off by at most the norm of that covariance times that of the part of the mean
+lora_A that leaves the rows named: what the mean of some clients does not tell of the mean of all. In synthetic
+federations of 60 and 300 clients that was 2 to 19 % of T - B G, most where lora_A is mostly noise. `LoraFair` then
+also takes ||delta_W|| from a sketch (`Ideal.sd`: below 0.1 % there).
 Legend: D out_features, K in_features, R rank, C clients.
 """
 
@@ -16,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.aggregate.ideal import Ideal
 from fedlr.aggregate.mean import RunningMean
 from fedlr.errors import InputError
@@ -122,7 +131,8 @@ class _Layer:
 
 
 def _correct(adapter: AdapterState, updates: Iterable[ClientUpdate], solve: Callable[[_Layer], Tensor]) -> AdapterState:
-    running, ideal, shared = RunningMean(), Ideal(adapter), _Shared()
+    # A sketch of its own: the one that measures the result must not depend on it.
+    running, ideal, shared = RunningMean(), Ideal(adapter, seed=1), _Shared()
     for update in ideal.watch(updates):
         running.add(update)
         shared.add(update.tensors)
@@ -131,7 +141,8 @@ def _correct(adapter: AdapterState, updates: Iterable[ClientUpdate], solve: Call
     for path in adapter.factors():
         slot_A, slot_B = Slot(path, LORA_A), Slot(path, LORA_B)
         if slot_A in shared.differing and slot_B in shared.differing:
-            target_DR, gram_RR = ideal.times(path, mean[slot_A].T), mean[slot_A] @ mean[slot_A].T
+            means = LoraFactors(mean[slot_A], mean[slot_B])
+            target_DR, gram_RR = ideal.times(path, mean[slot_A].T, elsewhere=means), mean[slot_A] @ mean[slot_A].T
             corrected[slot_B] = mean[slot_B] + solve(_Layer(mean[slot_B], target_DR, gram_RR, ideal.norm(path)))
     rounded = {slot: value.to(adapter.tensors[slot].dtype) for slot, value in {**mean, **corrected}.items()}
     return adapter.with_tensors(rounded)
