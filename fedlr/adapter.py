@@ -4,13 +4,13 @@ delta_W of a layer is `scale * lora_B @ lora_A` (Hu et al. 2021, sec. 4.1).
 Legend: D out_features, K in_features, R rank.
 
 A tensor is addressed by a `Slot(path, role)`, never by a substring of its name. A round trains one *block*: a set of
-roles. Everything else of the model is frozen.
+roles, or of single slots where layers differ. Everything else of the model is frozen.
 """
 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -19,10 +19,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 LORA_A, LORA_B, HEAD = "lora_A", "lora_B", "head"
+SIDE_A, SIDE_B = "side_A", "side_B"
 ROLES = (LORA_A, LORA_B, HEAD)
 ADAPTER_NAME = "default"
-
-Block = frozenset[str]
 
 
 class Slot(NamedTuple):
@@ -30,6 +29,23 @@ class Slot(NamedTuple):
 
     path: str
     role: str
+
+
+Block = frozenset[str | Slot]
+
+
+def in_block(slot: Slot, block: Block) -> bool:
+    """Return whether a block trains a tensor: by its role, or by itself.
+
+    >>> in_block(Slot("a", LORA_B), frozenset({LORA_B})), in_block(Slot("a", LORA_B), frozenset({Slot("b", LORA_B)}))
+    (True, False)
+    """
+    return slot.role in block or slot in block
+
+
+def roles_of(block: Block) -> frozenset[str]:
+    """Return the roles that a block trains, in some layer or in all."""
+    return frozenset(entry.role if isinstance(entry, Slot) else entry for entry in block)
 
 
 @dataclass(frozen=True)
@@ -42,15 +58,30 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """All tensors of one adapter, detached and on the CPU, with the scale its layers share."""
+    """All tensors of one adapter, detached and on the CPU, with the scale its layers share.
+
+    A layer computes W + scale * (side.lora_B @ side.lora_A + lora_B @ lora_A). The *side* product is frozen: what a
+    server folded away (`fedlr.side` merges it into W). `memory` holds what the server alone remembers, by name:
+    momentum, scores; clients are sent no more of it than "control" (`fedlr.rounds.RoundTask`).
+    """
 
     tensors: Mapping[Slot, Tensor]
     scale: float
+    side: Mapping[str, LoraFactors] = field(default_factory=dict)  # by layer, of any rank; absent where there is none
+    memory: Mapping[str, Mapping[Slot, Tensor]] = field(default_factory=dict)
 
     def factors(self) -> dict[str, LoraFactors]:
         """Return the factors of every layer, sorted by path."""
         paths = sorted({slot.path for slot in self.tensors if slot.role == LORA_A})
         return {p: LoraFactors(self.tensors[Slot(p, LORA_A)], self.tensors[Slot(p, LORA_B)]) for p in paths}
+
+    def products(self) -> dict[str, LoraFactors]:
+        """Return factors of the whole product of every layer, its side included: R rows of lora_A, then the side's."""
+        layers = self.factors()
+        for path, side in self.side.items():
+            lora_A, lora_B = layers[path].lora_A, layers[path].lora_B
+            layers[path] = LoraFactors(torch.cat([lora_A, side.lora_A]), torch.cat([lora_B, side.lora_B], dim=1))
+        return layers
 
     def with_factors(self, factors: Mapping[str, LoraFactors]) -> "AdapterState":
         """Return a copy in which the given layers have new factors."""
@@ -67,26 +98,63 @@ class AdapterState:
         return replace(self, tensors={**self.tensors, **tensors})
 
     def select(self, block: Block) -> dict[Slot, Tensor]:
-        """Return the tensors whose role is in `block`, sorted by slot."""
-        return {slot: self.tensors[slot] for slot in sorted(self.tensors) if slot.role in block}
+        """Return the tensors that `block` trains, sorted by slot."""
+        return {slot: self.tensors[slot] for slot in sorted(self.tensors) if in_block(slot, block)}
+
+    def remembering(self, name: str, tensors: Mapping[Slot, Tensor]) -> "AdapterState":
+        """Return a copy whose memory of that name holds these tensors."""
+        return replace(self, memory={**self.memory, name: tensors})
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of every slot, shape and value, in hexadecimal.
+        """Return the SHA-256 of every slot, shape and value, the side's too, in hexadecimal; memory is no part of it.
 
         >>> AdapterState({Slot("layer", LORA_A): torch.ones(1, 2)}, scale=1.0).fingerprint()[:8]
         '7e317337'
         """
         digest = hashlib.sha256(repr(self.scale).encode())
-        for slot in sorted(self.tensors):
-            tensor = self.tensors[slot]
+        tensors = {**self.tensors, **side_tensors(self.side)}
+        for slot, tensor in sorted(tensors.items(), key=lambda item: item[0]):
             digest.update(repr((slot.path, slot.role, str(tensor.dtype), tuple(tensor.shape))).encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
+def within(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
+    """Return the view of a LoRA factor that a client of this rank has; of a head, all of it."""
+    if slot.role == HEAD:
+        return tensor
+    return tensor[:rank] if slot.role == LORA_A else tensor[:, :rank]
+
+
+def beyond(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
+    """Return the view of a LoRA factor beyond a rank: rows of lora_A, columns of lora_B; of a head, nothing."""
+    if slot.role == HEAD:
+        return tensor[:0]
+    return tensor[rank:] if slot.role == LORA_A else tensor[:, rank:]
+
+
+def narrowed(tensors: Mapping[Slot, Tensor], rank: int | None) -> Mapping[Slot, Tensor]:
+    """Return what a client of this rank has of the tensors; None: all."""
+    return tensors if rank is None else {slot: within(tensor, slot, rank) for slot, tensor in tensors.items()}
+
+
+def widened(update: "ClientUpdate", like: Mapping[Slot, Tensor]) -> "ClientUpdate":
+    """Return an update with the shapes of `like`: zeros beyond the client's rank, so its products are the same."""
+    wide = {slot: torch.zeros_like(like[slot], dtype=tensor.dtype) for slot, tensor in update.tensors.items()}
+    for slot, tensor in update.tensors.items():
+        wide[slot][tuple(slice(size) for size in tensor.shape)] = tensor
+    return replace(update, tensors=wide)
+
+
+def side_tensors(side: Mapping[str, LoraFactors]) -> dict[Slot, Tensor]:
+    """Return the factors of a side product by slot, the roles named side_A and side_B."""
+    named = ((path, ((SIDE_A, layer.lora_A), (SIDE_B, layer.lora_B))) for path, layer in sorted(side.items()))
+    return {Slot(path, role): factor for path, factors in named for role, factor in factors}
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client returns from one round: the trained block, as values and not as a difference.
+    """What one client returns from one round: the trained block less what is personal, as values, not as a difference.
 
     `weight` is set by the server's rule, never by the client's word (uniform unless sizes are declared public).
     """
@@ -150,7 +218,7 @@ def write_adapter(model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
 def train_only(model: nn.Module, block: Block) -> dict[Slot, nn.Parameter]:
     """Let exactly the tensors of `block` require gradients, and return them sorted by slot."""
     model.requires_grad_(False)
-    trained = {slot: p for slot, p in sorted(adapter_parameters(model).items()) if slot.role in block}
+    trained = {slot: p for slot, p in sorted(adapter_parameters(model).items()) if in_block(slot, block)}
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained

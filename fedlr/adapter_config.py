@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 # Of peft 0.21.2, those that leave the base model alone and read no examples; tests/test_experiment.py tries them all.
 INITIALISERS = (True, False, "gaussian", "orthogonal")
+INFORMED = ("principal", "activations")  # ours, fedlr/informed.py: they read the base model, and nobody's examples
 READ_EXAMPLES = ("eva", "corda", "lora_ga")
 CHANGE_THE_BASE = ("pissa", "olora", "loftq")  # pissa_niter_N too
 
@@ -15,8 +16,10 @@ class AdapterConfig(BaseModel):
     """Where the LoRA factors go, and how they start.
 
     `target_modules` is a list of module names, one regular expression for whole paths, or "all-linear"; `layers`
-    restricts a list to those encoder layers (None: all). `init_lora_weights` is PEFT's, as far as an exported adapter
-    opens on the plain base model, and nobody's examples are read before there is any noise.
+    restricts a list to those encoder layers (None: all). `client_ranks` gives client k the rank number k of the list,
+    which is repeated as often as there are clients (None: all have `rank`); the scale is that of `rank` for all.
+    `init_lora_weights` is PEFT's, as far as an exported adapter opens on the plain base model, and nobody's examples
+    are read before there is any noise; `principal` and `activations` are ours (`fedlr.informed`).
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -28,13 +31,27 @@ class AdapterConfig(BaseModel):
     init_lora_weights: Any = True
     use_rslora: bool = False
     train_head: bool = False
+    client_ranks: list[Annotated[int, Field(ge=1)]] | None = None
+
+    def ranks(self, num_clients: int) -> tuple[int, ...] | None:
+        """Return the rank of each client; None: all have the adapter's."""
+        given = self.client_ranks
+        return None if given is None else tuple(given[client % len(given)] for client in range(num_clients))
+
+    @field_validator("client_ranks")
+    @classmethod
+    def _are_within_the_rank(cls, value: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        rank = info.data.get("rank", 0)
+        if value is not None and (not value or max(value) > rank):
+            raise ValueError(f"null for all clients alike, or a list of ranks of at most adapter.rank={rank}")
+        return value
 
     @field_validator("init_lora_weights")
     @classmethod
     def _leaves_the_base_alone(cls, value: object, info: ValidationInfo) -> object:
         if value == "orthogonal" and info.data.get("rank", 0) % 2:
             raise ValueError(f"true, false or gaussian where adapter.rank={info.data['rank']} is odd")
-        if any(value is one or (isinstance(one, str) and value == one) for one in INITIALISERS):
+        if any(value is one or (isinstance(one, str) and value == one) for one in (*INITIALISERS, *INFORMED)):
             return value
         name = value.partition("_niter_")[0] if isinstance(value, str) else value
         why = ""
@@ -42,7 +59,7 @@ class AdapterConfig(BaseModel):
             why = f" ({name} changes the base model's own weights: the adapter would not open on the plain base)"
         elif name in READ_EXAMPLES:
             why = f" ({name} reads examples before there is any noise)"
-        raise ValueError(f"true, false, gaussian or orthogonal{why}")
+        raise ValueError(f"principal, activations, true, false, gaussian or orthogonal{why}")
 
     @field_validator("target_modules")
     @classmethod

@@ -31,7 +31,7 @@ SECTIONS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "partition": (Partition, ("data", "num_clients", "seed")),
     "model": (BaseModel, ("label_names", "seed")),
 }
-CHOICES = ("block_schedule", "aggregate", "finalise", "broadcast")
+CHOICES = ("block_schedule", "aggregate", "finalise", "broadcast", "client")
 
 
 def check_sections(experiment: Experiment) -> None:
@@ -82,10 +82,13 @@ def build_method(experiment: Experiment) -> Method:
     built = {key: build_choice(section[key], f"method.{key}") for key in CHOICES if key in section}
     plain = {key: value for key, value in section.items() if key not in built}
     function, arguments = checked(plain, "method", list(built))
-    absent = [key for key in CHOICES if key not in built and key in _names(function, "method")]
+    parameters = _names(function, "method")
+    required = [key for key in CHOICES if key in parameters and parameters[key].default is inspect.Parameter.empty]
+    absent = [key for key in required if key not in built]
     if absent:
         raise InputError(f"Expected a value for method.{absent[0]}, got none")
-    method = function(**arguments, **{k: v for k, v in built.items() if k in _names(function, "method")})
+    with naming("method"):
+        method = function(**arguments, **{k: v for k, v in built.items() if k in parameters})
     if not isinstance(method, Method):
         raise InputError(f"Expected method._target_ to be fedlr.method.Method, got {section['_target_']!r}")
     return method

@@ -1,6 +1,8 @@
 """How good an adapter is on held-out text that the server may see."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -36,3 +38,12 @@ def evaluate(model: nn.Module, data: TokenisedText, *, token_budget: int = 4096)
         loss += float(cross_entropy(logits, labels).double().sum())
     model.train(was_training)
     return Evaluation(accuracy=correct / num_examples, loss=loss / num_examples)
+
+
+def mean_evaluation(found: Sequence[Evaluation]) -> Evaluation:
+    """Return the mean over several models.
+
+    >>> mean_evaluation([Evaluation(0.5, 1.0), Evaluation(1.0, 0.0)])
+    Evaluation(accuracy=0.75, loss=0.5)
+    """
+    return Evaluation(fmean(one.accuracy for one in found), fmean(one.loss for one in found))

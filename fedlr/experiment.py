@@ -87,6 +87,7 @@ class TrainerSection(Section):
     sample_rate: Rate
     divisor: PositiveFloat
     optimizer: Target
+    after_noise: Target | None
     engine: Literal["fused", "opacus"]
     check_parity: bool
     grad_sample_mode: Literal["hooks", "ghost", "loop"]

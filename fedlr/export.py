@@ -1,13 +1,16 @@
 """The released adapter: a folder that any PEFT tool opens."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from fedlr.adapter import ADAPTER_NAME, AdapterState, write_adapter
+from fedlr.adapter import ADAPTER_NAME, AdapterState, adapted_layers, write_adapter
+from fedlr.low_rank import LowRankSum
 
 CARD = """\
 ---
@@ -55,10 +58,16 @@ def export_adapter(
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
 
     Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; a frozen random head is included,
-    because a base model loaded anew would draw another one. The folder is whole or absent.
+    because a base model loaded anew would draw another one. What the server folded away stands beside the factors, as
+    ranks of the layers more. The folder is whole or absent.
     """
     write_adapter(model, adapter.tensors)
-    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base
+    if adapter.side:
+        _add_side(model, adapter)
+    config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
+    config.base_model_name_or_path = base
+    if not isinstance(config.target_modules, str | None):
+        config.target_modules = sorted(config.target_modules)  # the same file for the same adapter
     partial = folder.with_name(folder.name + ".partial")
     # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
     model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
@@ -76,3 +85,23 @@ def export_adapter(
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(folder)
+
+
+def _add_side(model: PeftModel, adapter: AdapterState) -> None:
+    """Give each layer its side product as further ranks, at most min(D, K) in all; the scale stays."""
+    config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
+    config.use_rslora = False  # the patterns give the scale as alpha / rank
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    products = adapter.products()
+    for path, layer in adapted_layers(model).items():
+        total = LowRankSum(max_rank=min(len(products[path].lora_B), products[path].lora_A.shape[1]))
+        total.add(products[path])
+        both = total.factors()
+        rank = len(both.lora_A)
+        for factor, tensor in ((layer.lora_A, both.lora_A.float()), (layer.lora_B, both.lora_B.float())):
+            linear = nn.Linear(tensor.shape[1], len(tensor), bias=False)
+            linear.weight = nn.Parameter(tensor.contiguous())
+            factor[ADAPTER_NAME] = linear
+        name = path.removeprefix("base_model.model.")
+        config.rank_pattern[f"^{re.escape(name)}"] = rank
+        config.alpha_pattern[f"^{re.escape(name)}"] = adapter.scale * rank

@@ -1,23 +1,30 @@
-"""A method is four small choices: the block that trains, the aggregate, what follows it, and what goes down.
+"""A method is four small choices: the block that trains, the aggregate, what follows it, and what goes down. Some have
+a fifth: a rule of the clients, roles that stay with them, or a side product that the server folds away.
 
 A method of configs/method is a `Method` written in YAML. No other file of fedlr asks which method runs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from fedlr.adapter import LORA_A, LORA_B, ROLES, AdapterState, Block, ClientUpdate, Slot
+from fedlr.client_rule import ClientRule
 from fedlr.errors import InputError
 from fedlr.refactor import orthonormal_rows, svd_refactor
 
 
 class BlockSchedule(Protocol):
-    """Which block a round trains."""
+    """Which block a round trains. It may look at the adapter, which is released, and trains `roles` at most."""
 
-    def __call__(self, round_index: int, /) -> Block: ...
+    @property
+    def roles(self) -> Iterable[str]:
+        """All roles that any round may train."""
+        ...
+
+    def __call__(self, round_index: int, adapter: AdapterState, /) -> Block: ...
 
 
 class Aggregator(Protocol):
@@ -44,35 +51,81 @@ class Broadcast(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One federated method. All four choices see released tensors only, so they are post-processing."""
+    """One federated method. All of its choices see released tensors only, so they are post-processing.
+
+    Args:
+        personal: roles that train and never leave a client, which keeps them for its next round.
+        folds: whether the server folds products into the adapter's side, which clients merge into their base.
+        mixed_ranks: whether clients may have ranks of their own (adapter.client_ranks).
+        client: what clients do with a noised gradient.
+    """
 
     name: str
     block_schedule: BlockSchedule
     aggregate: Aggregator
     finalise: Finaliser
     broadcast: Broadcast
+    personal: Sequence[str] = ()
+    folds: bool = False
+    mixed_ranks: bool = False
+    client: ClientRule = ClientRule()
+
+    def __post_init__(self) -> None:
+        roles = set(self.block_schedule.roles)
+        if isinstance(self.personal, str) or not set(self.personal) < roles:
+            raise InputError(
+                f"Expected method.personal to be some of the trained roles ({', '.join(sorted(roles))}), not all, got "
+                f"{self.personal!r}"
+            )
+        if not isinstance(self.client, ClientRule):
+            raise InputError(f"Expected method.client to be a ClientRule, got {type(self.client).__name__}")
 
 
 @dataclass(frozen=True)
 class Always:
     """Train the same roles in every round.
 
-    >>> sorted(Always(["lora_B", "head"])(round_index=0))
+    >>> sorted(Always(["lora_B", "head"]).roles)
     ['head', 'lora_B']
     """
 
     roles: Iterable[str]
 
     def __post_init__(self) -> None:
-        # A string would be read as its letters; a one-shot iterable would be empty from round 1 on.
-        roles = self.roles if isinstance(self.roles, str) else frozenset(self.roles)
-        if isinstance(roles, str) or not roles or not roles <= set(ROLES):
-            raise InputError(f"Expected roles to be a list of {', '.join(ROLES)}, got {self.roles!r}")
-        object.__setattr__(self, "roles", roles)
+        object.__setattr__(self, "roles", frozenset(_checked_roles(self.roles)))
 
-    def __call__(self, round_index: int) -> Block:
+    def __call__(self, round_index: int, adapter: AdapterState) -> Block:
         """Return the roles, whatever the round."""
         return frozenset(self.roles)
+
+
+@dataclass(frozen=True)
+class Alternate:
+    """Train one role a round, in turn (RoLoRA, Chen et al. 2025, sec. 3, https://arxiv.org/abs/2502.01755).
+
+    While lora_B is zero lora_A has no gradient, so lora_B comes first.
+    """
+
+    roles: Iterable[str] = (LORA_B, LORA_A)
+
+    def __post_init__(self) -> None:
+        roles = tuple(_checked_roles(self.roles))
+        if len(set(roles)) < len(roles) or len(roles) < 2:
+            raise InputError(f"Expected two different roles or more to alternate, got {list(roles)}")
+        object.__setattr__(self, "roles", roles)
+
+    def __call__(self, round_index: int, adapter: AdapterState) -> Block:
+        """Return the round's role."""
+        roles = tuple(self.roles)
+        return frozenset({roles[round_index % len(roles)]})
+
+
+def _checked_roles(given: Iterable[str]) -> Sequence[str]:
+    # A string would be read as its letters; a one-shot iterable would be empty from round 1 on.
+    roles = () if isinstance(given, str) else tuple(given)
+    if not roles or not set(roles) <= set(ROLES):
+        raise InputError(f"Expected roles to be a list of {', '.join(ROLES)}, got {given!r}")
+    return roles
 
 
 def keep(adapter: AdapterState) -> AdapterState:

@@ -1,30 +1,39 @@
 """One federated round, and many of them: `state, clients -> state, diagnostics`.
 
 A round never trains anything itself: it sees a `ClientPool`. A pool may be clients in this process, Ray actors or real
-devices behind Flower; the round is the same (McMahan et al. 2017, algorithm 1, with the method's four choices).
-
-Clients are sampled by a pure function of (seed, round), so a run can go on from any state. The sample is public: no
-privacy amplification is claimed from it, because the server that draws it is one of the adversaries.
+devices behind Flower; the round is the same (McMahan et al. 2017, algorithm 1, with the method's choices).
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, count, islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
-from fedlr.adapter import HEAD, AdapterState, Block, ClientUpdate, Slot, num_bytes
-from fedlr.aggregate.diagnostics import aggregation_error, singular_values
+from fedlr.adapter import (
+    HEAD,
+    AdapterState,
+    Block,
+    ClientUpdate,
+    LoraFactors,
+    Slot,
+    narrowed,
+    num_bytes,
+    roles_of,
+    side_tensors,
+    widened,
+)
+from fedlr.aggregate.diagnostics import aggregation_error, aggregation_error_sd, singular_values
 from fedlr.aggregate.ideal import Ideal
+from fedlr.cohorts import cohorts
 from fedlr.errors import InputError
 from fedlr.method import Method
-from fedlr.streams import Purpose, stream
 from fedlr.validate import rejection
 
+CONTROL = "control"  # what of the server's memory clients are sent
 MOST_HELD = 64  # updates, beyond which a client that sent only unusable ones is not waited for
 
 
@@ -40,12 +49,26 @@ class ServerState:
 class RoundTask:
     """What one round asks of every client of its cohort.
 
-    `broadcast` overlays the adapter that each client was given when it enrolled; `block` is what it trains and returns.
+    `broadcast` overlays the adapter that each client was given when it enrolled; `block` is what it trains, and returns
+    but for its `personal` roles. `side` is merged into the base, `control` is for the method's rule of the clients.
     """
 
     round_index: int
     broadcast: Mapping[Slot, Tensor]
     block: Block
+    personal: frozenset[str] = frozenset()
+    side: Mapping[str, LoraFactors] = field(default_factory=dict)
+    control: Mapping[Slot, Tensor] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> Block:
+        """What leaves a client of what it trained."""
+        return frozenset(entry for entry in self.block if not roles_of(frozenset({entry})) <= self.personal)
+
+    def num_bytes(self, rank: int | None = None) -> int:
+        """Return the bytes that go down to a client of this rank; None: the adapter's."""
+        own = narrowed(self.broadcast, rank)
+        return sum(map(num_bytes, (own.values(), side_tensors(self.side).values(), self.control.values())))
 
 
 @dataclass(frozen=True)
@@ -72,47 +95,13 @@ class RoundDiagnostics:
     cohort: tuple[int, ...]
     trained: tuple[int, ...]
     dropouts: tuple[Dropout, ...]
-    aggregation_error: Mapping[str, float]  # by layer, relative (methods.md 13.15)
+    aggregation_error: Mapping[str, float]  # by layer, relative
     singular_values: Mapping[str, list[float]]  # by layer, of delta_W
     bytes_up: int  # of the updates that were used, all clients together
     bytes_down: int
     train_s: float
     aggregate_s: float
-
-
-def sample_cohort(
-    *, seed: int, round_index: int, num_clients: int, cohort_size: int, max_participations: int
-) -> tuple[int, ...]:
-    """Draw the clients of one round, uniformly among those with participations left.
-
-    Args:
-        seed: public seed of the run.
-        round_index: which round, from 0.
-        num_clients: enrolled clients, numbered from 0.
-        cohort_size: clients to draw; fewer when fewer have participations left.
-        max_participations: rounds that any client may be drawn for over the whole run.
-
-    Returns:
-        Client ids in ascending order: the same for every process that knows the arguments.
-
-    >>> sample_cohort(seed=1, round_index=0, num_clients=4, cohort_size=4, max_participations=1)
-    (0, 1, 2, 3)
-    >>> sample_cohort(seed=1, round_index=1, num_clients=4, cohort_size=4, max_participations=1)
-    ()
-    """
-    draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
-    return next(islice(draws, round_index, None))
-
-
-def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations: int) -> Iterator[tuple[int, ...]]:
-    """Yield the cohorts of round 0, 1, ...: what `sample_cohort` returns for each, and none is drawn twice."""
-    drawn = np.zeros(num_clients, dtype=np.int64)
-    for round_index in count():
-        eligible = np.flatnonzero(drawn < max_participations)
-        generator = stream(seed, Purpose.COHORT, round_index=round_index)
-        cohort = generator.choice(eligible, size=min(cohort_size, len(eligible)), replace=False)
-        drawn[cohort] += 1
-        yield tuple(np.sort(cohort).tolist())
+    aggregation_error_sd: Mapping[str, float] = field(default_factory=dict)  # by layer: 0.0 where the error is exact
 
 
 def initial_state(adapter: AdapterState, method: Method) -> ServerState:
@@ -120,21 +109,39 @@ def initial_state(adapter: AdapterState, method: Method) -> ServerState:
     return ServerState(method.finalise(adapter))
 
 
+def task_of(state: ServerState, method: Method, *, train_head: bool = False) -> RoundTask:
+    """Return what the next round asks of its clients."""
+    block = method.block_schedule(state.round_index, state.adapter) | (frozenset({HEAD}) if train_head else frozenset())
+    return RoundTask(
+        round_index=state.round_index,
+        broadcast=method.broadcast(state.adapter, block),
+        block=block,
+        personal=frozenset(method.personal),
+        side=state.adapter.side,
+        control=state.adapter.memory.get(CONTROL, {}),
+    )
+
+
 def run_round(
-    state: ServerState, cohort: Sequence[int], *, pool: ClientPool, method: Method, train_head: bool = False
+    state: ServerState,
+    cohort: Sequence[int],
+    *,
+    pool: ClientPool,
+    method: Method,
+    train_head: bool = False,
+    ranks: Sequence[int] | None = None,
 ) -> tuple[ServerState, RoundDiagnostics]:
     """Broadcast, train, validate, aggregate, finalise.
 
     Updates are aggregated as they come, in ascending client order, and none is kept: memory does not grow with the
-    cohort. A round in which no client returned a usable update leaves the adapter as it was and still counts as a
-    round.
+    cohort. A client of smaller rank (`ranks`, by client id; None: all have the adapter's) has zeros beyond it here. A
+    round in which no client returned a usable update leaves the adapter as it was and still counts as a round.
     """
-    block = method.block_schedule(state.round_index) | (frozenset({HEAD}) if train_head else frozenset())
-    task = RoundTask(state.round_index, method.broadcast(state.adapter, block), block)
-    expected = state.adapter.select(block)
+    task = task_of(state, method, train_head=train_head)
+    expected = state.adapter.select(task.shared)
 
     started = time.perf_counter()
-    answers = Answers(pool, task, cohort, expected=expected)
+    answers = Answers(pool, task, cohort, expected=expected, ranks=ranks)
     updates, ideal = iter(answers), Ideal(state.adapter)
     first = next(updates, None)
     if first is None:
@@ -150,9 +157,10 @@ def run_round(
         trained=tuple(answers.trained),
         dropouts=tuple(sorted(answers.dropouts, key=lambda d: (d.client_id, d.status, d.reason))),
         aggregation_error=aggregation_error(ideal, aggregated) if answers.trained else {},
+        aggregation_error_sd=aggregation_error_sd(ideal, aggregated) if answers.trained else {},
         singular_values=singular_values(adapter),
-        bytes_up=num_bytes(expected.values()) * len(answers.trained),
-        bytes_down=num_bytes(task.broadcast.values()) * len(cohort),
+        bytes_up=sum(num_bytes(narrowed(expected, rank_of(client, ranks)).values()) for client in answers.trained),
+        bytes_down=sum(task.num_bytes(rank_of(client, ranks)) for client in cohort),
         train_s=answers.train_s,
         aggregate_s=time.perf_counter() - started - answers.train_s,
     )
@@ -170,13 +178,19 @@ class Answers:
     """
 
     def __init__(
-        self, pool: ClientPool, task: RoundTask, cohort: Sequence[int], *, expected: Mapping[Slot, Tensor]
+        self,
+        pool: ClientPool,
+        task: RoundTask,
+        cohort: Sequence[int],
+        *,
+        expected: Mapping[Slot, Tensor],
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self.trained: list[int] = []  # ascending
         self.dropouts: list[Dropout] = []
         self.train_s = 0.0  # spent waiting for the pool
         self._outcomes = iter(pool.train(task, cohort))
-        self._task, self._cohort, self._expected = task, cohort, expected
+        self._task, self._cohort, self._expected, self._ranks = task, cohort, expected, ranks
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         asked, waiting = frozenset(self._cohort), deque(sorted(self._cohort))
@@ -189,12 +203,16 @@ class Answers:
                 over.add(outcome.client_id)
                 self.dropouts.append(outcome)
             elif reason := rejection(
-                outcome, expected=self._expected, round_index=self._task.round_index, asked=asked, seen=over
+                outcome,
+                expected=self._expected if outcome.client_id not in asked else self._expected_of(outcome.client_id),
+                round_index=self._task.round_index,
+                asked=asked,
+                seen=over,
             ):
                 self.dropouts.append(Dropout(outcome.client_id, "rejected", reason))
             else:
                 over.add(outcome.client_id)
-                held[outcome.client_id] = outcome
+                held[outcome.client_id] = outcome if self._ranks is None else widened(outcome, self._expected)
             del outcome  # the next one trains while this would still be held
             while waiting and (waiting[0] in over or (waiting[0] in heard and len(held) > MOST_HELD)):
                 client = waiting.popleft()
@@ -207,12 +225,20 @@ class Answers:
             self.trained.append(client)
             yield held.pop(client)
 
+    def _expected_of(self, client: int) -> Mapping[Slot, Tensor]:
+        return narrowed(self._expected, rank_of(client, self._ranks))
+
     def _next(self) -> ClientUpdate | Dropout | None:
         started = time.perf_counter()
         try:
             return next(self._outcomes, None)
         finally:
             self.train_s += time.perf_counter() - started
+
+
+def rank_of(client: int, ranks: Sequence[int] | None) -> int | None:
+    """Return a client's rank; None: the adapter's."""
+    return None if ranks is None else ranks[client]
 
 
 def federated_rounds(
@@ -226,11 +252,12 @@ def federated_rounds(
     max_participations: int,
     seed: int,
     train_head: bool = False,
+    ranks: Sequence[int] | None = None,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines."""
     if not 1 <= cohort_size <= num_clients:
         raise InputError(f"Expected cohort_size in [1, num_clients={num_clients}], got {cohort_size}")
     draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
     for cohort in islice(draws, state.round_index, num_rounds):
-        state, diagnostics = run_round(state, cohort, pool=pool, method=method, train_head=train_head)
+        state, diagnostics = run_round(state, cohort, pool=pool, method=method, train_head=train_head, ranks=ranks)
         yield state, diagnostics

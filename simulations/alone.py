@@ -21,11 +21,18 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
         state = federation.start
         for _ in range(alone_rounds(e)):
             state, _ = run_round(
-                state, [client_id], pool=pool, method=federation.method, train_head=e.adapter.train_head
+                state,
+                [client_id],
+                pool=pool,
+                method=federation.method,
+                train_head=e.adapter.train_head,
+                ranks=federation.ranks,
             )
             client_done()
         return state
 
-    with ThreadPoolExecutor(e.runtime.num_workers) as threads:
+    # A product that is folded into the base is there for all who compute at that time.
+    num_threads = 1 if federation.method.folds else e.runtime.num_workers
+    with ThreadPoolExecutor(num_threads) as threads:
         for first in range(0, e.num_clients, AT_ONCE):
             yield from list(threads.map(train, range(first, min(first + AT_ONCE, e.num_clients))))

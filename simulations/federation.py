@@ -1,6 +1,5 @@
 """From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,9 @@ import torch
 from torch import nn
 
 from fedlr.adapter import HEAD, num_values, read_adapter
-from fedlr.build import build, build_method, build_optimizer, checked, naming
+from fedlr.build import build, build_choice, build_method, build_optimizer, checked, naming
+from fedlr.client_rule import ClientRule
+from fedlr.client_rules.chain import Chain
 from fedlr.data.partition import Partition
 from fedlr.data.store import TableStore
 from fedlr.data.table import LabelledText, split_train_test
@@ -28,12 +29,14 @@ from fedlr.prefix import encode_prefix, without_prefix
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.rounds import ServerState, initial_state
+from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
+from fedlr.side import SideWeights
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
+from simulations.checks import check_runtime
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,19 @@ class Federation:
     training: LocalTraining
     randomness: Randomness
     weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
+    ranks: tuple[int, ...] | None  # of each client; None: all have the adapter's
+    side: SideWeights  # merges what the server folded away into the tensors that all copies of the model share
     notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
 
     @property
     def num_trained_values(self) -> int:
         """How many numbers a client trains in the first round."""
-        return num_values(self.start.adapter.select(self.block(0)).values())
+        return num_values(self.start.adapter.select(self.task().block).values())
 
-    def block(self, round_index: int) -> frozenset[str]:
-        """Return the roles that train in a round."""
-        return trained_block(self.experiment, self.method, round_index)
+    def task(self, round_index: int = 0) -> RoundTask:
+        """Return what a round asks of clients that start from the first adapter."""
+        state = replace(self.start, round_index=round_index)
+        return task_of(state, self.method, train_head=self.experiment.adapter.train_head)
 
     def without_privacy(self) -> "Federation":
         """Return the same federation without clipping and noise."""
@@ -84,8 +90,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         InputError: for anything that could not run as configured.
     """
     method = build_method(experiment)
-    training = local_training(experiment)
-    check_runtime(experiment)
+    training = local_training(experiment, method)
+    check_runtime(experiment, method)
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
@@ -118,6 +124,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         training=training,
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
         weights=tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices),
+        ranks=experiment.adapter.ranks(experiment.num_clients),
+        side=SideWeights(working),
         notes=notes(experiment, data, held_out, tokenised, test),
     )
 
@@ -141,17 +149,28 @@ def working_model(
     return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
 
 
-def local_training(experiment: Experiment) -> LocalTraining:
+def local_training(experiment: Experiment, method: Method) -> LocalTraining:
     """Return what each client does in a round."""
     trainer, optimizer = experiment.trainer, build_optimizer(experiment)
     if trainer.engine == "fused":
         check_elementwise(optimizer)
+    rule = method.client
+    if trainer.after_noise is not None:
+        after = build_choice(trainer.after_noise.section(), "trainer.after_noise")
+        if not isinstance(after, ClientRule):
+            raise InputError(f"Expected trainer.after_noise to make a ClientRule, got {type(after).__name__}")
+        if after.remembers:
+            raise InputError(
+                f"Expected trainer.after_noise to remember nothing, got {type(after).__name__}; set method=scaffold"
+            )
+        rule = Chain((after, rule)) if rule.changes else after
     return LocalTraining(
         num_steps=trainer.num_steps,
         optimizer=optimizer,
         token_budget=trainer.token_budget,
         divisor=trainer.divisor,
         sampler=PoissonSampler(trainer.sample_rate),
+        rule=rule,
     )
 
 
@@ -161,28 +180,13 @@ def adapted_model(
     """Return the base model, and the model with an adapter that the engine can train in every round."""
     base: BaseModel = build(experiment.model.section(), "model", label_names=label_names, seed=seed)
     model = attach_lora(base, experiment.adapter, seed=seed)
-    for block in {trained_block(experiment, method, index) for index in range(experiment.num_rounds)}:
-        check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
-        if experiment.trainer.engine == "fused":
-            check_fused(model, block)
+    block = frozenset(method.block_schedule.roles) | (
+        frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
+    )
+    check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
+    if experiment.trainer.engine == "fused":
+        check_fused(model, block)
     return base, model
-
-
-def check_runtime(experiment: Experiment) -> None:
-    """Refuse a device that is not there, and several processes where the package that runs them is missing."""
-    device, num_processes = experiment.runtime.device, experiment.runtime.num_processes
-    num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if device != "cpu" and (torch.device(device).index or 0) >= num_gpus:
-        raise InputError(f"Expected runtime.device=cpu, as PyTorch finds no such GPU here, got {device}")
-    if device != "cpu" and 1 < num_processes != min(num_processes, num_gpus):
-        raise InputError(
-            f"Expected runtime.num_processes <= {num_gpus}, a GPU for each of them, got {num_processes} on {device}"
-        )
-    if num_processes > 1 and importlib.util.find_spec("ray") is None:
-        raise InputError(
-            f"Expected the package ray for runtime.num_processes={num_processes}, got none; install it with "
-            "pip install 'fedlr[ray]', or set runtime.num_processes=1"
-        )
 
 
 @contextmanager
@@ -197,12 +201,6 @@ def torch_threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def trained_block(experiment: Experiment, method: Method, round_index: int) -> frozenset[str]:
-    """Return the roles that train in a round: the method's block, and the head if the adapter trains it."""
-    head = frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
-    return method.block_schedule(round_index) | head
 
 
 def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:

@@ -8,6 +8,7 @@ only is enrolled costs its row numbers.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
@@ -17,18 +18,21 @@ from fedlr.adapter import AdapterState, Block, ClientUpdate, Slot, train_only, w
 from fedlr.data.tokenise import Share
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
+from fedlr.side import SideWeights
 from fedlr.streams import Randomness
 from fedlr.training.cohort import Stack, train_cohort
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.local import LocalTraining
 from fedlr.training.losses import cross_entropy
 from fedlr.training.parity import ParityCheck
+from simulations.kept import Kept
 from simulations.pool import Accounts, Charges, sharing_base
 
 # More of them fill no micro-batch better: the lengths of their examples lie close enough.
 LARGEST_GROUP = 64
 # Rows of float32 that a client needs at once: tensors, sums, two of an optimizer, noise on its way.
 ROWS_A_CLIENT = 6
+MOST_ENGINES = 3  # of one worker: blocks that take turns
 
 
 class FusedPool:
@@ -44,6 +48,8 @@ class FusedPool:
         randomness: sampling and noise streams.
         weights: aggregation weight of each client, by the server's rule.
         num_workers: threads.
+        ranks: of each client; None: all have the adapter's.
+        side: what merges a folded product into the model; None: made here.
         memory_gb: for the clients that train at once; None: as for `LARGEST_GROUP` of them.
         check_parity: compare the first batch with Opacus.
     """
@@ -60,13 +66,16 @@ class FusedPool:
         randomness: Randomness,
         weights: Sequence[float],
         num_workers: int,
+        ranks: Sequence[int] | None = None,
+        side: SideWeights | None = None,
         memory_gb: float | None = None,
         check_parity: bool = True,
     ) -> None:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
         self._accounts = Accounts(ledger, mechanism, training)
-        self._memory_gb = memory_gb
+        self._memory_gb, self._ranks = memory_gb, ranks
+        self._side, self.kept = side or SideWeights(model), Kept()
         self._device = next(model.parameters()).device
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rows", initializer=_one_thread)
         self._workers: SimpleQueue[FusedWorker] = SimpleQueue()
@@ -79,7 +88,8 @@ class FusedPool:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
         admitted, refused = self._accounts.reserve(task.round_index, cohort)
         yield from refused
-        adapter = self._enrolled.with_tensors(task.broadcast)
+        adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
+        self._side.merge(adapter)
         size = group_size(adapter.select(task.block), self._memory_gb)
         for start in range(0, len(admitted), size):
             yield from self._train_group(task, adapter, admitted[start : start + size])
@@ -90,7 +100,10 @@ class FusedPool:
 
     def _train_group(self, task: RoundTask, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:
         started = time.perf_counter()
-        stack = Stack.of([adapter.select(task.block)] * len(group), device=self._device)
+        starts = [self.kept.start(client, task, adapter) for client in group]
+        ranks = None if self._ranks is None else [self._ranks[client] for client in group]
+        stack = Stack.of(starts, ranks=ranks, device=self._device)
+        inputs = self.kept.inputs(group, task, adapter, rule=self._training.rule, device=self._device)
         sums = GroupSums(self._workers, adapter, task.block, self._parity)
         steps = train_cohort(
             sums,
@@ -102,11 +115,14 @@ class FusedPool:
             randomness=self._randomness,
             client_ids=group,
             round_index=task.round_index,
+            inputs=inputs,
         )
+        self.kept.remember(group, inputs)
         self._accounts.settle(task.round_index, dict.fromkeys(group, steps))
         self.seconds.update(dict.fromkeys(group, (time.perf_counter() - started) / len(group)))
         for place, client in enumerate(group):
-            yield ClientUpdate(client, stack.tensors(place), self._weights[client], task.round_index)
+            sent = self.kept.keep(client, task, stack.tensors(place))
+            yield ClientUpdate(client, sent, self._weights[client], task.round_index)
 
 
 class FusedWorker:
@@ -123,6 +139,8 @@ class FusedWorker:
             write_adapter(self._model, adapter.tensors)
             self._adapter = adapter
         if block not in self._engines:
+            if len(self._engines) == MOST_ENGINES:
+                self._engines.clear()  # a method that chooses by layer may never train the same block again
             self._engines[block] = FusedGradients(self._model, train_only(self._model, block), loss=cross_entropy)
         return self._engines[block]
 
@@ -144,17 +162,18 @@ class GroupSums:
         stacks: Mapping[Slot, Tensor],
         max_grad_norm: float,
         ranks: Tensor | None,
+        active: frozenset[Slot] | None,
     ) -> ClippedSums:
         """See `fedlr.training.cohort.FusedSums`."""
         worker = self._workers.get()
         try:
             engine = worker.engine(self._adapter, self._block)
             found = engine.clipped_sums(
-                inputs, labels, owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks
+                inputs, labels, owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks, active=active
             )
         finally:
             self._workers.put(worker)
-        if self._parity is not None and ranks is None:  # the reference has one rank
+        if self._parity is not None and ranks is None and active is None:  # the reference has one rank and all tensors
             self._parity.compare(
                 found,
                 inputs,

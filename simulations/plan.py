@@ -14,11 +14,11 @@ from secrets import randbits
 
 import numpy as np
 
+from fedlr.cohorts import cohorts
 from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.rounds import RoundTask, cohorts
 from fedlr.wire import num_bytes
 from simulations.federation import Federation, assemble
 from simulations.progress import alone_rounds
@@ -88,9 +88,8 @@ def privacy_lines(federation: Federation) -> list[str]:
 def traffic_lines(federation: Federation) -> list[str]:
     """Say what each client sends and receives in the first round, and all of them in the run."""
     e, adapter = federation.experiment, federation.start.adapter
-    block = federation.block(0)
-    up = num_bytes(adapter.select(block).values())
-    down = num_bytes(federation.method.broadcast(adapter, block).values())
+    task = federation.task()
+    up, down = num_bytes(adapter.select(task.shared).values()), task.num_bytes()
     a_round = (e.cohort_size * up, e.cohort_size * down)
     return [
         f"adapter     {federation.num_trained_values:,} trained values, rank {e.adapter.rank}, "
@@ -158,8 +157,7 @@ def measure_step(federation: Federation) -> float:
         training=everything,
         weights=(1.0,),
     )
-    block = federation.block(0)
-    task = RoundTask(0, federation.method.broadcast(federation.start.adapter, block), block)
+    task = federation.task()
     with closing(make_pool(probe, None)) as pool:
         list(pool.train(task, [0]))  # the first step pays for what later ones find ready
         started = time.perf_counter()

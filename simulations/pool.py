@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -29,10 +30,12 @@ from fedlr.data.tokenise import Share
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
+from fedlr.side import SideWeights
 from fedlr.streams import Randomness
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
 from fedlr.training.local import LocalTraining, train_client
 from fedlr.training.losses import cross_entropy
+from simulations.kept import Kept
 
 GRADIENTS: dict[str, type[HookGradients | GhostGradients | LoopGradients | SumGradients]] = {
     "hooks": HookGradients,
@@ -100,6 +103,7 @@ class LocalPool:
         weights: aggregation weight of each client, by the server's rule.
         grad_sample_mode: hooks, ghost or loop.
         num_workers: threads.
+        side: what merges a folded product into the model; None: made here.
     """
 
     def __init__(
@@ -115,10 +119,12 @@ class LocalPool:
         weights: Sequence[float],
         grad_sample_mode: str,
         num_workers: int,
+        side: SideWeights | None = None,
     ) -> None:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
         self._accounts = Accounts(ledger, mechanism, training)
+        self._side, self.kept = side or SideWeights(model), Kept()
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="client")
         self._workers: SimpleQueue[Worker] = SimpleQueue()
         mode = grad_sample_mode if mechanism is not None else "sum"
@@ -130,7 +136,9 @@ class LocalPool:
         """Reserve each client's spending, then train those that can still pay; yield as they finish."""
         admitted, refused = self._accounts.reserve(task.round_index, cohort)
         yield from refused
-        for future in as_completed([self._threads.submit(self._train_one, task, c) for c in admitted]):
+        adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
+        self._side.merge(adapter)
+        for future in as_completed([self._threads.submit(self._train_one, task, adapter, c) for c in admitted]):
             yield future.result()
 
     def close(self) -> None:
@@ -139,12 +147,15 @@ class LocalPool:
         while not self._workers.empty():
             self._workers.get().close()
 
-    def _train_one(self, task: RoundTask, client: int) -> ClientUpdate:
+    def _train_one(self, task: RoundTask, adapter: AdapterState, client: int) -> ClientUpdate:
         torch.set_num_threads(1)
         started = time.perf_counter()
         worker = self._workers.get()
         try:
-            trained, gradients = worker.start_from(self._enrolled.with_tensors(task.broadcast), task.block)
+            start = adapter.with_tensors(self.kept.start(client, task, adapter))
+            trained, gradients = worker.start_from(start, task.block)
+            device = next(iter(trained.values())).device
+            inputs = self.kept.inputs([client], task, adapter, rule=self._training.rule, device=device)
             steps = train_client(
                 worker.model,
                 gradients,
@@ -155,13 +166,15 @@ class LocalPool:
                 client_id=client,
                 round_index=task.round_index,
                 trained=trained,
+                inputs=inputs,
             )
             tensors = {slot: parameter.detach().to("cpu", copy=True) for slot, parameter in trained.items()}
         finally:
             self._workers.put(worker)
+        self.kept.remember([client], inputs)
         self._accounts.settle(task.round_index, {client: steps})
         self.seconds[client] = time.perf_counter() - started
-        return ClientUpdate(client, tensors, self._weights[client], task.round_index)
+        return ClientUpdate(client, self.kept.keep(client, task, tensors), self._weights[client], task.round_index)
 
 
 class Worker:

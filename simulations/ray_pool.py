@@ -20,6 +20,7 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
 from simulations.federation import Federation, assemble, torch_threads
 from simulations.fused_pool import group_size
+from simulations.kept import Kept
 from simulations.pool import Accounts, Charges
 from simulations.runtime import pool_here
 
@@ -60,6 +61,7 @@ class RayPool:
             for check in checks
         ]
         self.seconds: dict[int, float] = {}  # by client, of its latest round
+        self.kept = Kept()  # stays empty: a method whose clients remember is refused (`federation.check_method`)
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from fedlr.rounds import ClientPool
 from simulations.federation import Federation
 from simulations.fused_pool import FusedPool
+from simulations.kept import Kept
 from simulations.pool import Charges, LocalPool
 
 
@@ -12,6 +13,7 @@ class SimulatedPool(ClientPool, Protocol):
     """A `ClientPool` of this machine."""
 
     seconds: dict[int, float]  # by client, of its latest round
+    kept: Kept  # what the clients keep from round to round
 
     def close(self) -> None:
         """Stop what was started for the pool."""
@@ -38,12 +40,14 @@ def pool_here(federation: Federation, ledger: Charges | None) -> FusedPool | Loc
         "randomness": federation.randomness,
         "weights": federation.weights,
         "num_workers": e.runtime.num_workers,
+        "side": federation.side,
     }
     if e.trainer.engine == "opacus":
         return LocalPool(federation.working, federation.clients, grad_sample_mode=e.trainer.grad_sample_mode, **common)
     return FusedPool(
         federation.working,
         federation.clients,
+        ranks=federation.ranks,
         memory_gb=e.runtime.memory_gb,
         check_parity=e.trainer.check_parity,
         **common,

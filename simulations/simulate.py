@@ -2,15 +2,17 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from secrets import randbits
 from typing import Any
 
-from fedlr.adapter import write_adapter
-from fedlr.evaluate import Evaluation, evaluate
+from torch import Tensor
+
+from fedlr.adapter import Slot, write_adapter
+from fedlr.evaluate import Evaluation, evaluate, mean_evaluation
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
 from fedlr.privacy.ledger import PrivacyLedger
@@ -71,9 +73,10 @@ def run_rounds(
     spent = ledger.spent_all(range(e.num_clients)) if ledger else {}
     participations: Counter[int] = Counter()
     rows: list[dict[str, Any]] = []
+    personal: list[Mapping[Slot, Tensor]] = []
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
-        evaluation, evaluate_s = evaluator.score(state)
+        evaluation, evaluate_s = evaluator.score(state, personal=personal)
         rows.append(
             metrics_row(state, evaluation, spent=spent.values(), diagnostics=diagnostics, evaluate_s=evaluate_s)
         )
@@ -92,8 +95,11 @@ def run_rounds(
             max_participations=e.max_participations,
             seed=federation.seed,
             train_head=e.adapter.train_head,
+            ranks=federation.ranks,
         )
         for state, diagnostics in rounds:
+            if federation.method.personal:
+                personal[:] = [pool.kept.personal.get(client, {}) for client in range(min(e.num_clients, MOST_SCORED))]
             if ledger:
                 spent.update(ledger.spent_all(diagnostics.cohort))
             row = record(state, diagnostics)
@@ -176,17 +182,28 @@ def with_other_noise(federation: Federation) -> Federation:
     return replace(federation, randomness=SeededRandomness(seed))
 
 
+# Of clients with a model of their own, so many are scored, the first ones: each costs a pass over the held-out texts.
+MOST_SCORED = 16
+
+
 class Evaluator:
     """Scores states on the held-out texts, with all threads and a model of its own."""
 
     def __init__(self, federation: Federation) -> None:
         self._model = first_token_only(sharing_base(federation.working))
-        self._test = federation.test
+        self._test, self._side = federation.test, federation.side
         self._num_threads = federation.experiment.runtime.num_workers
 
-    def score(self, state: ServerState) -> tuple[Evaluation, float]:
-        """Return how good the state's adapter is, and the seconds it took to know."""
+    def score(self, state: ServerState, *, personal: Sequence[Mapping[Slot, Tensor]] = ()) -> tuple[Evaluation, float]:
+        """Return how good the state's adapter is, and the seconds it took to know.
+
+        With `personal` tensors it is the mean over the clients that keep them: there is no one model.
+        """
         started = time.perf_counter()
-        write_adapter(self._model, state.adapter.tensors)
-        with torch_threads(self._num_threads):
-            return evaluate(self._model, self._test), time.perf_counter() - started
+        self._side.merge(state.adapter)
+        found = []
+        for own in personal or ({},):
+            write_adapter(self._model, {**state.adapter.tensors, **own})
+            with torch_threads(self._num_threads):
+                found.append(evaluate(self._model, self._test))
+        return mean_evaluation(found), time.perf_counter() - started

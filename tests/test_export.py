@@ -1,6 +1,7 @@
 """The released adapter: plain PEFT opens it on a fresh base model and says what ours says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from transformers import (
     RobertaModel,
 )
 
-from fedlr.adapter import HEAD, AdapterState, Slot, read_adapter, write_adapter
+from fedlr.adapter import HEAD, AdapterState, LoraFactors, Slot, read_adapter, write_adapter
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.export import export_adapter
 from fedlr.models import AdapterConfig, BaseModel, attach_lora, pretrained, tiny_random, word_tokenizer
 from fedlr.prefix import without_prefix
+from fedlr.side import SideWeights
 from simulations.pool import sharing_base
 
 LABELS = ("bad", "good", "so so")
@@ -123,6 +125,27 @@ def test_an_adapter_trained_above_a_cached_prefix_opens_on_the_whole_base(tmp_pa
     write_adapter(short, adapter.tensors)
     folder = export(model, read_adapter(short), tmp_path / "adapter", base=str(tmp_path / "base"))
     write_adapter(model, adapter.tensors)
+    opens(str(tmp_path / "base"), folder, says(model))
+
+
+@pytest.mark.parametrize("ranks", [(3, 3), (1, 40)], ids=["the same", "of each layer, and past full rank"])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_alpha": 5.0}], ids=str)
+def test_what_the_server_folded_away_opens_with_the_adapter(
+    tmp_path: Path, changes: dict, ranks: tuple[int, int]
+) -> None:
+    base = tiny_random(label_names=LABELS, seed=0)
+    base.network.save_pretrained(tmp_path / "base")
+    model, adapter = adapted(base, **changes)
+    side = {}
+    for (path, layer), rank in zip(list(adapter.factors().items())[:2], ranks, strict=True):
+        shape = (rank, layer.lora_A.shape[1]), (len(layer.lora_B), rank)
+        side[path] = LoraFactors(*(0.05 * torch.randn(s, generator=torch.Generator().manual_seed(rank)) for s in shape))
+    adapter = replace(adapter, side=side)
+    folder = export(model, adapter, tmp_path / "adapter", base=str(tmp_path / "base"))
+    write_adapter(model, adapter.tensors)
+    without = says(model)
+    SideWeights(model).merge(adapter)
+    assert not torch.allclose(says(model), without, atol=1e-2)
     opens(str(tmp_path / "base"), folder, says(model))
 
 

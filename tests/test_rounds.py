@@ -1,22 +1,18 @@
-"""Rounds: pure, independent of order, resumable; cohorts that any process can recompute.
+"""Rounds: pure, independent of order, resumable.
 
 The pools here are plain functions of what they are sent, so that every number can be checked by hand.
 
-Mutants killed: sums in the order of arrival; silence that is no event; a cap that is not one; cohorts that
-favour someone.
+Mutants killed: sums in the order of arrival; silence that is no event.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import fedlr.rounds
@@ -31,7 +27,6 @@ from fedlr.rounds import (
     federated_rounds,
     initial_state,
     run_round,
-    sample_cohort,
 )
 from fedlr.streams import Purpose, stream
 from simulations.simulate import create_ledger, make_pool
@@ -193,7 +188,7 @@ def test_a_real_ffa_worker_holds_the_enrolled_a_after_every_round(tmp_path: Path
         for cohort in ([0, 1], [1, 2, 3]):
             state, _ = run_round(state, cohort, pool=pool, method=f.method)
             worker = pool._workers.get()
-            trained, _ = worker.start_from(f.start.adapter, f.block(0))
+            trained, _ = worker.start_from(f.start.adapter, f.task().block)
             pool._workers.put(worker)
             held = adapter_parameters(worker.model)
             assert all(torch.equal(held[slot], tensor) for slot, tensor in enrolled.items())
@@ -247,81 +242,9 @@ def test_a_cohort_that_cannot_be_is_refused(cohort_size: int) -> None:
         run(ServerState(start()), cohort_size=cohort_size)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    num_clients=st.integers(1, 12),
-    share=st.floats(0, 1),
-    max_participations=st.integers(1, 5),
-    num_rounds=st.integers(1, 8),
-)
-def test_cohorts_are_distinct_capped_and_as_large_as_they_can_be(
-    seed: int, num_clients: int, share: float, max_participations: int, num_rounds: int
-) -> None:
-    size = max(1, round(share * num_clients))
-    capped(fedlr.rounds, seed, num_clients, size, max_participations, num_rounds)
-
-
-def capped(module: ModuleType, seed: int, num_clients: int, size: int, most: int, num_rounds: int) -> None:
-    asked = np.zeros(num_clients, dtype=int)
-    for index in range(num_rounds):
-        arguments = {"seed": seed, "num_clients": num_clients, "cohort_size": size, "max_participations": most}
-        cohort = module.sample_cohort(round_index=index, **arguments)
-        assert list(cohort) == sorted(set(cohort))
-        assert len(cohort) == min(size, int((asked < most).sum()))
-        assert set(cohort) <= set(range(num_clients))
-        asked[list(cohort)] += 1
-        assert asked.max() <= most
-        assert cohort == module.sample_cohort(round_index=index, **arguments)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("drawn[cohort] += 1", "pass"),
-        ("in count():", "in count():\n        drawn[:] = 0"),
-        ("replace=False", "replace=True"),
-    ],
-    ids=["no count", "no memory of earlier rounds", "with replacement"],
-)
-def test_cohorts_without_a_cap_or_with_repetition_are_seen(change: tuple[str, str]) -> None:
-    with pytest.raises(AssertionError):
-        capped(mutant(fedlr.rounds, change), 3, 6, 4, 2, 4)
-
-
 def test_silence_that_is_no_event_is_seen() -> None:
     deaf = mutant(fedlr.rounds, ("if client not in heard]", "if False]"))
     _, diagnostics = deaf.run_round(ServerState(start()), [0, 2], pool=Answers(), method=FFA)
     assert diagnostics.dropouts == ()
     _, diagnostics = run_round(ServerState(start()), [0, 2], pool=Answers(), method=FFA)
     assert diagnostics.dropouts == (Dropout(0, "rejected", "no_answer"), Dropout(2, "rejected", "no_answer"))
-
-
-def uniform(draw: Callable[..., Sequence[int]]) -> None:
-    """Every client, and every pair of clients, is asked equally often: six standard deviations off is an error."""
-    num_rounds, alone, pairs = 3000, np.zeros(5), np.zeros((5, 5))
-    for index in range(num_rounds):
-        cohort = list(draw(seed=index // 3, round_index=index % 3, num_clients=5, cohort_size=2, max_participations=9))
-        alone[cohort] += 1
-        pairs[cohort[0], cohort[1]] += 1
-    for counts, p in ((alone, 2 / 5), (pairs[np.triu_indices(5, 1)], 1 / 10)):
-        assert np.abs(counts - num_rounds * p).max() < 6 * np.sqrt(num_rounds * p * (1 - p))
-
-
-def test_cohorts_are_uniform() -> None:
-    uniform(sample_cohort)
-
-
-def test_cohorts_that_favour_someone_are_seen() -> None:
-    def favours(**arguments: int) -> Sequence[int]:
-        cohort = sample_cohort(**arguments)
-        return (0, *cohort[1:]) if arguments["seed"] % 5 == 0 and 0 not in cohort else cohort
-
-    with pytest.raises(AssertionError):
-        uniform(favours)
-
-
-def test_cohorts_follow_the_seed_and_the_round() -> None:
-    arguments = {"num_clients": 50, "cohort_size": 10, "max_participations": 99}
-    drawn = {sample_cohort(seed=s, round_index=r, **arguments) for s in range(5) for r in range(5)}
-    assert len(drawn) == 25

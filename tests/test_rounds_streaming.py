@@ -20,8 +20,9 @@ import fedlr.rounds
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.fair import LoraFair, LoraFairRidge
 from fedlr.aggregate.mean import weighted_mean
+from fedlr.cohorts import cohorts, sample_cohort
 from fedlr.method import Always, Method, full_adapter, keep
-from fedlr.rounds import Dropout, RoundTask, ServerState, cohorts, run_round, sample_cohort
+from fedlr.rounds import Dropout, RoundTask, ServerState, run_round
 from fedlr.streams import Purpose, stream
 from tests.training.small_models import mutant
 
@@ -69,7 +70,7 @@ def most_alive(module: ModuleType, method: Method, order: Sequence[int], *, bad:
         gc.enable()
     assert len(diagnostics.trained) == 1000 - len(pool.bad)
     assert set(diagnostics.aggregation_error) == {"layer"}
-    return -(-pool.most_alive // len(ADAPTER.select(method.block_schedule(0))))
+    return -(-pool.most_alive // len(ADAPTER.select(method.block_schedule(0, ADAPTER))))
 
 
 @pytest.mark.parametrize("method", [MEAN, FEDIT, FAIR, RIDGE], ids=lambda m: m.name)

@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlr.adapter import HEAD, LORA_A, Slot
+from fedlr.adapter import HEAD, Slot, beyond, in_block, narrowed, within
+from fedlr.client_rule import RuleInputs
 from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
@@ -61,6 +62,7 @@ class FusedSums(Protocol):
         stacks: Mapping[Slot, Tensor],
         max_grad_norm: float,
         ranks: Tensor | None,
+        active: frozenset[Slot] | None,
     ) -> ClippedSums: ...
 
 
@@ -96,21 +98,16 @@ class Stack:
                 beyond(view[client], slot, rank).zero_()
         return stack
 
-    def by_slot(self) -> dict[Slot, Tensor]:
-        """Return views (C, ...) of each slot's tensors."""
-        parts = self.theta.split([shape.numel() for shape in self.shapes.values()], dim=1)
+    def by_slot(self, rows: Tensor | None = None) -> dict[Slot, Tensor]:
+        """Return views (C, ...) of each slot's tensors, or of what else `rows` (C, V) holds of them."""
+        parts = (self.theta if rows is None else rows).split([shape.numel() for shape in self.shapes.values()], dim=1)
         return {slot: part.unflatten(1, shape) for (slot, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def tensors(self, client: int) -> dict[Slot, Tensor]:
-        """Return copies of one client's tensors, on the CPU."""
-        return {slot: view[client].to("cpu", copy=True) for slot, view in self.by_slot().items()}
-
-
-def beyond(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
-    """Return the view of a LoRA factor beyond a rank: rows of lora_A, columns of lora_B; of a head, nothing."""
-    if slot.role == HEAD:
-        return tensor[:0]
-    return tensor[rank:] if slot.role == LORA_A else tensor[:, rank:]
+        """Return copies of one client's tensors, of its own rank, on the CPU."""
+        rows = {slot: view[client] for slot, view in self.by_slot().items()}
+        own = narrowed(rows, None if self.ranks is None else self.ranks[client])
+        return {slot: row.to("cpu", copy=True, memory_format=torch.contiguous_format) for slot, row in own.items()}
 
 
 def train_cohort(
@@ -124,6 +121,7 @@ def train_cohort(
     randomness: Randomness,
     client_ids: Sequence[int],
     round_index: int,
+    inputs: RuleInputs | None = None,
 ) -> int:
     """Take `num_steps` noised steps of each client from the values in `stack`, in place.
 
@@ -134,6 +132,7 @@ def train_cohort(
         shares: each client's private rows, of one table; a client without rows is fine.
         training, mechanism, randomness, round_index: as in `fedlr.training.local.train_client`.
         client_ids: part of the keys of each client's streams.
+        inputs: what the rule of the method reads; its memory is replaced.
 
     Returns:
         The number of steps each client took, always `training.num_steps`.
@@ -153,21 +152,47 @@ def train_cohort(
     max_grad_norm = math.inf if mechanism is None else mechanism.max_grad_norm
     theta = nn.Parameter(stack.theta, requires_grad=False)  # the optimizer writes into the stack
     optimizer = training.optimizer([theta])
+    rule, inputs, slots = training.rule, inputs or RuleInputs(), frozenset(stack.shapes)
+    start = stack.by_slot(stack.theta.clone()) if rule.changes else {}
     for step in range(training.num_steps):
         keys = [{"client": client, "round_index": round_index, "step": step} for client in client_ids]
         drawn = [
             share.rows[training.sampler.draw(len(share), randomness.sampling(**key))]
             for share, key in zip(shares, keys, strict=True)
         ]
+        active = frozenset(slot for slot in slots if in_block(slot, rule.active(step, slots)))
         total = sum_over_cohort(
-            sums, threads, stack, table, drawn, token_budget=training.token_budget, max_grad_norm=max_grad_norm
+            sums,
+            threads,
+            stack,
+            table,
+            drawn,
+            token_budget=training.token_budget,
+            max_grad_norm=max_grad_norm,
+            active=active,
         )
         if mechanism is not None:
             noises = [randomness.noise(**key) for key in keys]
-            privatise_rows(total, stack, mechanism=mechanism, generators=noises, threads=threads)
-        theta.grad = total.div_(training.divisor)
+            privatise_rows(total, stack, mechanism=mechanism, generators=noises, threads=threads, active=active)
+        total.div_(training.divisor)
+        if rule.changes:
+            point = inputs.at(step, training.num_steps, values=stack.by_slot(), start=start)
+            _overwrite(stack, total, rule(stack.by_slot(total), point))
+        theta.grad = total
         optimizer.step()
+    if rule.remembers:
+        last = inputs.at(training.num_steps, training.num_steps, values=stack.by_slot(), start=start)
+        inputs.memory.update(rule.remember(last))
     return training.num_steps
+
+
+def _overwrite(stack: Stack, total: Tensor, gradient: Mapping[Slot, Tensor]) -> None:
+    """Write what a rule made of the gradients into their rows; a client has nothing beyond its rank."""
+    changed = {slot: value.clone() for slot, value in gradient.items()}  # a rule may give back views of the rows
+    for slot, view in stack.by_slot(total).items():
+        view.copy_(changed[slot])
+        for client, rank in enumerate(stack.ranks or ()):
+            beyond(view[client], slot, rank).zero_()
 
 
 def sum_over_cohort(
@@ -179,8 +204,11 @@ def sum_over_cohort(
     *,
     token_budget: int,
     max_grad_norm: float,
+    active: frozenset[Slot] | None = None,
 ) -> Tensor:
     """Return the sum of each client's (clipped) gradients over the rows it drew, (C, V); zeros for no rows.
+
+    Only the `active` tensors (None: all) are clipped, jointly, and summed; the others' sums are zero.
 
     Privacy: raw data go in and the result is private; a client's row moves by at most C when one of its rows is added
     or removed.
@@ -194,7 +222,15 @@ def sum_over_cohort(
         inputs, labels = collate(table, rows[places])
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         owner = torch.from_numpy(owners[places]).to(device)
-        return sums(inputs, labels.to(device), owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks)
+        return sums(
+            inputs,
+            labels.to(device),
+            owner=owner,
+            stacks=stacks,
+            max_grad_norm=max_grad_norm,
+            ranks=ranks,
+            active=None if active == frozenset(stacks) else active,
+        )
 
     total = torch.zeros_like(stack.theta)
     for found in in_order(threads, part, micro_batches(table.lengths[rows], np.arange(len(rows)), token_budget)):
@@ -209,8 +245,10 @@ def privatise_rows(
     mechanism: Mechanism,
     generators: Sequence[np.random.Generator],
     threads: Executor,
+    active: frozenset[Slot] | None = None,
 ) -> None:
-    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of each client's sum, in place.
+    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of each client's sum, in place;
+    of tensors that are not `active` (None: all are) the sums are zero, and stay so.
 
     Each client's noise is drawn from its own generator, one draw a slot in the order of the slots, and has the shape of
     what that client trains: the same numbers as `fedlr.training.local.privatise` draws.
@@ -218,23 +256,15 @@ def privatise_rows(
     Privacy: the only way for the sums of a cohort to leave a step.
     """
     std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    by_slot = stack.by_slot(total)
 
     def add(client: int) -> None:
-        start = 0
-        for slot, shape in stack.shapes.items():
-            row = total[client, start : start + shape.numel()].view(shape)
-            own = row if stack.ranks is None else within(row, slot, stack.ranks[client])
-            own += gaussian_noise(own.shape, std=std, generator=generators[client]).to(own.device)
-            start += shape.numel()
+        for slot, rows in by_slot.items():
+            if active is None or slot in active:
+                own = rows[client] if stack.ranks is None else within(rows[client], slot, stack.ranks[client])
+                own += gaussian_noise(own.shape, std=std, generator=generators[client]).to(own.device)
 
     deque(threads.map(add, range(len(total))), maxlen=0)
-
-
-def within(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
-    """Return the view of a LoRA factor that a client of this rank has; of a head, all of it."""
-    if slot.role == HEAD:
-        return tensor
-    return tensor[:rank] if slot.role == LORA_A else tensor[:, :rank]
 
 
 def in_order(

@@ -81,6 +81,7 @@ class FusedGradients:
         stacks: Mapping[Slot, Tensor],
         max_grad_norm: float,
         ranks: Tensor | None = None,
+        active: frozenset[Slot] | None = None,
     ) -> ClippedSums:
         """Return sum_i g_i * min(1, C / ||g_i||_2) of each client over its own rows i.
 
@@ -91,6 +92,7 @@ class FusedGradients:
             stacks: of each trained slot every client's tensor, (C, ...) float32.
             max_grad_norm: C > 0; infinity means no clipping.
             ranks: (C,), the rank of each client, whose tensors are zero beyond it; None: all have the adapter's.
+            active: what is clipped, jointly, and summed; None: all trained slots. The sums of the others are zero.
 
         Guarantees:
             Unit: one example (row). Adding or removing one moves the sum of its client by at most C in joint L2 norm,
@@ -107,7 +109,7 @@ class FusedGradients:
         try:
             losses = losses_of(self._model, self._loss, inputs, labels)
             torch.autograd.grad(losses.sum(), shared.anchor, allow_unused=True)
-            return ClippedSums(clients, self._sums(max_grad_norm, len(clients), len(labels)))
+            return ClippedSums(clients, self._sums(max_grad_norm, len(clients), len(labels), active))
         finally:
             shared.owner, shared.values, shared.ranks, shared.found = None, {}, None, {}
 
@@ -115,9 +117,10 @@ class FusedGradients:
         """Do nothing: the model has no hooks."""
 
     @torch.no_grad()
-    def _sums(self, max_grad_norm: float, num_clients: int, num_rows: int) -> Tensor:
+    def _sums(self, max_grad_norm: float, num_clients: int, num_rows: int, active: frozenset[Slot] | None) -> Tensor:
         shared = self._shared
-        found = [self._found(slot) for slot in self._trained]
+        summed = {slot: self._found(slot) for slot in self._trained if active is None or slot in active}
+        found = list(summed.values())
         norms = torch.stack([gradients.squared_norms() for gradients in found]).sum(dim=0).sqrt()
         if len(norms) != num_rows:
             raise ValueError("Expected one gradient an example, got another number; did check_supported pass?")
@@ -127,13 +130,13 @@ class FusedGradients:
         else:
             shares = weights.new_zeros(num_clients, len(weights))
             shares[shared.owner, torch.arange(len(weights), device=weights.device)] = weights
-        sizes = [parameter.numel() for parameter in self._trained.values()]
-        values = weights.new_empty(num_clients, sum(sizes))
-        start = 0
-        for gradients, size in zip(found, sizes, strict=True):
-            part = values[:, start : start + size]
-            gradients.weighted_sums(shares, part)
-            start += size
+        sizes = {slot: parameter.numel() for slot, parameter in self._trained.items()}
+        values = weights.new_empty(num_clients, sum(sizes.values()))
+        for slot, part in zip(sizes, values.split(list(sizes.values()), dim=1), strict=True):
+            if slot in summed:
+                summed[slot].weighted_sums(shares, part)
+            else:
+                part.zero_()
         return values
 
     def _found(self, slot: Slot) -> PerExample:

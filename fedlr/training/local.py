@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapter import Slot
+from fedlr.client_rule import ClientRule, RuleInputs
 from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
@@ -38,6 +39,7 @@ class LocalTraining:
     token_budget: int  # tokens of one micro-batch, padding included: memory and speed, never the result
     divisor: float  # the sum of a step is divided by this constant
     sampler: Sampler
+    rule: ClientRule = ClientRule()
 
     def __post_init__(self) -> None:
         """Refuse numbers that no step could use."""
@@ -45,6 +47,8 @@ class LocalTraining:
             raise InputError(f"Expected num_steps and token_budget >= 1, got {self.num_steps} and {self.token_budget}")
         if not 0.0 < self.divisor < math.inf:
             raise InputError(f"Expected divisor in (0, inf), got {self.divisor}")
+        if self.rule.alternates:
+            _check_alternation(self.optimizer)
 
 
 def train_client(
@@ -58,6 +62,7 @@ def train_client(
     client_id: int,
     round_index: int,
     trained: Mapping[Slot, nn.Parameter],
+    inputs: RuleInputs | None = None,
 ) -> int:
     """Take `num_steps` noised steps from the values that the trained tensors have now, in place.
 
@@ -71,6 +76,7 @@ def train_client(
         client_id: which client; part of the key of both streams.
         round_index: which round; part of the key of both streams.
         trained: what `train_only` returned.
+        inputs: what the rule of the method reads, of this client alone (C = 1); its memory is replaced.
 
     Returns:
         The number of steps taken, always `training.num_steps`.
@@ -86,15 +92,29 @@ def train_client(
         of the unfinished one is left.
     """
     check_training(training, mechanism)
+    if training.rule.alternates:
+        raise InputError("Expected trainer.engine=fused for a method that alternates within a round, got opacus")
     model.train()
     optimizer = training.optimizer(list(trained.values()))
+    rule, inputs = training.rule, inputs or RuleInputs()
+    values = {slot: parameter.detach()[None] for slot, parameter in trained.items()}  # views: they follow the steps
+    start = {slot: value.clone() for slot, value in values.items()} if rule.changes else {}
     for step in range(training.num_steps):
         key = {"client": client_id, "round_index": round_index, "step": step}
         rows = data.rows[training.sampler.draw(len(data), randomness.sampling(**key))]
         total = sum_over(gradients, data.table, rows, training=training, mechanism=mechanism, trained=trained)
         if mechanism is not None:
             total = privatise(total, mechanism=mechanism, generator=randomness.noise(**key))
-        apply(optimizer, trained, {slot: value / training.divisor for slot, value in total.items()})
+        gradient: Mapping[Slot, Tensor] = {slot: value / training.divisor for slot, value in total.items()}
+        if rule.changes:
+            stacked = {slot: value[None] for slot, value in gradient.items()}
+            changed = rule(stacked, inputs.at(step, training.num_steps, values=values, start=start))
+            gradient = {slot: value[0] for slot, value in changed.items()}
+        apply(optimizer, trained, gradient)
+    if rule.remembers:
+        inputs.memory.update(
+            rule.remember(inputs.at(training.num_steps, training.num_steps, values=values, start=start))
+        )
     return training.num_steps
 
 
@@ -152,6 +172,16 @@ def apply(
     finally:
         for parameter in trained.values():
             parameter.grad = None
+
+
+def _check_alternation(optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    """Refuse an optimizer that would move a tensor in a step that does not train it."""
+    made = optimizer([nn.Parameter(torch.zeros(1))])
+    if type(made) is not torch.optim.SGD or made.defaults["momentum"] or made.defaults["weight_decay"]:
+        raise InputError(
+            "Expected SGD without momentum and weight decay in trainer.optimizer for a method that alternates within a "
+            f"round, got {type(made).__name__} with others; set trainer=sgd"
+        )
 
 
 def check_training(training: LocalTraining, mechanism: Mechanism | None) -> None:

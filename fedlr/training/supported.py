@@ -20,7 +20,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block, head_parts
+from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block, head_parts, roles_of
 from fedlr.errors import InputError
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
@@ -37,17 +37,18 @@ def check_supported(model: nn.Module, block: Block, *, grad_sample_mode: GradSam
 
     Args:
         model: a PEFT model with one LoRA adapter. Left as it was: mode, `requires_grad` and buffers.
-        block: the roles that will train.
+        block: what will train; of single slots, their roles are checked in every layer.
         grad_sample_mode: which class of `fedlr.training.gradients` will be used.
 
     Raises:
         InputError: naming the first thing that is not supported, and what to change.
     """
-    if not block or not block <= set(ROLES):
-        raise InputError(f"Expected a trained block out of {ROLES}, got {sorted(block)}")
+    roles = roles_of(block)
+    if not roles or not roles <= set(ROLES):
+        raise InputError(f"Expected a trained block out of {ROLES}, got {sorted(roles)}")
     _check_adapter(model)
     _check_modules(model)
-    trained = _trained_layers(model, block)
+    trained = _trained_layers(model, roles)
     _check_trained(trained)
     _probe(model, trained, grad_sample_mode)
 
@@ -148,13 +149,13 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((path, m) for path, m in model.named_modules() if isinstance(getattr(m, "lora_A", None), nn.ModuleDict))
 
 
-def _trained_layers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
+def _trained_layers(model: nn.Module, roles: frozenset[str]) -> dict[str, nn.Module]:
     """Return, by path, the modules that hold the tensors of the block as their own."""
     found: dict[str, nn.Module] = {}
     for path, layer in _lora_layers(model):
-        for role in sorted(block & {LORA_A, LORA_B}):
+        for role in sorted(roles & {LORA_A, LORA_B}):
             found[f"{path}.{role}"] = getattr(layer, role)[ADAPTER_NAME]
-    if HEAD in block:
+    if HEAD in roles:
         found |= {path: part for path, (_, part) in head_parts(model).items()}
     return found
 

@@ -78,8 +78,8 @@ def run(settings: Settings) -> Outcome:
 def sample_cohort_steps(f: Federation, stacks: Counter[Stack], *, rounds: int) -> None:
     """Train all clients for so many rounds, and sample all but the first."""
     model = sharing_base(f.working)
-    engine = FusedGradients(model, train_only(model, f.block(0)), loss=cross_entropy)
-    start = f.start.adapter.select(f.block(0))
+    engine = FusedGradients(model, train_only(model, f.task().block), loss=cross_entropy)
+    start = f.start.adapter.select(f.task().block)
 
     def train(round_index: int) -> None:
         train_cohort(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlr.adapter import ClientUpdate, Slot
 from fedlr.experiment import compose_experiment
-from fedlr.rounds import RoundTask, run_round
+from fedlr.rounds import run_round
 from simulations.bench.memory_use import peak_mb, reset_peak
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
@@ -58,8 +58,7 @@ class Session:
     def train(self, round_index: int, clients: Sequence[int], keep: str = "") -> dict[str, Any]:
         """Train clients from the start adapter; every one must come back with an update."""
         f = self.federation
-        block = f.block(round_index)
-        task = RoundTask(round_index, f.method.broadcast(f.start.adapter, block), block)
+        task = f.task(round_index)
         started = time.perf_counter()
         outcomes = list(self._pool.train(task, list(clients)))
         seconds = time.perf_counter() - started
@@ -78,7 +77,7 @@ class Session:
         if len(diagnostics.trained) != clients:
             raise RuntimeError(f"Expected {clients} clients to train, got {len(diagnostics.trained)}")
         if keep:
-            save_file(by_name(state.adapter.select(f.block(0))), keep)
+            save_file(by_name(state.adapter.select(f.task().block)), keep)
         return {"seconds": diagnostics.train_s + diagnostics.aggregate_s}
 
     def peak(self, reset: bool) -> dict[str, Any]:

@@ -52,8 +52,7 @@ def quiet(e: Experiment) -> Progress:
 
 
 def first_task(f: Federation, *, round_index: int = 0) -> RoundTask:
-    block = f.block(round_index)
-    return RoundTask(round_index, f.method.broadcast(f.start.adapter, block), block)
+    return f.task(round_index)
 
 
 def rounds(f: Federation, folder: Path) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:

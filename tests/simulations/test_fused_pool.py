@@ -37,7 +37,7 @@ from tests.training.small_models import mutant
 
 RESERVES = "admitted, refused = self._accounts.reserve(task.round_index, cohort)"
 SETTLES = "self._accounts.settle(task.round_index, dict.fromkeys(group, steps))"
-YIELDS = "            yield ClientUpdate(client, stack.tensors(place), self._weights[client], task.round_index)\n"
+YIELDS = "            yield ClientUpdate(client, sent, self._weights[client], task.round_index)\n"
 CHARGES_NOW = "self._accounts._ledger.reserve(task.round_index, self._mechanism, steps, list(group)); "
 
 
@@ -71,9 +71,9 @@ def pool_of(module: ModuleType, f: Federation, ledger: object, **changes: object
 
 def groups_of(f: Federation, number: int) -> float:
     """Return the memory in which that many clients train at once."""
-    values = sum(tensor.numel() for tensor in f.start.adapter.select(f.block(0)).values())
+    values = sum(tensor.numel() for tensor in f.start.adapter.select(f.task().block).values())
     memory_gb = 4 * pool_module.ROWS_A_CLIENT * values * (number + 0.5) / 1e9
-    assert group_size(f.start.adapter.select(f.block(0)), memory_gb) == number
+    assert group_size(f.start.adapter.select(f.task().block), memory_gb) == number
     return memory_gb
 
 

@@ -20,7 +20,7 @@ TINY = ("experiment=tiny", "cohort_size=6", "runtime.memory_gb=0.00003")
 
 
 def train(federation: Federation, pool: ClientPool) -> dict[int, dict[Slot, torch.Tensor]]:
-    block = federation.block(0)
+    block = federation.task().block
     task = RoundTask(0, federation.method.broadcast(federation.start.adapter, block), block)
     outcomes = list(pool.train(task, range(6)))
     assert [outcome.client_id for outcome in outcomes] == list(range(6)), "in the order of the clients"

@@ -93,7 +93,7 @@ def test_epsilon_is_the_ledgers_over_all_enrolled_clients(tmp_path: Path) -> Non
 def test_bytes_are_those_of_the_records_on_the_wire(tmp_path: Path, method: str) -> None:
     f = federation(f"method={method}")
     _, metrics, _ = rounds(f, tmp_path / "run")
-    block = f.block(0)
+    block = f.task().block
     up = num_bytes(f.start.adapter.select(block).values())
     down = num_bytes(f.method.broadcast(f.start.adapter, block).values())
     (array,) = to_record(f.start.adapter.select(block)).array_records["arrays"].values()

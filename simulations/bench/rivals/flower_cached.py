@@ -30,7 +30,7 @@ def train(message: Message, context: Context) -> Message:
     """Train one client on the federation that this actor keeps."""
     overrides, arrays, scratch = content(message)
     federation, pool = kept(overrides, scratch)
-    block = federation.block(0)
+    block = federation.task().block
     task = RoundTask(0, unpacked(arrays["block"], federation.start.adapter.select(block)), block)
     (update,) = pool.train(task, [int(context.node_config["partition-id"])])
     if not isinstance(update, ClientUpdate):

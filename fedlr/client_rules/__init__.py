@@ -1,0 +1,1 @@
+"""What clients do with noised gradients: (gradient, where they stand) -> what the optimizer gets. One file a family."""

@@ -1,0 +1,47 @@
+"""Which clients a round asks: a pure function of (seed, round), so a run can go on from any state.
+
+The sample is public. No privacy amplification is claimed from it, because the server that draws it is one of the
+adversaries.
+"""
+
+from collections.abc import Iterator
+from itertools import count, islice
+
+import numpy as np
+
+from fedlr.streams import Purpose, stream
+
+
+def sample_cohort(
+    *, seed: int, round_index: int, num_clients: int, cohort_size: int, max_participations: int
+) -> tuple[int, ...]:
+    """Draw the clients of one round, uniformly among those with participations left.
+
+    Args:
+        seed: public seed of the run.
+        round_index: which round, from 0.
+        num_clients: enrolled clients, numbered from 0.
+        cohort_size: clients to draw; fewer when fewer have participations left.
+        max_participations: rounds that any client may be drawn for over the whole run.
+
+    Returns:
+        Client ids in ascending order: the same for every process that knows the arguments.
+
+    >>> sample_cohort(seed=1, round_index=0, num_clients=4, cohort_size=4, max_participations=1)
+    (0, 1, 2, 3)
+    >>> sample_cohort(seed=1, round_index=1, num_clients=4, cohort_size=4, max_participations=1)
+    ()
+    """
+    draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
+    return next(islice(draws, round_index, None))
+
+
+def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations: int) -> Iterator[tuple[int, ...]]:
+    """Yield the cohorts of round 0, 1, ...: what `sample_cohort` returns for each, and none is drawn twice."""
+    drawn = np.zeros(num_clients, dtype=np.int64)
+    for round_index in count():
+        eligible = np.flatnonzero(drawn < max_participations)
+        generator = stream(seed, Purpose.COHORT, round_index=round_index)
+        cohort = generator.choice(eligible, size=min(cohort_size, len(eligible)), replace=False)
+        drawn[cohort] += 1
+        yield tuple(np.sort(cohort).tolist())

@@ -1,0 +1,50 @@
+"""What simulated clients keep from round to round, each on what would be its own disk. Nothing of it is ever sent."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlr.adapter import AdapterState, Slot, in_block
+from fedlr.client_rule import ClientRule, RuleInputs
+from fedlr.rounds import RoundTask
+
+
+class Kept:
+    """Personal tensors, and what the method's rule remembers, by client."""
+
+    def __init__(self) -> None:
+        self.personal: dict[int, dict[Slot, Tensor]] = {}
+        self._memory: dict[int, dict[Slot, Tensor]] = {}
+
+    def start(self, client: int, task: RoundTask, adapter: AdapterState) -> dict[Slot, Tensor]:
+        """Return the values that a client starts to train from."""
+        return {**adapter.select(task.block), **self.personal.get(client, {})}
+
+    def keep(self, client: int, task: RoundTask, trained: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
+        """Keep what is personal of what a client trained, and return the rest, which it sends."""
+        mine = {slot: tensor for slot, tensor in trained.items() if not in_block(slot, task.shared)}
+        if mine:
+            self.personal[client] = mine
+        return {slot: tensor for slot, tensor in trained.items() if slot not in mine}
+
+    def inputs(
+        self, clients: Sequence[int], task: RoundTask, adapter: AdapterState, *, rule: ClientRule, device: torch.device
+    ) -> RuleInputs:
+        """Return what the rule reads of these clients; a client that remembers nothing yet remembers zeros."""
+        if not rule.changes:
+            return RuleInputs()
+        frozen = {slot: t.to(device) for slot, t in adapter.tensors.items() if not in_block(slot, task.block)}
+        control = {slot: t.to(device) for slot, t in task.control.items()}
+        memory = {}
+        if rule.remembers:
+            zeros = {slot: torch.zeros_like(tensor) for slot, tensor in adapter.select(task.block).items()}
+            rows = [{**zeros, **self._memory.get(client, {})} for client in clients]
+            memory = {slot: torch.stack([row[slot] for row in rows]).to(device) for slot in zeros}
+        return RuleInputs(frozen, control, memory)
+
+    def remember(self, clients: Sequence[int], inputs: RuleInputs) -> None:
+        """Keep each client's part of what the rule remembered."""
+        for place, client in enumerate(clients):
+            for slot, rows in inputs.memory.items():
+                self._memory.setdefault(client, {})[slot] = rows[place].to("cpu", copy=True)

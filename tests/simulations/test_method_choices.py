@@ -1,0 +1,215 @@
+"""What methods may ask of clients beyond a block: rules after the noise, tensors that stay, a side, ranks of their own.
+
+Both pools are compared, because they share no training code. Mutants killed: a personal tensor that is sent; a rule
+that never runs; a memory that is forgotten, or another client's; a side that a pool leaves out.
+"""
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import simulations.fused_pool as fused_pool
+import simulations.kept as kept_module
+from fedlr.adapter import LORA_A, LORA_B, LoraFactors, Slot, within
+from fedlr.build import build_method
+from fedlr.errors import InputError
+from fedlr.rounds import Dropout, ServerState, run_round
+from simulations.checks import check_method
+from simulations.federation import Federation
+from simulations.runtime import make_pool
+from simulations.simulate import create_ledger
+from tests.simulations.small_runs import experiment, federation
+from tests.training.small_models import mutant
+
+OPACUS = "trainer.engine=opacus"
+MIXED = ("method=flexlora", "adapter.client_ranks=[1,2,4]", "adapter.rank=4", "num_rounds=3")
+SGD = (
+    "trainer=sgd",
+    "trainer.num_steps=3",
+    "trainer.sample_rate=0.3",
+    "trainer.divisor=4",
+    "trainer.optimizer.lr=0.1",
+    "num_rounds=3",
+)
+
+
+def play(f: Federation, folder: Path, *, num_rounds: int = 3) -> list[ServerState]:
+    """Train a few rounds and return the states, the first one first."""
+    folder.mkdir(exist_ok=True)
+    states = [f.start]
+    with closing(make_pool(f, create_ledger(f, folder / "ledger.jsonl"))) as pool:
+        for index in range(num_rounds):
+            cohort = [0, 1, 2] if index % 2 else [1, 2, 3]
+            state, diagnostics = run_round(states[-1], cohort, pool=pool, method=f.method, ranks=f.ranks)
+            assert list(diagnostics.trained) == cohort, diagnostics.dropouts
+            states.append(state)
+    return states
+
+
+def assert_close(one: ServerState, other: ServerState, *, atol: float = 2e-6) -> None:
+    for slot, tensor in one.adapter.tensors.items():
+        torch.testing.assert_close(other.adapter.tensors[slot], tensor, rtol=0, atol=atol)
+
+
+def far(one: ServerState, other: ServerState) -> bool:
+    return any((t - other.adapter.tensors[slot]).abs().max() > 1e-4 for slot, t in one.adapter.tensors.items())
+
+
+@pytest.mark.parametrize("privacy", ["dp", "none"])
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "fedsa_lora", "fedex_lora"])
+def test_together_and_one_by_one_give_the_same_numbers(tmp_path: Path, name: str, privacy: str) -> None:
+    strong = ("method.client.mu=2.0",) if name == "fedprox" else ()
+    overrides = (f"method={name}", f"privacy={privacy}", *SGD, *strong)
+    together = play(federation(*overrides), tmp_path / "together")
+    alone = play(federation(*overrides, OPACUS), tmp_path / "alone")
+    assert_close(alone[-1], together[-1])
+    plain = play(federation("method=fedit", f"privacy={privacy}", *SGD), tmp_path / "plain")
+    assert far(plain[-1], together[-1])
+
+
+def test_a_rule_of_the_trainer_acts_before_the_optimizer(tmp_path: Path) -> None:
+    rule = (
+        "trainer.after_noise._target_=fedlr.client_rules.preconditioned.LoraPlus",
+        "trainer.after_noise.ratio=2.0",
+        "trainer.after_noise.optimizer=${trainer.optimizer._target_}",
+    )
+    doubled = play(federation("method=ffa_lora", *SGD, *rule), tmp_path / "rule", num_rounds=1)
+    faster = play(federation("method=ffa_lora", *SGD, "trainer.optimizer.lr=0.2"), tmp_path / "faster", num_rounds=1)
+    assert_close(faster[-1], doubled[-1])
+
+
+# Personal tensors.
+
+
+def sent_by_a_pool(kept: ModuleType, f: Federation, folder: Path) -> tuple[list[dict[Slot, Tensor]], object]:
+    folder.mkdir(exist_ok=True)
+    module = mutant(fused_pool)
+    module.Kept = kept.Kept
+    with closing(make_pool(f, create_ledger(f, folder / "ledger.jsonl"))) as pool:
+        pool.kept = kept.Kept()
+        updates = sorted(pool.train(f.task(), [0, 1, 2]), key=lambda update: update.client_id)
+        return [update.tensors for update in updates], pool.kept
+
+
+@pytest.mark.parametrize("engine", ["fused", "opacus"])
+def test_a_personal_tensor_never_leaves_and_is_there_in_the_next_round(tmp_path: Path, engine: str) -> None:
+    f = federation("method=fedsa_lora", f"trainer.engine={engine}")
+    sent, kept = sent_by_a_pool(kept_module, f, tmp_path)
+    assert all({slot.role for slot in tensors} == {LORA_A} for tensors in sent)
+    assert all({slot.role for slot in kept.personal[client]} == {LORA_B} for client in (0, 1, 2))
+    assert 3 not in kept.personal
+    start = kept.start(1, f.task(), f.start.adapter)
+    assert all(torch.equal(start[slot], tensor) for slot, tensor in kept.personal[1].items())
+    assert all(tensor.abs().max() > 0 for tensor in kept.personal[1].values())
+
+
+def test_a_personal_tensor_that_is_sent_is_seen(tmp_path: Path) -> None:
+    leaky = mutant(kept_module, ("if slot not in mine}", "}"))
+    sent, _ = sent_by_a_pool(leaky, federation("method=fedsa_lora"), tmp_path)
+    assert any(slot.role == LORA_B for tensors in sent for slot in tensors)
+    f = federation("method=fedsa_lora")
+    with closing(make_pool(f, create_ledger(f, tmp_path / "again.jsonl"))) as pool:
+        pool.kept = leaky.Kept()
+        _, diagnostics = run_round(f.start, [0], pool=pool, method=f.method)
+    assert [drop.reason for drop in diagnostics.dropouts] == ["wrong_keys"]  # and the server takes none
+
+
+def test_personal_roles_are_some_of_the_trained_ones() -> None:
+    for wrong in ("[head]", "[lora_A,lora_B]", "[nothing]"):
+        with pytest.raises(InputError, match="method.personal"):
+            build_method(experiment("method=fedit", f"+method.personal={wrong}"))
+
+
+# Memory of a rule.
+
+
+def test_what_a_rule_remembers_is_each_clients_own(tmp_path: Path) -> None:
+    f = federation("method=scaffold", *SGD)
+    forgetting = mutant(kept_module, ("self._memory.get(client, {})", "{}"))
+    mixing = mutant(kept_module, ("self._memory.get(client, {})", "self._memory.get(3 - client, {})"))
+    right = play(f, tmp_path / "right")
+    for number, module in enumerate((forgetting, mixing)):
+        state = f.start
+        with closing(make_pool(f, create_ledger(f, tmp_path / f"{number}.jsonl"))) as pool:
+            pool.kept = module.Kept()
+            for cohort in ([1, 2, 3], [0, 1, 2], [1, 2, 3]):
+                state, _ = run_round(state, cohort, pool=pool, method=f.method)
+        assert far(right[-1], state)
+
+
+# A side.
+
+
+@pytest.mark.parametrize("engine", ["fused", "opacus"])
+def test_clients_train_on_top_of_the_side(tmp_path: Path, engine: str) -> None:
+    f = federation("method=ffa_lora", f"trainer.engine={engine}", *SGD)
+    generator = torch.Generator().manual_seed(0)
+    side = {
+        path: LoraFactors(
+            torch.randn(2, layer.lora_A.shape[1], generator=generator), layer.lora_B.new_ones(len(layer.lora_B), 2)
+        )
+        for path, layer in f.start.adapter.factors().items()
+    }
+    with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
+        plain = list(pool.train(f.task(0), [1]))
+        task = replace(f.task(0), side=side, round_index=1)
+        beside = list(pool.train(task, [1]))
+        again = list(pool.train(replace(f.task(0), round_index=2), [1]))
+    assert not any(isinstance(update, Dropout) for update in (*plain, *beside, *again))
+    path, layer = next(iter(f.side._layers.items()))
+    assert torch.equal(layer.weight, f.side._plain[path])  # the base is as it came
+
+
+# Ranks.
+
+
+def test_clients_of_smaller_rank_send_smaller_tensors_and_train_them_alone(tmp_path: Path) -> None:
+    f = federation(*MIXED)
+    assert f.ranks == (1, 2, 4, 1)
+    with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
+        updates = {update.client_id: update for update in pool.train(f.task(), [0, 1, 2])}
+        for client, update in updates.items():
+            for slot, tensor in update.tensors.items():
+                assert tensor.shape == within(f.start.adapter.tensors[slot], slot, f.ranks[client]).shape
+    states = play(f, tmp_path / "run")
+    assert far(states[0], states[-1])
+
+
+def test_bytes_are_those_of_each_clients_rank(tmp_path: Path) -> None:
+    f = federation(*MIXED)
+    with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
+        _, one = run_round(f.start, [0], pool=pool, method=f.method, ranks=f.ranks)
+        _, four = run_round(ServerState(f.start.adapter, 1), [2], pool=pool, method=f.method, ranks=f.ranks)
+    assert four.bytes_up == 4 * one.bytes_up and four.bytes_down == 4 * one.bytes_down
+
+
+def test_an_update_of_another_rank_is_rejected(tmp_path: Path) -> None:
+    f = federation(*MIXED)
+    with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
+        _, diagnostics = run_round(f.start, [0, 1], pool=pool, method=f.method, ranks=(4, 2, 4, 1))
+    assert [(drop.client_id, drop.reason) for drop in diagnostics.dropouts] == [(0, "wrong_shape")]
+
+
+# What does not go together is refused before any work.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method=flora", "runtime.base_dtype=bfloat16"), "runtime.base_dtype=float32 for method=flora"),
+        (("method=fedsa_lora", "runtime.num_processes=2"), "runtime.num_processes=1 for method=fedsa_lora"),
+        (("method=scaffold", "trainer=sgd", "runtime.num_processes=2"), "runtime.num_processes=1 for method=scaffold"),
+        (("method=la_lora", OPACUS), "trainer.engine=fused for method=la_lora"),
+        (("method=fedsvd", "adapter.client_ranks=[1,2]"), "a method that aggregates mixed ranks"),
+        (("method=flora", "adapter.client_ranks=[1,2]", OPACUS), "trainer.engine=fused for adapter.client_ranks"),
+    ],
+)
+def test_a_runtime_that_does_not_serve_a_method_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    e = experiment(*overrides)
+    with pytest.raises(InputError, match=message):
+        check_method(e, build_method(e))
