@@ -1,10 +1,11 @@
-"""`comparison.html` and its plain-text table: several runs side by side, with what they do not share."""
+"""`comparison.html` and its plain-text tables: several runs side by side, over seeds, with what they do not share."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedlr.errors import InputError
-from fedlr.report.comparison_pictures import accuracy_of_each_run, final_accuracy, group_name
+from fedlr.report.comparison_arms import Arm, accuracy_text, arms_of, group_name
+from fedlr.report.comparison_pictures import accuracy_of_each_run, costs, final_accuracy
 from fedlr.report.layout import gallery, page, paragraph, section, table
 from fedlr.report.run_files import Run, read_run
 from fedlr.report.wording import bytes_text, epsilon_text, percent, seconds_text, seed_text, short
@@ -22,6 +23,17 @@ HEADER = (
     "time",
     "trained",
 )
+ARM_HEADER = (
+    "over seeds",
+    "privacy",
+    "seeds",
+    "final accuracy",
+    "ε max",
+    "sent up",
+    "sent down",
+    "aggr. error",
+    "time",
+)
 TEXT_COLUMNS = 2
 
 
@@ -32,10 +44,12 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
         InputError: no directory is given, or a required file is missing or broken; the message names it.
     """
     runs = _read(run_dirs)
+    arms = arms_of(runs)
     body = [
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
         *(paragraph(text, kind="warning") for text in differences(runs)),
-        section("Pictures", [gallery([final_accuracy(runs), accuracy_of_each_run(runs)])]),
+        section("Pictures", [gallery([final_accuracy(arms), accuracy_of_each_run(arms), costs(arms)])]),
+        section("Over seeds", [table(_LONG_ARM_HEADER, list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS), _OVER]),
         section("All runs", [table(_LONG_HEADER, [_row(run) for run in runs], text_columns=TEXT_COLUMNS), _NOTE]),
     ]
     out = Path(out)
@@ -44,20 +58,26 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def comparison_table(run_dirs: Sequence[Path]) -> str:
-    """Return the same table as aligned plain text, one run a line."""
-    rows = [list(HEADER), *(_row(run) for run in _read(run_dirs))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    return "\n".join("  ".join(_cells(row, widths)).rstrip() for row in rows)
+    """Return the same tables as aligned plain text: one run a line, and one arm a line where any has several seeds."""
+    runs = _read(run_dirs)
+    text, arms = _aligned([HEADER, *map(_row, runs)]), arms_of(runs)
+    if all(arm.num_seeds == 1 for arm in arms):
+        return text
+    return f"{text}\n\n{_aligned([ARM_HEADER, *map(_arm_row, arms)])}"
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Return one sentence for each setting in which the runs differ beyond method, privacy and seed."""
+    """Return one sentence for each size or version in which the runs differ."""
     found = []
     for name in ("num_rounds", "num_clients", "cohort_size", "delta"):
         values = {getattr(run.summary, name) for run in runs} - {None}
         if len(values) > 1:
             told = ", ".join(short(float(value)) for value in sorted(values))
             found.append(f"These runs do not share {name}: {told}. Compare them with care.")
+    for name in sorted({name for run in runs for name in run.versions}):
+        versions = sorted({str(run.versions.get(name, "none")) for run in runs})
+        if len(versions) > 1:
+            found.append(f"These runs do not share the version of {name}: {', '.join(versions)}.")
     return found
 
 
@@ -73,6 +93,23 @@ _LONG_HEADER = (
     "Aggregation error, last round",
     "Time",
     "Parameters trained",
+)
+_LONG_ARM_HEADER = (
+    "Method",
+    "Privacy",
+    "Seeds",
+    "Final accuracy",
+    "ε, max over clients and seeds",
+    "Sent up",
+    "Sent down",
+    "Aggregation error, last round",
+    "Time",
+)
+_OVER = paragraph(
+    "One row is an arm: runs that differ in nothing but seed and place; a seed that was run twice counts once. Means "
+    "over seeds, of accuracy with the 95\u00a0% confidence interval of that mean (Student's t); of one seed there is "
+    "none. It says how sure the mean of one arm is: intervals that overlap do not show that two arms are alike.",
+    kind="muted",
 )
 _NOTE = paragraph("Epsilon is rounded up. Bytes are of all clients together.", kind="muted")
 
@@ -105,6 +142,28 @@ def _row(run: Run) -> list[str]:
         seconds_text(summary.seconds),
         f"{summary.num_trained_parameters:,}",
     ]
+
+
+def _arm_row(arm: Arm) -> list[str]:
+    """Return means over seeds; of epsilon the largest, as it is a bound."""
+    spent = [run.summary.epsilon_max for run in arm.runs]
+    errors = [run.states[-1].aggregation_error for run in arm.runs]
+    return [
+        arm.label,
+        arm.privacy,
+        str(arm.num_seeds),
+        accuracy_text(arm.interval(lambda run: run.summary.final_accuracy)),
+        epsilon_text(None if None in spent else max(one for one in spent if one is not None)),
+        bytes_text(arm.interval(lambda run: run.summary.bytes_up).mean),
+        bytes_text(arm.interval(lambda run: run.summary.bytes_down).mean),
+        "none" if None in errors else short(arm.interval(lambda run: run.states[-1].aggregation_error or 0.0).mean),
+        seconds_text(arm.interval(lambda run: run.summary.seconds).mean),
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(_cells(row, widths)).rstrip() for row in rows)
 
 
 def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
