@@ -86,7 +86,7 @@ def measure(
                 unit = contestant.told["unit"]
                 checks.append(compare(name, contestant.updates("check"), expected, unit=unit, tolerance=tolerance))
         turns = {name: partial(train, contestant, clients) for name, contestant in contestants.items()}
-        times = alternate(turns, turns=settings.pick(tiny=1, quick=5, full=15), warmups=1, seed=settings.seed)
+        times = alternate(turns, turns=settings.pick(tiny=1, quick=3, full=15), warmups=1, seed=settings.seed)
         return checks, times, {**{name: c.told for name, c in contestants.items()}, "overrides": shared}
 
 

@@ -31,6 +31,10 @@ def _share(key: str, text: str, bound: float) -> Goal:
     return Goal(key, text, "at most", bound, "")
 
 
+def _megabytes(key: str, text: str, bound: float) -> Goal:
+    return Goal(key, text, "at most", bound, " MB")
+
+
 GOALS = (
     _share("step-plain", "private step / plain non-private PEFT step, all sizes", 1.00),
     _share("step-plain-encoder", "the same, 6x384 encoder", 1.00),
@@ -47,6 +51,10 @@ GOALS = (
     Goal("overhead", "overhead of a round of 10,000 trivial clients, a client", "at most", 0.3, " ms"),
     _share("overhead-growth", "the same, growth of the time from 1,000 to 10,000 clients / tenfold", 1.10),
     _share("parity", "fused against one by one, same noise, 20 steps: relative difference", 1e-6),
+    _megabytes("aggregate-mean", "weighted mean of 1,000 clients, 48 layers of 1024 x 1024: peak memory", 200),
+    _megabytes("aggregate-fair", "the same, LoRA-FAIR", 200),
+    _megabytes("aggregate-flex", "the same, SVD of the streamed sum", 200),
+    _times("aggregate-refactor", "re-factorisation of 1024 x 1024, rank 8, against the SVD of the product", 100.0),
     _times("gpu-110m", "GPU: 64 clients, 110 M encoder, against one by one", 10.0),
     _times("gpu-355m", "GPU: 64 clients, 355 M encoder, against one by one", 10.0),
     Goal("gpu-rate", "GPU: share of the measured bf16 matrix rate at batch 32", "at least", 0.35, ""),

@@ -20,7 +20,7 @@ ONE, MANY = "one client", "all clients"
 
 
 def run(settings: Settings) -> Outcome:
-    """Measure both peaks, in turn, each in fresh processes: with the frugal settings; in full, with the default ones."""
+    """Measure both peaks, in turn, each in fresh processes: with frugal settings; in full, also with default ones."""
     if not can_measure():
         return Outcome("memory", not_run="this system keeps no peak of a process that can be set back (Linux does)")
     num_clients = settings.pick(tiny=8, quick=1000, full=1000)

@@ -20,7 +20,7 @@ TOGETHER, ALONE, OPACUS_HOOKS = "fused cohort", "fused, one client after the oth
 
 def run(settings: Settings) -> Outcome:
     """Train the same clients three ways and compare every client's adapter."""
-    num_clients = settings.pick(tiny=3, quick=4, full=16)
+    num_clients = settings.pick(tiny=3, quick=3, full=16)
     shared = overrides(settings, num_clients=num_clients, num_steps=NUM_STEPS, batch=4)
     clients = range(num_clients)
     found: dict[str, dict[int, dict[Slot, Tensor]]] = {}

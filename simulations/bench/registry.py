@@ -14,6 +14,7 @@ BENCHMARKS = {
     "memory": "peak memory of 1,000 clients in a round",
     "overhead": "a round of up to 10,000 clients that train nothing",
     "parity": "the same 20 steps fused, one by one, and with Opacus",
+    "aggregate": "peak memory of the server's rules over 1,000 clients, and the re-factorisation",
     "gpu": "64 clients on a GPU, against one by one",
     "profile": "where the time of a private step goes, with a flame graph",
 }

@@ -1,7 +1,8 @@
 """Every benchmark in a size of seconds: it runs, its rivals compute what we do, and a wrong sum of ours stops it.
 
 Mutants this file kills: a fused sum of the wrong scale, one with a client's row in another's place, an adapter that
-never moved passing for parity, a peak of memory that was never set back, a sampler that sees nothing.
+never moved passing for parity, a peak of memory that was never set back, a sampler that sees nothing, a rule of the
+server that is not what its name says, a round that lost a client, a re-factorisation of another product.
 """
 
 import gc
@@ -16,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import Slot
+from fedlr.adapter import LoraFactors, Slot
 from fedlr.training.fused import FusedGradients
-from simulations.bench import gpu, memory_use, overhead, parity, profile, registry, step
+from simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
 from simulations.bench.flame import flame_svg, sampled, tree
 from simulations.bench.outcome import BenchmarkFailed, Outcome
 from simulations.bench.rivals.networks import FAMILIES, build_network
@@ -118,6 +119,39 @@ def test_a_peak_is_kept_and_can_be_set_back() -> None:
     assert resident <= 1
 
 
+def test_the_servers_rules_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in aggregate.RULES:
+        assert aggregate.check_rule(key, seed=1).difference < 1e-6
+    (_, mean), (_, fair), (_, flex) = aggregate.RULES.values()
+    for key, wrong in (("aggregate-mean", flex), ("aggregate-fair", mean), ("aggregate-flex", fair)):
+        monkeypatch.setattr(aggregate, "RULES", {key: ("wrong", wrong)})
+        with pytest.raises(BenchmarkFailed, match="Expected the same numbers"):
+            aggregate.check_rule(key, seed=1)
+
+
+@pytest.mark.skipif(not memory_use.can_measure(), reason="this system keeps no peak that can be set back")
+def test_a_round_of_the_server_is_measured_with_every_client_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = aggregate.Shape(num_clients=30, num_layers=1, features=192, rank=4)
+    found = aggregate.measure_round("aggregate-mean", shape, seed=0)
+    assert 0 < found["above_mb"] < 200 < found["before_mb"] and 0 < found["aggregation_error"] < 1
+    train = aggregate.Streamed.train
+    monkeypatch.setattr(aggregate.Streamed, "train", lambda pool, task, cohort: train(pool, task, cohort[1:]))
+    with pytest.raises(RuntimeError, match="30 clients in the mean, got 29"):
+        aggregate.measure_round("aggregate-mean", shape, seed=0)
+
+
+def test_a_refactorisation_of_another_product_is_seen_before_any_clock_runs(tmp_path: Path) -> None:
+    shape = aggregate.Shape(num_clients=0, num_layers=1, features=48, rank=4)
+    checks, ratio, _ = aggregate.time_refactor(shape, tiny(tmp_path))
+    assert len(checks) == 2 and all(value > 0 for value in ratio.values)
+
+    def wrong(layer: LoraFactors) -> LoraFactors:
+        return LoraFactors(layer.lora_A, 1.001 * layer.lora_B)
+
+    with pytest.raises(BenchmarkFailed, match="svd_refactor"):
+        aggregate.time_refactor(shape, tiny(tmp_path), wrong)
+
+
 def test_the_gpu_benchmark_says_why_it_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.run(tiny(tmp_path)) == Outcome("gpu", not_run="no GPU")
@@ -173,7 +207,7 @@ def test_every_name_of_the_registry_is_a_benchmark(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cohort", "memory", "parity", "round"])
+@pytest.mark.parametrize("name", ["aggregate", "cohort", "memory", "parity", "round"])
 def test_benchmarks_in_processes_of_their_own_run(name: str, tmp_path: Path) -> None:
     if name == "round":
         pytest.importorskip("ray", reason="Flower's simulation needs Ray: pip install -e '.[ray]'")
