@@ -149,10 +149,30 @@ ADAPTER = {
     "adapter.init_lora_weights=orthogonal adapter.rank=3": ["adapter.init_lora_weights", "adapter.rank=3 is odd"],
     "runtime.cache_prefix=true": ["runtime.cache_prefix", "adapter.layers"],
 }
+CHOICES = {
+    "method=fedsvd method.personal=[lora_B]": ["method.personal", "not all", "lora_B"],
+    "method=fedit method.personal=lora_A": ["method.personal"],
+    "method=fedit +method.client._target_=fedlr.method.Always +method.client.roles=[lora_B]": ["ClientRule", "Always"],
+    "method=fedprox method.client.mu=-1": ["method.client.mu", "got -1"],
+    "method=rolora method.block_schedule.roles=[lora_B]": ["two different roles", "lora_B"],
+    "method=renewal method.finalise.period=0": ["method.finalise.period", "got 0"],
+    "method=fedavgm method.aggregate.momentum=1": ["method.aggregate.momentum", "got 1"],
+    "method=la_lora trainer=adamw": ["SGD without momentum", "AdamW"],
+    "method=la_lora trainer.num_steps=1": ["trainer.num_steps >= 2", "la_lora"],
+    "method=scaffold trainer=adamw": ["SGD", "AdamW"],
+    "method=flora runtime.base_dtype=bfloat16": ["runtime.base_dtype=float32", "flora"],
+    "method=fedsa_lora runtime.num_processes=2": ["runtime.num_processes=1", "fedsa_lora"],
+    "adapter.client_ranks=[2] method=fedsvd": ["adapter.client_ranks", "flexlora", "fedsvd"],
+    "adapter.client_ranks=[9] method=flexlora": ["adapter.client_ranks", "adapter.rank=4", "[9]"],
+    "adapter.client_ranks=[] method=flexlora": ["adapter.client_ranks", "[]"],
+    "adapter.client_ranks=[2] method=flexlora trainer.engine=opacus": ["trainer.engine=fused", "adapter.client_ranks"],
+    "trainer.after_noise._target_=fedlr.client_rules.nope": ["trainer.after_noise", "fedlr.client_rules.nope"],
+    "trainer.after_noise._target_=torch.optim.SGD": ["trainer.after_noise"],
+}
 TARGETS = {
     "trainer.optimizer._target_=torch.optim.AdamX": ["trainer.optimizer._target_", "did you mean torch.optim.Adam"],
     "trainer.optimizer._target_=os.getcwd": ["trainer.optimizer._target_", "torch optimizer", "'os.getcwd'"],
-    "trainer.optimizer.lr=-1": ["trainer.optimizer", "AdamW", "Invalid learning rate: -1"],
+    "trainer.optimizer.lr=-1": ["trainer.optimizer", "SGD", "Invalid learning rate: -1"],
     "trainer.optimizer.lr=inf": ["trainer.optimizer.lr", "finite", "got inf"],
     "method._target_=fedlr.method.Metod": ["method._target_", "did you mean fedlr.method.Method?"],
     "method._target_=collections.OrderedDict": ["method"],
@@ -196,7 +216,7 @@ SYNTAX = {
     "-m seed=1,2 seed=3": ["once, got seed again"],
     "-m seed=1,x": ["seed", "integer", '"x"'],
 }
-CASES = {**MISSPELT, **TYPES, **RANGES, **PRIVACY, **ADAPTER, **TARGETS, **PLACES, **SYNTAX}
+CASES = {**MISSPELT, **TYPES, **RANGES, **PRIVACY, **ADAPTER, **CHOICES, **TARGETS, **PLACES, **SYNTAX}
 
 
 def words(typed: str) -> list[str]:

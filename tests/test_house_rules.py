@@ -23,7 +23,7 @@ RIVALS = "simulations/bench/rivals/"  # what we are measured against, used as it
 PLACES = {
     "flwr": ("fedlr/wire.py", "server/", "client/", "simulations/ray_pool.py", RIVALS),
     "opacus": ("fedlr/privacy/", "fedlr/training/", RIVALS),
-    "peft": ("fedlr/adapter.py", "fedlr/models.py", "fedlr/export.py", RIVALS),
+    "peft": ("fedlr/adapter.py", "fedlr/models.py", "fedlr/export.py", "fedlr/tuners/", RIVALS),
     "hydra": ("fedlr/experiment.py", "simulations/cli.py", "server/", "client/"),
 }
 # Never, anywhere: they run code from a file, or write files that only such a reader opens.
@@ -46,9 +46,10 @@ LEVELS = {
         [
             ("errors",),
             ("adapter", "streams"),
-            ("refactor", "privacy", "data"),
+            ("refactor", "privacy", "data", "client_rule", "side", "cohorts"),
+            ("low_rank",),
             ("aggregate",),
-            ("method", "validate", "training"),
+            ("client_rules", "layer_choice", "method", "validate", "training"),
             ("rounds",),
             ("experiment",),
             ("build",),
