@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedlr.adapter import Block, Slot
 
+CONTROL = "control"  # what of the server's memory clients are sent
+
 
 @dataclass(frozen=True)
 class LocalPoint:

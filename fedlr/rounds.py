@@ -28,12 +28,12 @@ from fedlr.adapter import (
 )
 from fedlr.aggregate.diagnostics import aggregation_error, aggregation_error_sd, singular_values
 from fedlr.aggregate.ideal import Ideal
+from fedlr.client_rule import CONTROL
 from fedlr.cohorts import cohorts
 from fedlr.errors import InputError
 from fedlr.method import Method
 from fedlr.validate import rejection
 
-CONTROL = "control"  # what of the server's memory clients are sent
 MOST_HELD = 64  # updates, beyond which a client that sent only unusable ones is not waited for
 
 
@@ -152,6 +152,8 @@ def run_round(
         aggregated = method.aggregate(state.adapter, counted)
         deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
         adapter = method.finalise(aggregated)
+    if adapter.side is not state.adapter.side and not method.folds:
+        raise InputError(f"Expected method.folds=true for method={method.name}, which folds into the base, got false")
     diagnostics = RoundDiagnostics(
         cohort=tuple(cohort),
         trained=tuple(answers.trained),

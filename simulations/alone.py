@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+from fedlr.client_rule import CONTROL
+from fedlr.method import full_adapter
 from fedlr.rounds import ClientPool, ServerState, run_round
 from simulations.federation import Federation
 from simulations.progress import alone_rounds
@@ -13,9 +16,13 @@ AT_ONCE = 64  # clients whose states are held: they train, then the caller looks
 def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callable[[], None]) -> Iterator[ServerState]:
     """Yield each client's state after as many rounds as it takes part in on average, by client id.
 
-    A client that refuses (its budget is spent) keeps what it has.
+    A client that refuses (its budget is spent) keeps what it has. Nobody shares: nothing is personal, and SCAFFOLD has
+    no drift to correct. A server optimizer steps for one client as it does for a cohort.
     """
     e = federation.experiment
+    method = federation.method
+    if method.personal:
+        method = replace(method, broadcast=full_adapter, personal=())
 
     def train(client_id: int) -> ServerState:
         state = federation.start
@@ -24,10 +31,12 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
                 state,
                 [client_id],
                 pool=pool,
-                method=federation.method,
+                method=method,
                 train_head=e.adapter.train_head,
                 ranks=federation.ranks,
             )
+            memory = {name: tensors for name, tensors in state.adapter.memory.items() if name != CONTROL}
+            state = replace(state, adapter=replace(state.adapter, memory=memory))
             client_done()
         return state
 

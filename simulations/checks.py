@@ -1,18 +1,24 @@
 """What this machine and this runtime cannot do for an experiment, found before any work."""
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
+from fedlr.adapter import ClientUpdate
+from fedlr.client_rule import ClientRule
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
-from fedlr.method import Method
+from fedlr.method import Always, Method
+from fedlr.rounds import ServerState, task_of
+
+SEVERAL = 4  # made-up updates, enough for any rule
 
 
-def check_runtime(experiment: Experiment, method: Method) -> None:
+def check_runtime(experiment: Experiment, method: Method, rule: ClientRule) -> None:
     """Refuse a device that is not there, several processes where the package that runs them is missing, and a method
     that would need another runtime."""
-    check_method(experiment, method)
+    check_method(experiment, method, rule)
     device, num_processes = experiment.runtime.device, experiment.runtime.num_processes
     num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if device != "cpu" and (torch.device(device).index or 0) >= num_gpus:
@@ -28,27 +34,51 @@ def check_runtime(experiment: Experiment, method: Method) -> None:
         )
 
 
-def check_method(experiment: Experiment, method: Method) -> None:
-    """Refuse what a method cannot do in this runtime."""
+def check_method(experiment: Experiment, method: Method, rule: ClientRule | None = None) -> None:
+    """Refuse what a method cannot do here; `rule` is what clients do after the noise (None: the method's)."""
+    rule = rule or method.client
     runtime, name = experiment.runtime, method.name
     if method.folds and runtime.base_dtype != "float32":
         raise InputError(
             f"Expected runtime.base_dtype=float32 for method={name}, which adds to the base model's weights, got "
             f"{runtime.base_dtype}: it would round most of that away"
         )
-    if (method.personal or method.client.remembers) and runtime.num_processes > 1:
+    if (method.personal or rule.remembers) and runtime.num_processes > 1:
         raise InputError(
             f"Expected runtime.num_processes=1 for method={name}, whose clients remember earlier rounds, got "
             f"{runtime.num_processes}"
         )
-    if method.client.alternates and experiment.trainer.engine != "fused":
+    if method.personal and not isinstance(method.block_schedule, Always):
+        raise InputError(
+            f"Expected method.block_schedule=fedlr.method.Always with method.personal, got another for method={name}"
+        )
+    if method.personal and experiment.adapter.client_ranks is not None:
+        raise InputError(f"Expected adapter.client_ranks=null with method.personal, got ranks for method={name}")
+    rule.active(0, frozenset(method.block_schedule.roles))  # raises where the rule needs another block
+    if rule.alternates and experiment.trainer.engine != "fused":
         raise InputError(f"Expected trainer.engine=fused for method={name}, got {experiment.trainer.engine}")
-    if method.client.alternates and experiment.trainer.num_steps < 2:
+    if rule.alternates and experiment.trainer.num_steps < 2:
         raise InputError(f"Expected trainer.num_steps >= 2 for method={name}, which trains its factors in turn, got 1")
     if experiment.adapter.client_ranks is not None:
         if not method.mixed_ranks:
             raise InputError(
                 f"Expected a method that aggregates mixed ranks for adapter.client_ranks, such as flexlora, got {name}"
             )
+        if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
+            raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
         if experiment.trainer.engine != "fused":
             raise InputError(f"Expected trainer.engine=fused for adapter.client_ranks, got {experiment.trainer.engine}")
+
+
+def check_aggregate(start: ServerState, method: Method, experiment: Experiment, *, weights: Sequence[float]) -> None:
+    """Play the first round's aggregation with made-up updates, so that a rule refuses now what it cannot use.
+
+    Raises:
+        InputError: what the rule says.
+    """
+    tensors = start.adapter.select(task_of(start, method, train_head=experiment.adapter.train_head).shared)
+    # The lightest and the heaviest clients: rules that need weights of one size see others where there are any.
+    used = sorted(weight for weight in weights if weight > 0)
+    num_heavy = min(experiment.cohort_size, SEVERAL) - 1
+    chosen = [*used[:1], *used[max(1, len(used) - num_heavy) :]]
+    method.aggregate(start.adapter, [ClientUpdate(k, tensors, w, start.round_index) for k, w in enumerate(chosen)])

@@ -36,7 +36,7 @@ from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
-from simulations.checks import check_runtime
+from simulations.checks import check_aggregate, check_runtime
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     """
     method = build_method(experiment)
     training = local_training(experiment, method)
-    check_runtime(experiment, method)
+    check_runtime(experiment, method, training.rule)
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
@@ -105,8 +105,10 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
         test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
     start = initial_state(read_adapter(model), method)
-    working, (tokenised, test) = working_model(experiment, model, [tokenised, test], say=say)
     by_size = experiment.weighting == "examples"
+    weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
+    check_aggregate(start, method, experiment, weights=weights)
+    working, (tokenised, test) = working_model(experiment, model, [tokenised, test], say=say)
     return Federation(
         experiment=experiment,
         seed=seed,
@@ -123,7 +125,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         mechanism=mechanism,
         training=training,
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
-        weights=tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices),
+        weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients),
         side=SideWeights(working),
         notes=notes(experiment, data, held_out, tokenised, test),

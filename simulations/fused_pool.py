@@ -30,8 +30,9 @@ from simulations.pool import Accounts, Charges, sharing_base
 
 # More of them fill no micro-batch better: the lengths of their examples lie close enough.
 LARGEST_GROUP = 64
-# Rows of float32 that a client needs at once: tensors, sums, two of an optimizer, noise on its way.
-ROWS_A_CLIENT = 6
+# Rows of float32 that a client needs at once: tensors, sums, two of an optimizer, noise on its way; and with a rule
+# after the noise: the start, what it makes of the gradient, and what it remembers.
+ROWS_A_CLIENT, ROWS_OF_A_RULE = 6, 3
 MOST_ENGINES = 3  # of one worker: blocks that take turns
 
 
@@ -90,7 +91,7 @@ class FusedPool:
         yield from refused
         adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
         self._side.merge(adapter)
-        size = group_size(adapter.select(task.block), self._memory_gb)
+        size = group_size(adapter.select(task.block), self._memory_gb, has_rule=self._training.rule.changes)
         for start in range(0, len(admitted), size):
             yield from self._train_group(task, adapter, admitted[start : start + size])
 
@@ -173,7 +174,7 @@ class GroupSums:
             )
         finally:
             self._workers.put(worker)
-        if self._parity is not None and ranks is None and active is None:  # the reference has one rank and all tensors
+        if self._parity is not None and ranks is None:  # the reference has one rank
             self._parity.compare(
                 found,
                 inputs,
@@ -182,11 +183,12 @@ class GroupSums:
                 adapter=self._adapter.tensors,
                 stacks=stacks,
                 max_grad_norm=max_grad_norm,
+                active=active,
             )
         return found
 
 
-def group_size(trained: Mapping[Slot, Tensor], memory_gb: float | None) -> int:
+def group_size(trained: Mapping[Slot, Tensor], memory_gb: float | None, *, has_rule: bool = False) -> int:
     """Return how many clients train at once: a function of the configuration alone, so that sums always add up alike.
 
     >>> group_size({Slot("layer", "lora_B"): torch.zeros(1000, 1000)}, 0.1)
@@ -194,7 +196,8 @@ def group_size(trained: Mapping[Slot, Tensor], memory_gb: float | None) -> int:
     """
     if memory_gb is None:
         return LARGEST_GROUP
-    bytes_a_client = 4 * ROWS_A_CLIENT * sum(tensor.numel() for tensor in trained.values())
+    num_rows = ROWS_A_CLIENT + (ROWS_OF_A_RULE if has_rule else 0)
+    bytes_a_client = 4 * num_rows * sum(tensor.numel() for tensor in trained.values())
     return max(1, min(LARGEST_GROUP, int(memory_gb * 1e9 / bytes_a_client)))
 
 

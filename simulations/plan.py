@@ -14,6 +14,7 @@ from secrets import randbits
 
 import numpy as np
 
+from fedlr.adapter import narrowed
 from fedlr.cohorts import cohorts
 from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment
@@ -89,14 +90,18 @@ def traffic_lines(federation: Federation) -> list[str]:
     """Say what each client sends and receives in the first round, and all of them in the run."""
     e, adapter = federation.experiment, federation.start.adapter
     task = federation.task()
-    up, down = num_bytes(adapter.select(task.shared).values()), task.num_bytes()
+    ranks = federation.ranks or (None,)  # a mean over clients of different ranks
+    up = round(statistics.fmean(num_bytes(narrowed(adapter.select(task.shared), rank).values()) for rank in ranks))
+    down = round(statistics.fmean(task.num_bytes(rank) for rank in ranks))
     a_round = (e.cohort_size * up, e.cohort_size * down)
+    # What is folded into the base, or keeps clients from drifting, goes down from later rounds on.
+    least = "at least " if federation.method.folds or federation.training.rule.remembers else ""
     return [
         f"adapter     {federation.num_trained_values:,} trained values, rank {e.adapter.rank}, "
         f"on {len(adapter.factors())} layers",
         f"bytes       {size(up)} up and {size(down)} down for a client in a round",
         f"            {size(a_round[0])} up and {size(a_round[1])} down a round, "
-        f"{size(e.num_rounds * a_round[0])} and {size(e.num_rounds * a_round[1])} in all {e.num_rounds}",
+        f"{size(e.num_rounds * a_round[0])} and {least}{size(e.num_rounds * a_round[1])} in all {e.num_rounds}",
     ]
 
 

@@ -70,13 +70,15 @@ class RayPool:
         yield from refused
         e = self._federation.experiment
         trained = self._federation.start.adapter.select(task.block)
-        size = group_size(trained, e.runtime.memory_gb) if e.trainer.engine == "fused" else 1
+        has_rule = self._federation.training.rule.changes
+        size = group_size(trained, e.runtime.memory_gb, has_rule=has_rule) if e.trainer.engine == "fused" else 1
+        shipped = ray.put(task)
         groups = deque(enumerate(admitted[start : start + size] for start in range(0, len(admitted), size)))
         running: deque[tuple[list[int], Any]] = deque()
         while groups or running:
             while groups and len(running) < len(self._actors) * (1 + QUEUED):
                 number, group = groups.popleft()
-                running.append((group, self._actors[number % len(self._actors)].train.remote(task, group)))
+                running.append((group, self._actors[number % len(self._actors)].train.remote(shipped, group)))
             group, answer = running.popleft()
             updates, seconds = ray.get(answer)
             self._accounts.settle(task.round_index, dict.fromkeys(group, self._federation.training.num_steps))

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from secrets import randbits
 from typing import Any
@@ -99,7 +100,8 @@ def run_rounds(
         )
         for state, diagnostics in rounds:
             if federation.method.personal:
-                personal[:] = [pool.kept.personal.get(client, {}) for client in range(min(e.num_clients, MOST_SCORED))]
+                keepers = (pool.kept.personal.get(client) for client in range(e.num_clients))
+                personal[:] = islice(filter(None, keepers), MOST_SCORED)
             if ledger:
                 spent.update(ledger.spent_all(diagnostics.cohort))
             row = record(state, diagnostics)

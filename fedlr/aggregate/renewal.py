@@ -43,7 +43,7 @@ class Renewal:
     Guarantees: lora_A has orthonormal rows from round 0 on; the row space moves at every renewal of a layer that has
     learnt anything (if R < K), and rows of lora_A and of the side together are orthonormal, so the rank that all
     rounds together can reach grows by R - k at each, until all K directions had their turn; then only kept rows are
-    avoided and the turns start anew. Kept rows come first, strongest first. The drawn rows follow from the adapter
+    avoided. Kept rows come first, strongest first. The drawn rows follow from the adapter
     before round 0, so every run of a seed repeats them and any state can be resumed.
 
     Under DP only lora_B is noised, as for FFA-LoRA. Noise already in a folded direction stays there; a new direction

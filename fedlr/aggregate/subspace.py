@@ -177,4 +177,4 @@ class _Projectors:
             if self._folded_DD is None:
                 self._folded_DD = stacked_DM.new_zeros(len(stacked_DM), len(stacked_DM))
             self._folded_DD.addmm_(stacked_DM, stacked_DM.T)
-            self._stack = []
+            self._stack, self._num_columns = [], 0

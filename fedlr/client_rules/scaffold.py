@@ -22,10 +22,9 @@ from torch import Tensor
 
 from fedlr.adapter import AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.mean import RunningMean
-from fedlr.client_rule import ClientRule, LocalPoint
+from fedlr.client_rule import CONTROL, ClientRule, LocalPoint
 from fedlr.errors import InputError
 
-CONTROL = "control"
 SGD = ("torch.optim.SGD", "torch.optim.sgd.SGD")
 
 

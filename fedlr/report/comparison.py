@@ -45,11 +45,12 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     runs = _read(run_dirs)
     arms = arms_of(runs)
+    over_seeds = table(_LONG_ARM_HEADER, list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
     body = [
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
         *(paragraph(text, kind="warning") for text in differences(runs)),
         section("Pictures", [gallery([final_accuracy(arms), accuracy_of_each_run(arms), costs(arms)])]),
-        section("Over seeds", [table(_LONG_ARM_HEADER, list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS), _OVER]),
+        *([section("Over seeds", [over_seeds, _OVER])] if _has_seeds(arms) else []),
         section("All runs", [table(_LONG_HEADER, [_row(run) for run in runs], text_columns=TEXT_COLUMNS), _NOTE]),
     ]
     out = Path(out)
@@ -61,7 +62,7 @@ def comparison_table(run_dirs: Sequence[Path]) -> str:
     """Return the same tables as aligned plain text: one run a line, and one arm a line where any has several seeds."""
     runs = _read(run_dirs)
     text, arms = _aligned([HEADER, *map(_row, runs)]), arms_of(runs)
-    if all(arm.num_seeds == 1 for arm in arms):
+    if not _has_seeds(arms):
         return text
     return f"{text}\n\n{_aligned([ARM_HEADER, *map(_arm_row, arms)])}"
 
@@ -112,6 +113,10 @@ _OVER = paragraph(
     kind="muted",
 )
 _NOTE = paragraph("Epsilon is rounded up. Bytes are of all clients together.", kind="muted")
+
+
+def _has_seeds(arms: Sequence[Arm]) -> bool:
+    return any(arm.num_seeds > 1 for arm in arms)
 
 
 def _read(run_dirs: Sequence[Path]) -> list[Run]:

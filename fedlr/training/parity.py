@@ -47,12 +47,14 @@ class ParityCheck:
         adapter: Mapping[Slot, Tensor],
         stacks: Mapping[Slot, Tensor],
         max_grad_norm: float,
+        active: frozenset[Slot] | None = None,
     ) -> None:
         """Compute the sums of the first few clients of the micro-batch again, and compare.
 
         Args:
             found: what the fused engine made of the same arguments.
             adapter: the tensors that are the same for all clients.
+            active: what was clipped and summed; None: all of `stacks`.
 
         Raises:
             InputError: if they disagree. It says nothing of the rows.
@@ -66,10 +68,13 @@ class ParityCheck:
             if self._seen_different if different else self._seen:
                 return
             self._seen, self._seen_different = True, different
-            trained = train_only(self._model, frozenset(slot.role for slot in stacks))
+            compared = frozenset(stacks) if active is None else active
+            trained = train_only(self._model, compared)
+            columns = torch.cat([torch.full((stacks[s][0].numel(),), s in compared) for s in sorted(stacks)])
+            values = found.values[:, columns.to(labels.device)]
             gradients = HookGradients(self._model, trained, loss=self._loss)
             try:
-                for client, got in list(zip(found.clients.tolist(), found.values, strict=True))[:CLIENTS_COMPARED]:
+                for client, got in list(zip(found.clients.tolist(), values, strict=True))[:CLIENTS_COMPARED]:
                     mine = owner == client
                     write_adapter(self._model, {**adapter, **{slot: stack[client] for slot, stack in stacks.items()}})
                     rows = {name: tensor[mine] for name, tensor in inputs.items()}

@@ -266,7 +266,7 @@ def test_what_leaves_depends_on_the_data_through_the_mechanism_only(
     nothing_else_leaves(pool_module, monkeypatch, tmp_path)
 
 
-SIZE = "size = group_size(adapter.select(task.block), self._memory_gb)"
+SIZE = "size = group_size(adapter.select(task.block), self._memory_gb, has_rule=self._training.rule.changes)"
 DATA_LEAKS = {
     "weight by rows": ("self._weights[client]", "float(len(self._clients[client]))"),
     "tensor by rows": (

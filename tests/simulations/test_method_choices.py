@@ -7,7 +7,7 @@ that never runs; a memory that is forgotten, or another client's; a side that a 
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +15,25 @@ from torch import Tensor
 
 import simulations.fused_pool as fused_pool
 import simulations.kept as kept_module
+import simulations.pool as local_pool
+import simulations.runtime as runtime
 from fedlr.adapter import LORA_A, LORA_B, LoraFactors, Slot, within
 from fedlr.build import build_method
 from fedlr.errors import InputError
-from fedlr.rounds import Dropout, ServerState, run_round
+from fedlr.rounds import ServerState, run_round
+from simulations.alone import train_alone
 from simulations.checks import check_method
-from simulations.federation import Federation
+from simulations.federation import Federation, assemble, torch_threads
+from simulations.fused_pool import FusedPool
+from simulations.pool import LocalPool
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger
 from tests.simulations.small_runs import experiment, federation
 from tests.training.small_models import mutant
 
 OPACUS = "trainer.engine=opacus"
+AFTER = "trainer.after_noise._target_=fedlr.client_rules"
+MERGES = "self._side.merge(adapter)"
 MIXED = ("method=flexlora", "adapter.client_ranks=[1,2,4]", "adapter.rank=4", "num_rounds=3")
 SGD = (
     "trainer=sgd",
@@ -54,6 +61,10 @@ def play(f: Federation, folder: Path, *, num_rounds: int = 3) -> list[ServerStat
 def assert_close(one: ServerState, other: ServerState, *, atol: float = 2e-6) -> None:
     for slot, tensor in one.adapter.tensors.items():
         torch.testing.assert_close(other.adapter.tensors[slot], tensor, rtol=0, atol=atol)
+    assert one.adapter.side.keys() == other.adapter.side.keys()
+    for path, side in one.adapter.side.items():  # an SVD may turn factors, never their product
+        mine, others = side.lora_B @ side.lora_A, other.adapter.side[path].lora_B @ other.adapter.side[path].lora_A
+        torch.testing.assert_close(others, mine, rtol=0, atol=atol)
 
 
 def far(one: ServerState, other: ServerState) -> bool:
@@ -145,24 +156,42 @@ def test_what_a_rule_remembers_is_each_clients_own(tmp_path: Path) -> None:
 # A side.
 
 
-@pytest.mark.parametrize("engine", ["fused", "opacus"])
-def test_clients_train_on_top_of_the_side(tmp_path: Path, engine: str) -> None:
-    f = federation("method=ffa_lora", f"trainer.engine={engine}", *SGD)
+def trained_beside(pools: ModuleType, engine: str) -> bool:
+    """Return whether a client trains elsewhere with a side than without."""
+    e = experiment("method=ffa_lora", "privacy=none", f"trainer.engine={engine}", *SGD)
+    with torch_threads(1):
+        f = assemble(e, seed=0)  # a base of its own: it stays merged
     generator = torch.Generator().manual_seed(0)
     side = {
-        path: LoraFactors(
-            torch.randn(2, layer.lora_A.shape[1], generator=generator), layer.lora_B.new_ones(len(layer.lora_B), 2)
-        )
+        path: LoraFactors(torch.randn(2, layer.lora_A.shape[1], generator=generator), torch.ones(len(layer.lora_B), 2))
         for path, layer in f.start.adapter.factors().items()
     }
+    found = []
+    pool_here = mutant(runtime)
+    pool_here.FusedPool, pool_here.LocalPool = pools.FusedPool, pools.LocalPool
+    with closing(pool_here.make_pool(f, None)) as pool:
+        for task in (f.task(), replace(f.task(), side=side)):
+            (update,) = pool.train(task, [1])
+            found.append(ServerState(f.start.adapter.with_tensors(update.tensors)))
+    return far(*found)
+
+
+@pytest.mark.parametrize("engine", ["fused", "opacus"])
+def test_clients_train_on_top_of_the_side(engine: str) -> None:
+    assert trained_beside(SimpleNamespace(FusedPool=FusedPool, LocalPool=LocalPool), engine)
+    late = [(MERGES, "pass")]
+    pools = SimpleNamespace(
+        FusedPool=mutant(fused_pool, *late).FusedPool, LocalPool=mutant(local_pool, *late).LocalPool
+    )
+    assert not trained_beside(pools, engine)
+
+
+def test_a_rule_that_folds_without_saying_so_is_refused(tmp_path: Path) -> None:
+    f = federation("method=flora")
+    f = replace(f, method=replace(f.method, folds=False))
     with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
-        plain = list(pool.train(f.task(0), [1]))
-        task = replace(f.task(0), side=side, round_index=1)
-        beside = list(pool.train(task, [1]))
-        again = list(pool.train(replace(f.task(0), round_index=2), [1]))
-    assert not any(isinstance(update, Dropout) for update in (*plain, *beside, *again))
-    path, layer = next(iter(f.side._layers.items()))
-    assert torch.equal(layer.weight, f.side._plain[path])  # the base is as it came
+        with pytest.raises(InputError, match="method.folds=true for method=flora"):
+            run_round(f.start, [0, 1], pool=pool, method=f.method)
 
 
 # Ranks.
@@ -207,9 +236,43 @@ def test_an_update_of_another_rank_is_rejected(tmp_path: Path) -> None:
         (("method=la_lora", OPACUS), "trainer.engine=fused for method=la_lora"),
         (("method=fedsvd", "adapter.client_ranks=[1,2]"), "a method that aggregates mixed ranks"),
         (("method=flora", "adapter.client_ranks=[1,2]", OPACUS), "trainer.engine=fused for adapter.client_ranks"),
+        (("method=rolora", "+method.personal=[lora_B]"), "fedlr.method.Always with method.personal"),
+        (
+            ("method=hetlora", "+method.personal=[lora_B]", "adapter.client_ranks=[1,2]"),
+            "client_ranks=null with",
+        ),
+        (("method=la_lora", "method.block_schedule.roles=[lora_B]"), "lora_A and lora_B for LA-LoRA"),
     ],
 )
 def test_a_runtime_that_does_not_serve_a_method_is_refused(overrides: tuple[str, ...], message: str) -> None:
     e = experiment(*overrides)
     with pytest.raises(InputError, match=message):
         check_method(e, build_method(e))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method=fedgsa", "method.block_schedule.roles=[lora_A,lora_B]"), "lora_B and not lora_A for FedGSA"),
+        (("method=scaffold", "weighting=examples", "partition=dirichlet_by_label"), "weighting=uniform for SCAFFOLD"),
+        (("method=ffa_lora", f"{AFTER}.alternation.LocalAlternation"), "lora_A and lora_B for LA-LoRA"),
+        (("method=fedit", f"{AFTER}.alternation.LocalAlternation", OPACUS), "trainer.engine=fused"),
+        (("method=fedit", f"{AFTER}.alternation.LocalAlternation", "trainer.num_steps=1"), "trainer.num_steps >= 2"),
+    ],
+)
+def test_what_a_rule_cannot_use_is_refused_before_anybody_is_charged(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        assemble(experiment(*overrides), seed=0)
+
+
+def test_alone_there_is_nobody_to_share_with(tmp_path: Path) -> None:
+    found = {}
+    for name in ("fedit", "fedsa_lora", "scaffold"):
+        f = federation(f"method={name}", "privacy=none", *SGD)
+        with closing(make_pool(f, None)) as pool:
+            found[name] = list(train_alone(f, pool, client_done=lambda: None))
+    for client, state in enumerate(found["fedit"]):
+        assert far(state, federation("method=fedit", "privacy=none", *SGD).start)
+        for name in ("fedsa_lora", "scaffold"):
+            for slot, tensor in state.adapter.tensors.items():
+                torch.testing.assert_close(found[name][client].adapter.tensors[slot], tensor, rtol=0, atol=2e-6)

@@ -353,7 +353,7 @@ LEAKS = {
     "a step skipped": [(TOTAL, f"        if not all(map(len, drawn)):\n            continue\n{TOTAL}")],
     "a stream": [('"step": step}', '"step": step + 100 * sum(map(len, shares))}')],
     "an early stop": [
-        ("    return training.num_steps", "        if sum(map(len, drawn)) < 4: break\n    return training.num_steps")
+        ("        optimizer.step()\n", "        optimizer.step()\n        if sum(map(len, drawn)) < 4: break\n")
     ],
     "a learning rate": [(DIVIDED, "total.div_(training.divisor + len(drawn[0]) + len(drawn[1]) + len(drawn[2]))")],
     "a global seed": [(TOTAL, f"        torch.rand(sum(map(len, drawn)))\n{TOTAL}")],

@@ -399,7 +399,10 @@ LEAKS = {
     ],
     "a stream": [('"step": step}', '"step": step + 100 * len(data.labels)}')],
     "an early stop": [
-        ("    return training.num_steps", "        if len(rows) < 2: break\n    return training.num_steps")
+        (
+            "        apply(optimizer, trained, gradient)\n",
+            "        apply(optimizer, trained, gradient)\n        if len(rows) < 2: break\n",
+        )
     ],
     "a learning rate": [("value / training.divisor", "value / training.divisor * (1 + 0.1 * len(rows))")],
     "a global seed": [("        total = sum_over(", "        torch.rand(len(rows))\n        total = sum_over(")],
