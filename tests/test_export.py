@@ -74,7 +74,7 @@ def opens(base: str, folder: Path, ours: torch.Tensor) -> None:
     """Plain PEFT on a fresh base model gives our logits, merged or not, whatever head the base model drew."""
     torch.manual_seed(99)
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    assert not torch.allclose(says(fresh), ours, atol=1e-2)
+    assert not torch.allclose(says(fresh), ours, atol=1e-4)
     opened = PeftModel.from_pretrained(fresh, str(folder))
     torch.testing.assert_close(says(opened), ours, rtol=1e-5, atol=1e-5)
     merged = opened.merge_and_unload()
@@ -84,6 +84,7 @@ def opens(base: str, folder: Path, ours: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_peft_opens_it_on_a_base_without_a_head(tmp_path: Path, checkpoint: str) -> None:
+    torch.manual_seed(0)
     CHECKPOINTS[checkpoint]().save_pretrained(tmp_path / "base")
     word_tokenizer(VOCABULARY, max_length=32).save_pretrained(tmp_path / "base")
     base = pretrained(name_or_path=str(tmp_path / "base"), label_names=LABELS, seed=5)

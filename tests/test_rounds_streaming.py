@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fedlr.aggregate.mean
+import fedlr.cohorts
 import fedlr.rounds
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.fair import LoraFair, LoraFairRidge
@@ -216,7 +217,7 @@ def test_a_run_draws_each_cohort_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(key["round_index"])
         return stream(seed, purpose, **key)
 
-    monkeypatch.setattr(fedlr.rounds, "stream", counting_stream)
+    monkeypatch.setattr(fedlr.cohorts, "stream", counting_stream)
     sizes = {"num_rounds": 20, "num_clients": 6, "cohort_size": 3, "max_participations": 20, "seed": 5}
     rounds = fedlr.rounds.federated_rounds(ServerState(ADAPTER), pool=Answers(), method=MEAN, **sizes)
     assert len(list(rounds)) == 20 and asked == list(range(20))

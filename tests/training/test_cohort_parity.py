@@ -202,7 +202,12 @@ WRONG = {
     "tensors of another client": [
         ("stacks = stack.by_slot()", "stacks = {s: v.roll(1, 0) for s, v in stack.by_slot().items()}")
     ],
-    "no clip": [("max_grad_norm=max_grad_norm, ranks=ranks", "max_grad_norm=math.inf, ranks=ranks")],
+    "no clip": [
+        (
+            "            max_grad_norm=max_grad_norm,\n            ranks=ranks",
+            "            max_grad_norm=math.inf,\n            ranks=ranks",
+        )
+    ],
     "an owner that is not the row's": [(CREDITED, CREDITED.replace("owners[places]", "np.sort(owners[places])"))],
 }
 
