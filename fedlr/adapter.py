@@ -21,6 +21,8 @@ from torch import Tensor, nn
 LORA_A, LORA_B, HEAD = "lora_A", "lora_B", "head"
 SIDE_A, SIDE_B = "side_A", "side_B"
 ROLES = (LORA_A, LORA_B, HEAD)
+SHIPPED = "shipped"  # of frozen parts that clients are given once; no block trains it
+LAYOUT = "fedlr_layout"  # the attribute of a model whose adapter is another system's than LoRA (fedlr.tuners.attach)
 ADAPTER_NAME = "default"
 
 
@@ -166,10 +168,16 @@ class ClientUpdate:
 
 
 def adapter_parameters(model: nn.Module) -> dict[Slot, nn.Parameter]:
-    """Return every adapter parameter of a PEFT model by its slot: lora_A, lora_B, and the head's copy."""
+    """Return every adapter parameter of a PEFT model by its slot: lora_A, lora_B, and the head's copy.
+
+    Of another system those of its blocks, by the name of the parameter.
+    """
     found: dict[Slot, nn.Parameter] = {}
+    layout = getattr(model, LAYOUT, None)
+    if layout is not None:
+        found = {Slot(name, role): p for name, p in model.named_parameters() if (role := layout.role(name))}
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if layout is None and isinstance(module, LoraLayer):
             for role, factor in ((LORA_A, module.lora_A), (LORA_B, module.lora_B)):
                 found[Slot(path, role)] = cast(nn.Parameter, factor[ADAPTER_NAME].weight)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -198,6 +206,9 @@ def head_parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 def read_adapter(model: nn.Module) -> AdapterState:
     """Copy the adapter out of a PEFT model."""
+    if (layout := getattr(model, LAYOUT, None)) is not None:
+        trained = {slot: p.detach().to("cpu", copy=True) for slot, p in adapter_parameters(model).items()}
+        return AdapterState(trained | {slot: part.cpu() for slot, part in layout.shipped(model).items()}, scale=1.0)
     scales = {m.scaling[ADAPTER_NAME] for m in model.modules() if isinstance(m, LoraLayer)}
     if len(scales) != 1:
         raise ValueError(f"Expected one scale for all layers of the adapter, got {sorted(scales)}")
@@ -206,8 +217,17 @@ def read_adapter(model: nn.Module) -> AdapterState:
 
 
 def write_adapter(model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
-    """Copy values into a PEFT model; every slot must exist there with the same shape."""
+    """Copy values into a PEFT model; every slot must exist there with the same shape.
+
+    Parts that were shipped are not written but compared: all copies of a model share them.
+    """
     parameters = adapter_parameters(model)
+    if shipped := {slot.path: tensor for slot, tensor in tensors.items() if slot.role == SHIPPED}:
+        frozen = getattr(model, LAYOUT).frozen(model)
+        for path, tensor in shipped.items():
+            if path not in frozen or not torch.equal(frozen[path].cpu(), tensor):
+                raise ValueError(f"Expected the frozen parts that were shipped, got others at {path}")
+        tensors = {slot: tensor for slot, tensor in tensors.items() if slot.role != SHIPPED}
     with torch.no_grad():
         for slot, tensor in tensors.items():
             if slot not in parameters or parameters[slot].shape != tensor.shape:

@@ -20,6 +20,7 @@ class AdapterConfig(BaseModel):
     which is repeated as often as there are clients (None: all have `rank`); the scale is that of `rank` for all.
     `init_lora_weights` is PEFT's, as far as an exported adapter opens on the plain base model, and nobody's examples
     are read before there is any noise; `principal` and `activations` are ours (`fedlr.informed`).
+    `system` is a name of `fedlr.tuners`, and `sizes` what that system has besides rank and alpha, by PEFT's names.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -32,6 +33,8 @@ class AdapterConfig(BaseModel):
     use_rslora: bool = False
     train_head: bool = False
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = None
+    system: str = "lora"
+    sizes: dict[str, Any] | None = None
 
     def ranks(self, num_clients: int) -> tuple[int, ...] | None:
         """Return the rank of each client; None: all have the adapter's."""

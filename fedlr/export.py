@@ -11,16 +11,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 from fedlr.adapter import ADAPTER_NAME, AdapterState, adapted_layers, write_adapter
 from fedlr.low_rank import LowRankSum
+from fedlr.tuners.exported import portable, title_of
 
 CARD = """\
 ---
 base_model: {base}
 library_name: peft
-tags: [lora, federated-learning, differential-privacy]
+tags: [{tag}, federated-learning, differential-privacy]
 ---
 # {name}
 
-A LoRA adapter for `{base}`, trained by a federation with `{method}` (fedlr). Base tensors: SHA-256 `{base_sha256}`.
+{article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
+Base tensors: SHA-256 `{base_sha256}`.
 
 ```python
 from peft import PeftModel
@@ -64,6 +66,8 @@ def export_adapter(
     write_adapter(model, adapter.tensors)
     if adapter.side:
         _add_side(model, adapter)
+    system = title_of(model)
+    model = portable(model)
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     config.base_model_name_or_path = base
     if not isinstance(config.target_modules, str | None):
@@ -74,6 +78,9 @@ def export_adapter(
     labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
     card = CARD.format(
         name=name,
+        article="An" if system == "IA3" else "A",
+        system=system,
+        tag=str(config.peft_type).rpartition(".")[2].lower(),
         method=method,
         base=base,
         base_sha256=base_sha256,

@@ -11,6 +11,7 @@ from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.method import Always, Method
 from fedlr.rounds import ServerState, task_of
+from simulations.system_checks import check_system
 
 SEVERAL = 4  # made-up updates, enough for any rule
 
@@ -36,6 +37,7 @@ def check_runtime(experiment: Experiment, method: Method, rule: ClientRule) -> N
 
 def check_method(experiment: Experiment, method: Method, rule: ClientRule | None = None) -> None:
     """Refuse what a method cannot do here; `rule` is what clients do after the noise (None: the method's)."""
+    check_system(experiment, method)
     rule = rule or method.client
     runtime, name = experiment.runtime, method.name
     if method.folds and runtime.base_dtype != "float32":

@@ -23,7 +23,7 @@ from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.memory import free_memory
 from fedlr.method import Method
-from fedlr.models import AdaptedModel, BaseModel, attach_lora
+from fedlr.models import AdaptedModel, BaseModel
 from fedlr.precision import bfloat16_note, with_bfloat16_base
 from fedlr.prefix import encode_prefix, without_prefix
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
@@ -36,6 +36,9 @@ from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
+from fedlr.tuners.attach import attach
+from fedlr.tuners.blocks import LORA
+from fedlr.tuners.supported import check_tuner
 from simulations.checks import check_aggregate, check_runtime
 
 
@@ -181,11 +184,15 @@ def adapted_model(
 ) -> tuple[BaseModel, AdaptedModel]:
     """Return the base model, and the model with an adapter that the engine can train in every round."""
     base: BaseModel = build(experiment.model.section(), "model", label_names=label_names, seed=seed)
-    model = attach_lora(base, experiment.adapter, seed=seed)
+    model = attach(base, experiment.adapter, seed=seed)
     block = frozenset(method.block_schedule.roles) | (
         frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
     )
-    check_supported(model, block, grad_sample_mode=experiment.trainer.grad_sample_mode)
+    mode = experiment.trainer.grad_sample_mode
+    if experiment.adapter.system != LORA:
+        check_tuner(model, block, first=method.block_schedule(0, read_adapter(model)), grad_sample_mode=mode)
+        return base, model
+    check_supported(model, block, grad_sample_mode=mode)
     if experiment.trainer.engine == "fused":
         check_fused(model, block)
     return base, model

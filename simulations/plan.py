@@ -14,7 +14,7 @@ from secrets import randbits
 
 import numpy as np
 
-from fedlr.adapter import narrowed
+from fedlr.adapter import SHIPPED, narrowed, num_values, roles_of
 from fedlr.cohorts import cohorts
 from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment
@@ -97,12 +97,21 @@ def traffic_lines(federation: Federation) -> list[str]:
     # What is folded into the base, or keeps clients from drifting, goes down from later rounds on.
     least = "at least " if federation.method.folds or federation.training.rule.remembers else ""
     return [
-        f"adapter     {federation.num_trained_values:,} trained values, rank {e.adapter.rank}, "
-        f"on {len(adapter.factors())} layers",
+        f"adapter     {federation.num_trained_values:,} trained values, {places(federation)}",
         f"bytes       {size(up)} up and {size(down)} down for a client in a round",
         f"            {size(a_round[0])} up and {size(a_round[1])} down a round, "
         f"{size(e.num_rounds * a_round[0])} and {least}{size(e.num_rounds * a_round[1])} in all {e.num_rounds}",
     ]
+
+
+def places(federation: Federation) -> str:
+    """Say where the trained values are; of another system than LoRA also what each client is given once."""
+    adapter, config = federation.start.adapter, federation.experiment.adapter
+    if layers := adapter.factors():
+        return f"rank {config.rank}, on {len(layers)} layers"
+    blocks = ", ".join(sorted(roles_of(federation.task().block)))
+    shipped = num_values(adapter.select(frozenset({SHIPPED})).values())
+    return f"{blocks}, and {shipped:,} frozen ones that each client is given once"
 
 
 def cost_lines(federation: Federation) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedlr.adapter import (
+    LAYOUT,
     AdapterState,
     Block,
     ClientUpdate,
@@ -35,6 +36,7 @@ from fedlr.streams import Randomness
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
 from fedlr.training.local import LocalTraining, train_client
 from fedlr.training.losses import cross_entropy
+from fedlr.tuners.gradients import engine
 from simulations.kept import Kept
 
 GRADIENTS: dict[str, type[HookGradients | GhostGradients | LoopGradients | SumGradients]] = {
@@ -194,9 +196,15 @@ class Worker:
             self.close()
             self._trained = train_only(self.model, block)
             self.model.train()
-            self._gradients = GRADIENTS[self._mode](self.model, self._trained, loss=cross_entropy)
+            self._gradients = self._make()
             self._block = block
         return self._trained, self._gradients
+
+    def _make(self) -> Gradients:
+        layout = getattr(self.model, LAYOUT, None)
+        if layout is not None and self._mode == "hooks":
+            return engine(layout.tuner, self.model, self._trained, loss=cross_entropy)
+        return GRADIENTS[self._mode](self.model, self._trained, loss=cross_entropy)
 
     def close(self) -> None:
         """Remove the hooks."""

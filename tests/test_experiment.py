@@ -23,7 +23,11 @@ from simulations.federation import private_mechanism
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-NEEDED = {"data=table": ["data.path=reviews.csv"], "model=pretrained": ["model.name_or_path=./encoder"]}
+NEEDED = {
+    "data=table": ["data.path=reviews.csv"],
+    "model=pretrained": ["model.name_or_path=./encoder"],
+    "adapter=tuner": ["adapter.system=randlora"],
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

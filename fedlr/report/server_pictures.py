@@ -19,7 +19,7 @@ def aggregation_error(run: Run) -> Picture:
     name, title = "aggregation-error", "Aggregation error of each round"
     states = [state for state in run.states if state.rounds_completed > 0 and state.aggregation_error is not None]
     if not states:
-        return Picture(name, title, "No round was aggregated.")
+        return Picture(name, title, "No round was aggregated, or the adapter is not LoRA, whose products are compared.")
     errors = [error for state in states for error in (state.aggregation_error or 0.0, *state.error_by_layer.values())]
     largest = max(errors) if all(map(math.isfinite, errors)) else math.inf
     verdict = (

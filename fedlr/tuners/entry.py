@@ -36,7 +36,7 @@ class Tuner:
         config: the class of its PEFT configuration.
         options: what makes it this system; a caller cannot change them.
         sizes: ranks, block sizes and counts that fit the measuring networks; a caller chooses others.
-        blocks: the trained tensors, by the name of their block.
+        blocks: the trained tensors, by the name of their block; the first has a gradient at the start, if any has.
         form: see the module's docstring.
         exact: the blocks that are exact alone; of a linear or multilinear tuner all.
         path: how it gets per-example gradients: see `fedlr.tuners.gradients`.

@@ -16,7 +16,7 @@ from fedlr.tuners.entry import Tuner
 from fedlr.tuners.starts import corda, eva, lora_ga
 
 A, B = ("lora_A.default.weight",), ("lora_B.default.weight",)
-BOTH = {"lora_A": A, "lora_B": B}
+BOTH = {"lora_B": B, "lora_A": A}  # the zero one first: until it moves the other has no gradient
 BASE = "base_layer.weight"
 OPTIMIZER = "the tensors are LoRA's; the rest is an optimizer, which reads the noised gradient only"
 
@@ -231,7 +231,7 @@ LORA_FAMILY: dict[str, Tuner] = {
         config=AdaLoraConfig,
         options={"total_step": 100},
         sizes={"init_r": 4, "target_r": 2},
-        blocks={"lora_A": ("lora_A.default",), "lora_B": ("lora_B.default",), "lora_E": ("lora_E.default",)},
+        blocks={"lora_E": ("lora_E.default",), "lora_A": ("lora_A.default",), "lora_B": ("lora_B.default",)},
         form="multilinear",
         path="vmap",
         source="Zhang et al. 2023",
