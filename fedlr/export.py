@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ tags: [{tag}, federated-learning, differential-privacy]
 
 {article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
 Base tensors: SHA-256 `{base_sha256}`.
-
+{personal}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
@@ -45,6 +46,10 @@ The full statement, with what it does not cover:
 ```
 """
 
+PERSONAL = """
+Every client kept {roles} to itself, and was scored with its own: here is the part they share, with the start's {roles}.
+"""
+
 
 def export_adapter(
     model: PeftModel,
@@ -56,6 +61,7 @@ def export_adapter(
     base: str,
     base_sha256: str,
     statement: dict[str, Any],
+    personal: Sequence[str] = (),
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
 
@@ -80,6 +86,7 @@ def export_adapter(
         name=name,
         article="An" if system == "IA3" else "A",
         system=system,
+        personal=PERSONAL.format(roles=", ".join(personal)) if personal else "",
         tag=str(config.peft_type).rpartition(".")[2].lower(),
         method=method,
         base=base,

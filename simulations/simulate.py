@@ -159,6 +159,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         base=federation.base.source,
         base_sha256=federation.base.fingerprint,
         statement=statement,
+        personal=federation.method.personal,
     )
 
 

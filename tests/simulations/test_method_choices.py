@@ -27,7 +27,7 @@ from simulations.federation import Federation, assemble, torch_threads
 from simulations.fused_pool import FusedPool
 from simulations.pool import LocalPool
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger
+from simulations.simulate import create_ledger, leave_behind
 from tests.simulations.small_runs import experiment, federation
 from tests.training.small_models import mutant
 
@@ -276,3 +276,13 @@ def test_alone_there_is_nobody_to_share_with(tmp_path: Path) -> None:
         for name in ("fedsa_lora", "scaffold"):
             for slot, tensor in state.adapter.tensors.items():
                 torch.testing.assert_close(found[name][client].adapter.tensors[slot], tensor, rtol=0, atol=2e-6)
+
+
+def test_the_card_of_a_personal_method_says_what_is_missing(tmp_path: Path) -> None:
+    for name, says in (("fedsa_lora", True), ("fedit", False)):
+        f = federation(f"method={name}")
+        (tmp_path / name).mkdir()
+        create_ledger(f, tmp_path / name / "ledger.jsonl")
+        leave_behind(f, tmp_path / name, f.start)
+        card = (tmp_path / name / "adapter" / "README.md").read_text()
+        assert ("Every client kept lora_B to itself" in card) is says
