@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from fedlr.experiment import CONFIGS
 from fedlr.streams import Purpose, stream
 from simulations import cli
 from tests.simulations.small_runs import RUN_FILES
 
-METHODS = ("fedsvd", "lora_fair", "lora_fair_ridge", "ffa_lora", "ffa_lora_orthonormal", "fedit")
+METHODS = tuple(sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml")))
 TINY = ("experiment=tiny", "num_rounds=1", "runtime.num_workers=1")
 
 
