@@ -99,6 +99,10 @@ class AdapterState:
                 raise ValueError(f"Expected a tensor that the adapter has, got {slot} of shape {tuple(tensor.shape)}")
         return replace(self, tensors={**self.tensors, **tensors})
 
+    def with_rounded(self, values: Mapping[Slot, Tensor]) -> "AdapterState":
+        """Return a copy as `with_tensors`, whose new tensors are the values rounded to the dtypes of the old ones."""
+        return self.with_tensors({slot: value.to(self.tensors[slot].dtype) for slot, value in values.items()})
+
     def select(self, block: Block) -> dict[Slot, Tensor]:
         """Return the tensors that `block` trains, sorted by slot."""
         return {slot: self.tensors[slot] for slot in sorted(self.tensors) if in_block(slot, block)}

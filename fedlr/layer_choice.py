@@ -110,7 +110,7 @@ class ScoredMean:
         steps = {slot: mean[slot] - adapter.tensors[slot].double() for slot in factors if slot in mean}
         alone = weights[1] / weights[0] ** 2  # sum_k p_k^2
         shared = {slot: _shared_square(step, squares[slot] / weights[0] ** 2, alone) for slot, step in steps.items()}
-        after = adapter.with_tensors({slot: value.to(adapter.tensors[slot].dtype) for slot, value in mean.items()})
+        after = adapter.with_rounded(mean)
         new_scores = {slot: self._score(slot, steps[slot], shared[slot], adapter.memory) for slot in steps}
         waited = adapter.memory.get(WAIT, {})
         waits = {s: torch.tensor(0.0) if s in steps else waited.get(s, torch.tensor(0.0)) + 1 for s in factors}

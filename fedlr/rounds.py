@@ -5,8 +5,8 @@ devices behind Flower; the round is the same (McMahan et al. 2017, algorithm 1, 
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Protocol
@@ -161,8 +161,8 @@ def run_round(
         aggregation_error=aggregation_error(ideal, aggregated) if answers.trained else {},
         aggregation_error_sd=aggregation_error_sd(ideal, aggregated) if answers.trained else {},
         singular_values=singular_values(adapter),
-        bytes_up=sum(num_bytes(narrowed(expected, rank_of(client, ranks)).values()) for client in answers.trained),
-        bytes_down=sum(task.num_bytes(rank_of(client, ranks)) for client in cohort),
+        bytes_up=_total(answers.trained, ranks, lambda rank: num_bytes(narrowed(expected, rank).values())),
+        bytes_down=_total(cohort, ranks, task.num_bytes),
         train_s=answers.train_s,
         aggregate_s=time.perf_counter() - started - answers.train_s,
     )
@@ -241,6 +241,12 @@ class Answers:
 def rank_of(client: int, ranks: Sequence[int] | None) -> int | None:
     """Return a client's rank; None: the adapter's."""
     return None if ranks is None else ranks[client]
+
+
+def _total(clients: Sequence[int], ranks: Sequence[int] | None, size: Callable[[int | None], int]) -> int:
+    """Return the sizes of all clients together; those of one rank have one size, which is taken once."""
+    counts = Counter(rank_of(client, ranks) for client in clients)
+    return sum(count * size(rank) for rank, count in counts.items())
 
 
 def federated_rounds(

@@ -144,8 +144,7 @@ def _correct(adapter: AdapterState, updates: Iterable[ClientUpdate], solve: Call
             means = LoraFactors(mean[slot_A], mean[slot_B])
             target_DR, gram_RR = ideal.times(path, mean[slot_A].T, elsewhere=means), mean[slot_A] @ mean[slot_A].T
             corrected[slot_B] = mean[slot_B] + solve(_Layer(mean[slot_B], target_DR, gram_RR, ideal.norm(path)))
-    rounded = {slot: value.to(adapter.tensors[slot].dtype) for slot, value in {**mean, **corrected}.items()}
-    return adapter.with_tensors(rounded)
+    return adapter.with_rounded({**mean, **corrected})
 
 
 class _Shared:

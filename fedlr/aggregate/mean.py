@@ -37,7 +37,7 @@ def weighted_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -> Ada
     mean = RunningMean()
     for update in updates:
         mean.add(update)
-    return adapter.with_tensors({slot: value.to(adapter.tensors[slot].dtype) for slot, value in mean.values().items()})
+    return adapter.with_rounded(mean.values())
 
 
 class RunningMean:

@@ -83,7 +83,7 @@ def norm_weighted_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -
     values = plain.values()
     for path in grew:
         values |= layers[path].values()
-    return adapter.with_tensors({slot: value.to(adapter.tensors[slot].dtype) for slot, value in values.items()})
+    return adapter.with_rounded(values)
 
 
 def _held_rank(adapter: AdapterState) -> int:

@@ -52,8 +52,7 @@ class FedRot:
         reference, mean = adapter.factors(), RunningMean()
         for update in updates:
             mean.add(self._turned(reference, update))
-        rounded = {slot: value.to(adapter.tensors[slot].dtype) for slot, value in mean.values().items()}
-        return adapter.with_tensors(rounded)
+        return adapter.with_rounded(mean.values())
 
     def _turned(self, reference: dict[str, LoraFactors], update: ClientUpdate) -> ClientUpdate:
         turned: dict[Slot, Tensor] = {}

@@ -82,8 +82,7 @@ class RunningProducts:
 
     def mean(self) -> AdapterState:
         """Return the adapter with the weighted mean of every trained tensor: FedIT's."""
-        means = self._mean.values()
-        return self._adapter.with_tensors({s: value.to(self._adapter.tensors[s].dtype) for s, value in means.items()})
+        return self._adapter.with_rounded(self._mean.values())
 
     @property
     def both(self) -> frozenset[str]:

@@ -49,7 +49,7 @@ def projected_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -> Ad
         if (slot := Slot(path, LORA_B)) in mean:
             basis_DR = projectors[path].leading(rank=layer.lora_B.shape[1], like=mean[slot])
             mean[slot] = basis_DR @ (basis_DR.T @ mean[slot])
-    return adapter.with_tensors({slot: value.to(adapter.tensors[slot].dtype) for slot, value in mean.items()})
+    return adapter.with_rounded(mean)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class FedAsk:
                 if lora_A is not None and lora_B is not None:
                     sums[path].add(LoraFactors(lora_A, lora_B), update.weight)
                     both.add(path)
-        mean = adapter.with_tensors({s: v.to(adapter.tensors[s].dtype) for s, v in running.values().items()})
+        mean = adapter.with_rounded(running.values())
         new: dict[str, LoraFactors] = {}
         for number, (path, layer) in enumerate(layers.items()):
             if path in both:

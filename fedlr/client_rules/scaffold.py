@@ -109,7 +109,7 @@ class ScaffoldServer:
             change = (start - value) / (self.num_steps * self.lr) - old
             # No coarser than float32: a sum of many small changes would stand still in bfloat16.
             control[slot] = (old + share * change).to(torch.promote_types(adapter.tensors[slot].dtype, torch.float32))
-        new = adapter.with_tensors({slot: value.to(adapter.tensors[slot].dtype) for slot, value in mean.items()})
+        new = adapter.with_rounded(mean)
         return new.remembering(CONTROL, control)
 
 
