@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlr.adapter import LORA_A, Slot, adapted_layers, read_adapter, write_adapter
 from fedlr.errors import InputError
+from fedlr.refactor import row_signs
 from fedlr.streams import Purpose, stream
 
 WEIGHTS, ACTIVATIONS = "principal", "activations"
@@ -131,4 +132,4 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _signed(rows: Tensor) -> Tensor:
-    return rows * rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
+    return rows * row_signs(rows)

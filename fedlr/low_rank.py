@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlr.adapter import LoraFactors
 from fedlr.errors import InputError
+from fedlr.refactor import row_signs
 
 
 class LowRankSum:
@@ -108,7 +109,7 @@ class LowRankSum:
         lora_A = completed_rows(best.lora_A[:found], rank, like=like)
         lora_B = stacked.lora_B.new_zeros(len(stacked.lora_B), rank)
         lora_B[:, :found] = best.lora_B[:, :found]
-        signs_R1 = lora_A.gather(1, lora_A.abs().argmax(dim=1, keepdim=True)).sign()
+        signs_R1 = row_signs(lora_A)
         return LoraFactors(lora_A * signs_R1, lora_B * signs_R1.T)
 
     def _cut(self) -> None:

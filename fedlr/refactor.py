@@ -38,7 +38,7 @@ def svd_refactor(factors: LoraFactors) -> LoraFactors:
     U, S, Vh_RR = torch.linalg.svd(core_DR, full_matrices=out_features < rank)
     lora_A, lora_B = Vh_RR @ basis_KR.T, torch.zeros_like(core_DR)
     lora_B[:, : len(S)] = U * S
-    signs_R1 = lora_A.gather(1, lora_A.abs().argmax(dim=1, keepdim=True)).sign()
+    signs_R1 = row_signs(lora_A)
     return _like(factors, lora_A * signs_R1, lora_B * signs_R1.T)
 
 
@@ -62,6 +62,15 @@ def orthonormal_rows(factors: LoraFactors) -> LoraFactors:
     # A positive diagonal makes the QR unique, so that two linear algebra libraries agree up to rounding.
     signs_R = torch.where(mixing_RR.diagonal() < 0, -1.0, 1.0).double()
     return _like(factors, (basis_KR * signs_R).T, factors.lora_B.double() @ mixing_RR.T * signs_R)
+
+
+def row_signs(rows: Tensor) -> Tensor:
+    """Return the sign of the largest entry of each row, (R, 1): times it, singular vectors are free of their sign.
+
+    >>> row_signs(torch.tensor([[1.0, -3.0], [2.0, 0.5]])).tolist()
+    [[-1.0], [1.0]]
+    """
+    return rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
 
 
 def product_singular_values(factors: LoraFactors) -> Tensor:

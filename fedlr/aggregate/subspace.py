@@ -14,6 +14,7 @@ from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactor
 from fedlr.aggregate.mean import RunningMean
 from fedlr.errors import InputError
 from fedlr.low_rank import LowRankSum, completed_rows
+from fedlr.refactor import row_signs
 from fedlr.streams import Purpose, stream
 
 
@@ -134,7 +135,7 @@ def _sketched(product: LoraFactors, omega_KS: Tensor, *, like: LoraFactors) -> L
     lora_A[:used] *= root_N1
     lora_B = torch.zeros_like(like.lora_B, dtype=torch.float64)
     lora_B[:, :used] = (basis_DS @ U[:, :used]) * root_N1.T
-    signs_R1 = lora_A.gather(1, lora_A.abs().argmax(dim=1, keepdim=True)).sign()
+    signs_R1 = row_signs(lora_A)
     lora_A, lora_B = lora_A * signs_R1, lora_B * signs_R1.T
     return LoraFactors(lora_A.to(like.lora_A.dtype), lora_B.to(like.lora_B.dtype))
 
