@@ -1,6 +1,6 @@
 """Virtual clients in several processes: Ray actors, each with a resident base model and threads of its own.
 
-The groups of a round are those of one process (`simulations.fused_pool`), in the same order, so the numbers are the
+The groups of a round are those of one process (`fedlr.pools.fused`), in the same order, so the numbers are the
 same to the bit; only where a group trains differs. The ledger stays in this process, which charges a cohort before any
 actor is asked. An actor builds its federation from the same configuration and seed.
 """
@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 from fedlr.adapter import ClientUpdate
+from fedlr.assembly import torch_threads
 from fedlr.experiment import check_experiment
+from fedlr.pools.fused import group_size
+from fedlr.pools.kept import Kept
+from fedlr.pools.local import Accounts, Charges
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
-from simulations.federation import Federation, assemble, torch_threads
-from simulations.fused_pool import group_size
-from simulations.kept import Kept
-from simulations.pool import Accounts, Charges
+from simulations.federation import Federation, assemble
 from simulations.runtime import pool_here
 
 # Groups that wait at each actor beside the one that trains: no actor idles, and few results lie about.

@@ -2,11 +2,11 @@
 
 from typing import Any, Protocol
 
+from fedlr.pools.fused import FusedPool
+from fedlr.pools.kept import Kept
+from fedlr.pools.local import Charges, LocalPool
 from fedlr.rounds import ClientPool
 from simulations.federation import Federation
-from simulations.fused_pool import FusedPool
-from simulations.kept import Kept
-from simulations.pool import Charges, LocalPool
 
 
 class SimulatedPool(ClientPool, Protocol):

@@ -13,21 +13,22 @@ from typing import Any
 from torch import Tensor
 
 from fedlr.adapter import Slot, write_adapter
+from fedlr.assembly import torch_threads
 from fedlr.evaluate import Evaluation, evaluate, mean_evaluation
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
+from fedlr.pools.local import sharing_base
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement
+from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
+from fedlr.run_dir import LEDGER, append_lines, create_run_dir, write_json, write_origin
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.first_token import first_token_only
 from simulations.alone import train_alone
-from simulations.federation import Federation, assemble, describe, torch_threads
-from simulations.pool import sharing_base
+from simulations.federation import Federation, assemble, describe
 from simulations.progress import Progress
-from simulations.records import client_rows, metrics_row, summarise
-from simulations.run_dir import LEDGER, append_lines, create_run_dir, write_json, write_origin
 from simulations.runtime import make_pool
 
 
@@ -59,8 +60,23 @@ def run(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
     seconds = time.perf_counter() - started
     run_baselines(federation, run_dir, progress=progress)
     leave_behind(federation, run_dir, state)
-    write_json(run_dir / "summary.json", summarise(federation, state, rows, seconds=seconds))
+    write_json(run_dir / "summary.json", summary(federation, state, rows, seconds=seconds))
     write_report(run_dir)
+
+
+def summary(
+    federation: Federation, state: ServerState, rows: list[dict[str, Any]], *, seconds: float
+) -> dict[str, Any]:
+    """Return summary.json from the metrics of all rounds."""
+    return summarise(
+        federation.experiment,
+        state,
+        rows,
+        method=federation.method.name,
+        seed=federation.seed,
+        num_trained_values=federation.num_trained_values,
+        seconds=seconds,
+    )
 
 
 def run_rounds(

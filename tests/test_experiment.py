@@ -14,12 +14,12 @@ from peft import LoraConfig, TaskType, get_peft_model
 from pydantic import ValidationError
 
 from fedlr.adapter_config import CHANGE_THE_BASE, INFORMED, INITIALISERS, AdapterConfig
+from fedlr.assembly import private_mechanism
 from fedlr.build import build, build_method, build_optimizer, check_sections
 from fedlr.errors import InputError
 from fedlr.experiment import CONFIGS, check_experiment, compose_experiment
 from fedlr.models import BaseModel, attach_lora, tiny_random
 from simulations import cli
-from simulations.federation import private_mechanism
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 FILES = sorted(CONFIGS.rglob("*.yaml"))

@@ -23,9 +23,9 @@ from fedlr.adapter import HEAD, AdapterState, LoraFactors, Slot, read_adapter, w
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.export import export_adapter
 from fedlr.models import AdapterConfig, BaseModel, attach_lora, pretrained, tiny_random, word_tokenizer
+from fedlr.pools.local import sharing_base
 from fedlr.prefix import without_prefix
 from fedlr.side import SideWeights
-from simulations.pool import sharing_base
 
 LABELS = ("bad", "good", "so so")
 WIDTHS = {

@@ -156,7 +156,7 @@ OFFENCES = {
     "import opacus": "fedlr/wire.py",
     "def f():\n    from opacus.accountants import RDPAccountant": "fedlr/evaluate.py",
     "from peft import LoraConfig": "fedlr/training/local.py",
-    "from hydra.utils import instantiate": "simulations/pool.py",
+    "from hydra.utils import instantiate": "fedlr/pools/local.py",
     "def f():\n    import simulations.cli": "fedlr/experiment.py",
     "import importlib\nimportlib.import_module('simulations.cli')": "fedlr/report/page.py",
     "from server import app": "client/app.py",
@@ -184,7 +184,7 @@ def test_each_offence_is_found(source: str, path: str) -> None:
         ("fedlr/rounds.py", "from fedlr.method import Method\nfrom fedlr.aggregate.diagnostics import x"),
         ("fedlr/experiment.py", "import hydra\nfrom fedlr.rounds import run_round"),
         ("fedlr/data/table.py", "import json\nload = json.load\nimport numpy as np\nnp.loadtxt"),
-        ("simulations/cli.py", "from hydra import compose\nfrom simulations.pool import x\nimport fedlr"),
+        ("simulations/cli.py", "from hydra import compose\nfrom fedlr.pools.local import x\nimport fedlr"),
     ],
 )
 def test_what_the_design_allows_is_no_offence(path: str, source: str) -> None:

@@ -27,6 +27,7 @@ from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactor
 from fedlr.aggregate.fair import LoraFairRidge
 from fedlr.aggregate.mean import weighted_mean
 from fedlr.aggregate.rank import svd_redistribution
+from fedlr.assembly import torch_threads
 from fedlr.method import Aggregator, Always, Method, full_adapter, keep
 from fedlr.refactor import svd_refactor
 from fedlr.rounds import RoundTask, ServerState, run_round
@@ -35,7 +36,6 @@ from simulations.bench.memory_use import can_measure, peak_mb, reset_peak, resid
 from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal
 from simulations.bench.settings import Settings
 from simulations.bench.timing import alternate
-from simulations.federation import torch_threads
 
 FACTORED, DENSE = "svd_refactor", "torch.linalg.svd of the product"
 REFACTORS_A_TURN = 20  # one takes a few milliseconds

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedlr.adapter import LORA_B, Slot, adapter_parameters, train_only
 from fedlr.data.tokenise import Share, TokenisedText
+from fedlr.pools.local import sharing_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
@@ -32,7 +33,6 @@ from simulations.bench.outcome import Check, Measure, Outcome, check_equal, join
 from simulations.bench.rivals.networks import Shape, build_network
 from simulations.bench.settings import Settings
 from simulations.bench.timing import Times, alternate
-from simulations.pool import sharing_base
 
 BLOCK = frozenset({LORA_B})
 MODELS = {

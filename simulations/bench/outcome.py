@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedlr.adapter import Slot
 from fedlr.errors import InputError
+from fedlr.run_dir import write_json
 from simulations.bench.goals import BY_KEY, Goal
-from simulations.run_dir import write_json
 
 Size = Literal["tiny", "quick", "full"]
 

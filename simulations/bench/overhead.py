@@ -13,14 +13,15 @@ from statistics import median
 from typing import Any
 
 from fedlr.adapter import ClientUpdate
+from fedlr.assembly import torch_threads
 from fedlr.experiment import compose_experiment
+from fedlr.pools.local import Accounts
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds import Dropout, RoundTask, run_round
 from simulations.bench.federations import overrides
 from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
 from simulations.bench.settings import Settings
-from simulations.federation import Federation, assemble, torch_threads
-from simulations.pool import Accounts
+from simulations.federation import Federation, assemble
 from simulations.simulate import create_ledger
 
 GROUP = 64  # clients whose steps are settled together, as a pool of many does

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapter import adapted_layers, train_only
+from fedlr.assembly import torch_threads
 from fedlr.experiment import compose_experiment
+from fedlr.pools.local import sharing_base
 from fedlr.training.cohort import Stack as ClientStack
 from fedlr.training.cohort import train_cohort
 from fedlr.training.fused import FusedGradients
@@ -28,8 +30,7 @@ from simulations.bench.rivals.networks import Network, build_network
 from simulations.bench.settings import Settings
 from simulations.bench.step import MINILM, OURS, PLAIN, TINY, build_contestants
 from simulations.bench.timing import alternate
-from simulations.federation import Federation, assemble, torch_threads
-from simulations.pool import sharing_base
+from simulations.federation import Federation, assemble
 
 FLOOR, FORWARD = "network without adapters, forward and backward", "network without adapters, forward"
 # Part of a step: its colour, and the functions whose frame puts a stack there. The first that fits counts.

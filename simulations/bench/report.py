@@ -6,13 +6,13 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.report.svg import standing_alone
+from fedlr.run_dir import write_text
 from simulations.bench.flame import flame_svg
 from simulations.bench.goals import GOALS, Goal
 from simulations.bench.outcome import Measure, Outcome, read_outcome
 from simulations.bench.pictures import goals_picture, step_picture
 from simulations.bench.profile import colour_of
 from simulations.bench.registry import BENCHMARKS
-from simulations.run_dir import write_text
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FLAME = "performance-flame.svg"

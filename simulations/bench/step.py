@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapter import LORA_B, Slot, train_only
+from fedlr.assembly import torch_threads
+from fedlr.pools.local import sharing_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import Gradients, LoopGradients
@@ -27,8 +29,6 @@ from simulations.bench.rivals.networks import FAMILIES, Network, Shape, build_ne
 from simulations.bench.rivals.opacus_steps import OpacusGhostStep, OpacusStep, PlainStep
 from simulations.bench.settings import Settings
 from simulations.bench.timing import Times, alternate
-from simulations.federation import torch_threads
-from simulations.pool import sharing_base
 
 NOISE_MULTIPLIER = 1.0
 TOLERANCE = 1e-4  # relative to the sum's norm

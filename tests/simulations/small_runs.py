@@ -5,12 +5,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fedlr.assembly import torch_threads
 from fedlr.experiment import Experiment, compose_experiment
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds import RoundTask
-from simulations.federation import Federation, assemble, torch_threads
+from fedlr.run_dir import LEDGER
+from simulations.federation import Federation, assemble
 from simulations.progress import Progress
-from simulations.run_dir import LEDGER
 from simulations.simulate import create_ledger, run_rounds
 
 # What a run without privacy leaves behind; a private one also its ledger.

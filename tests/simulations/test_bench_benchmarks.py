@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fedlr.adapter import LoraFactors, Slot
+from fedlr.assembly import torch_threads
 from fedlr.training.fused import FusedGradients
 from simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
 from simulations.bench.flame import flame_svg, sampled, tree
 from simulations.bench.outcome import BenchmarkFailed, Outcome
 from simulations.bench.rivals.networks import FAMILIES, build_network
 from simulations.bench.settings import Settings
-from simulations.federation import torch_threads
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,19 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-import simulations.fused_pool as fused_pool
-import simulations.kept as kept_module
-import simulations.pool as local_pool
+import fedlr.pools.fused as fused_pool
+import fedlr.pools.kept as kept_module
+import fedlr.pools.local as local_pool
 import simulations.runtime as runtime
 from fedlr.adapter import LORA_A, LORA_B, LoraFactors, Slot, within
+from fedlr.assembly import torch_threads
 from fedlr.build import build_method
+from fedlr.checks import check_method
 from fedlr.errors import InputError
+from fedlr.pools.fused import FusedPool
+from fedlr.pools.local import LocalPool
 from fedlr.rounds import ServerState, run_round
 from simulations.alone import train_alone
-from simulations.checks import check_method
-from simulations.federation import Federation, assemble, torch_threads
-from simulations.fused_pool import FusedPool
-from simulations.pool import LocalPool
+from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger, leave_behind
 from tests.simulations.small_runs import experiment, federation

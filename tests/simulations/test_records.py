@@ -9,11 +9,11 @@ import pytest
 from fedlr.adapter import LORA_B, num_values
 from fedlr.errors import InputError
 from fedlr.evaluate import Evaluation
+from fedlr.records import client_rows, metrics_row
 from fedlr.rounds import Dropout, RoundDiagnostics
+from fedlr.run_dir import append_lines, create_run_dir, json_text, read_json, write_json
 from fedlr.wire import num_bytes, to_record
-from simulations.records import client_rows, metrics_row, summarise
-from simulations.run_dir import append_lines, create_run_dir, json_text, read_json, write_json
-from simulations.simulate import create_ledger
+from simulations.simulate import create_ledger, summary
 from tests.simulations.small_runs import experiment, federation, rounds
 
 
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_the_records_on_the_wire(tmp_path: Path, method: str)
 def test_summary_adds_up() -> None:
     f = federation()
     row = {"accuracy": 0.5, "loss": 0.7, "epsilon_max": 1.0, "bytes_up": 3, "bytes_down": 5}
-    found = summarise(f, f.start, [{**row, "accuracy": 0.25}, row, row], seconds=2.0)
+    found = summary(f, f.start, [{**row, "accuracy": 0.25}, row, row], seconds=2.0)
     assert (found["start_accuracy"], found["final_accuracy"]) == (0.25, 0.5)
     assert (found["bytes_up"], found["bytes_down"]) == (9, 15)
     assert found["adapter_sha256"] == f.start.adapter.fingerprint()

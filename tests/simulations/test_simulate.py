@@ -18,7 +18,7 @@ from fedlr.adapter import read_adapter
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.sampling import PoissonSampler
-from simulations.run_dir import LEDGER
+from fedlr.run_dir import LEDGER
 from simulations.simulate import create_ledger, leave_behind, simulate
 from tests.simulations import small_runs
 from tests.simulations.small_runs import RUN_FILES, experiment, federation, lines, open_ledger, rounds
@@ -145,7 +145,7 @@ def survives(folder: Path, f: object) -> None:
 KILLER = """
     import os, signal, sys, time
     from pathlib import Path
-    from simulations.federation import torch_threads
+    from fedlr.assembly import torch_threads
     from simulations.simulate import run
     from tests.simulations.small_runs import SMALL, federation, quiet
 

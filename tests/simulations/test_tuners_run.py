@@ -20,16 +20,17 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedlr.adapter import HEAD, SHIPPED, ClientUpdate, Slot, num_bytes, roles_of, write_adapter
+from fedlr.assembly import torch_threads
 from fedlr.build import build
 from fedlr.errors import InputError
+from fedlr.pools.local import Worker, sharing_base
 from fedlr.training.gradients import clipped_row_sums
 from fedlr.training.local import sum_over
 from fedlr.training.supported import probe_inputs
 from fedlr.tuners import TUNERS
 from fedlr.tuners.attach import NOT_IN_RUNS
 from fedlr.tuners.blocks import ExactBlocks, RotatingBlocks
-from simulations.federation import Federation, assemble, torch_threads
-from simulations.pool import Worker, sharing_base
+from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import leave_behind, simulate
 from tests.simulations.small_runs import experiment, federation, lines, rounds

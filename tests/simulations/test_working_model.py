@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedlr.adapter import adapter_parameters
-from simulations.federation import Federation, assemble, torch_threads
+from fedlr.assembly import torch_threads
+from simulations.federation import Federation, assemble
 from tests.simulations.small_runs import experiment, rounds
 
 CACHED = ("runtime.cache_prefix=true", "adapter.layers=[1]")

@@ -16,12 +16,12 @@ from torch import Tensor
 import fedlr.training.parity as shipped
 from fedlr.adapter import Block, adapter_parameters, read_adapter, train_only
 from fedlr.errors import InputError
+from fedlr.pools.local import sharing_base
 from fedlr.precision import with_bfloat16_base
 from fedlr.training.cohort import Stack
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.gradients import HookGradients
 from fedlr.training.losses import causal_lm, cross_entropy
-from simulations.pool import sharing_base
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import (
     A_AND_B,

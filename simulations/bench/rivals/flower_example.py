@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlr.adapter import LORA_B, Slot, train_only
+from fedlr.assembly import load_examples, private_mechanism
 from fedlr.build import build, build_optimizer
 from fedlr.data.partition import Partition
 from fedlr.data.tokenise import Share, TokenisedText
@@ -33,7 +34,6 @@ from fedlr.training.gradients import HookGradients
 from fedlr.training.local import LocalTraining, train_client
 from fedlr.training.losses import cross_entropy
 from simulations.bench.rivals.flower_cached import content, reply
-from simulations.federation import load_examples, private_mechanism
 
 BLOCK = frozenset({LORA_B})
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

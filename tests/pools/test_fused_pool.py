@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import torch
 
+import fedlr.pools.fused as pool_module
 import fedlr.training.cohort as cohort_module
 import fedlr.training.fused as fused
 import fedlr.training.parity as parity_module
-import simulations.fused_pool as pool_module
 from fedlr.adapter import ClientUpdate, Slot
 from fedlr.errors import InputError
+from fedlr.pools.fused import FusedPool, group_size
+from fedlr.pools.local import LocalPool
 from fedlr.privacy.charges import read_ledger
 from fedlr.rounds import Dropout, run_round
 from fedlr.streams import OsRandomness
 from simulations.federation import Federation
-from simulations.fused_pool import FusedPool, group_size
-from simulations.pool import LocalPool
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger
 from tests.simulations.small_runs import federation, first_task, open_ledger, rounds

@@ -4,12 +4,12 @@ Formats are in docs/files.md. Times stand apart under `seconds`: all other value
 """
 
 import statistics
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedlr.evaluate import Evaluation
+from fedlr.experiment import Experiment
 from fedlr.rounds import RoundDiagnostics, ServerState
-from simulations.federation import Federation
 
 
 def metrics_row(
@@ -87,15 +87,23 @@ def client_rows(
 
 
 def summarise(
-    federation: Federation, state: ServerState, rows: list[dict[str, Any]], *, seconds: float
+    experiment: Experiment,
+    state: ServerState,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    method: str,
+    seed: int,
+    num_trained_values: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Return summary.json from the metrics of all rounds."""
-    e, last = federation.experiment, rows[-1]
+    e, last = experiment, rows[-1]
+    is_private = e.privacy.epsilon is not None
     return {
         "name": e.name,
-        "method": federation.method.name,
-        "privacy": "dp" if federation.mechanism else "none",
-        "seed": federation.seed,
+        "method": method,
+        "privacy": "dp" if is_private else "none",
+        "seed": seed,
         "num_rounds": e.num_rounds,
         "num_clients": e.num_clients,
         "cohort_size": e.cohort_size,
@@ -103,9 +111,9 @@ def summarise(
         "final_accuracy": last["accuracy"],
         "final_loss": last["loss"],
         "epsilon_max": last["epsilon_max"],
-        "delta": federation.budget.delta if federation.budget else None,
+        "delta": e.privacy.delta if is_private else None,
         "adapter_sha256": state.adapter.fingerprint(),
-        "num_trained_parameters": federation.num_trained_values,
+        "num_trained_parameters": num_trained_values,
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "seconds": seconds,

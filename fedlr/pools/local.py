@@ -28,6 +28,7 @@ from fedlr.adapter import (
     write_adapter,
 )
 from fedlr.data.tokenise import Share
+from fedlr.pools.kept import Kept
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
@@ -37,7 +38,6 @@ from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, L
 from fedlr.training.local import LocalTraining, train_client
 from fedlr.training.losses import cross_entropy
 from fedlr.tuners.gradients import engine
-from simulations.kept import Kept
 
 GRADIENTS: dict[str, type[HookGradients | GhostGradients | LoopGradients | SumGradients]] = {
     "hooks": HookGradients,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+import fedlr.pools.local as pool_module
 import fedlr.training.local as local
-import simulations.pool as pool_module
 from fedlr.adapter import ClientUpdate, adapter_parameters
 from fedlr.privacy.charges import read_ledger
 from fedlr.rounds import Dropout, run_round

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fedlr.adapter import AdapterState, Block, ClientUpdate, Slot, train_only, write_adapter
 from fedlr.data.tokenise import Share
+from fedlr.pools.kept import Kept
+from fedlr.pools.local import Accounts, Charges, sharing_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
 from fedlr.side import SideWeights
@@ -25,8 +27,6 @@ from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.local import LocalTraining
 from fedlr.training.losses import cross_entropy
 from fedlr.training.parity import ParityCheck
-from simulations.kept import Kept
-from simulations.pool import Accounts, Charges, sharing_base
 
 # More of them fill no micro-batch better: the lengths of their examples lie close enough.
 LARGEST_GROUP = 64

@@ -11,7 +11,7 @@ from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.method import Always, Method
 from fedlr.rounds import ServerState, task_of
-from simulations.system_checks import check_system
+from fedlr.system_checks import check_system
 
 SEVERAL = 4  # made-up updates, enough for any rule
 

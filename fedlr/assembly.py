@@ -1,0 +1,186 @@
+"""From an experiment to the parts that a simulation, a server and a device are made of.
+
+Everything that can be wrong with a configuration, the data or the model is found here, before any work.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedlr.adapter import HEAD, read_adapter
+from fedlr.build import build, build_choice, build_optimizer, checked, naming
+from fedlr.client_rule import ClientRule
+from fedlr.client_rules.chain import Chain
+from fedlr.data.store import TableStore
+from fedlr.data.table import LabelledText, split_train_test
+from fedlr.data.tokenise import TokenisedText
+from fedlr.errors import InputError
+from fedlr.experiment import Experiment
+from fedlr.memory import free_memory
+from fedlr.method import Method
+from fedlr.models import AdaptedModel, BaseModel
+from fedlr.precision import bfloat16_note, with_bfloat16_base
+from fedlr.prefix import encode_prefix, without_prefix
+from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
+from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
+from fedlr.privacy.sampling import PoissonSampler
+from fedlr.training.cohort import check_elementwise
+from fedlr.training.fused import check_fused
+from fedlr.training.local import LocalTraining
+from fedlr.training.supported import check_supported
+from fedlr.tuners.attach import attach
+from fedlr.tuners.blocks import LORA
+from fedlr.tuners.supported import check_tuner
+
+
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Let torch use so many threads in one operation, then as many as before.
+
+    Sums may round differently with another number, so what must repeat runs with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
+    """Return the examples that clients share out, and those the server holds out for evaluation.
+
+    Raises:
+        InputError: also where a private run would take its label names from private data.
+    """
+    section = experiment.data.section()
+    data: LabelledText = build(section, "data", seed=seed)
+    named = section.get("labels") or section.get("label_groups")
+    from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
+    if experiment.privacy.epsilon is not None and not experiment.data.public and from_data:
+        raise InputError(
+            "Expected data.labels in a private run, got null: the names that are found tell what the data hold. If "
+            f"they are known anyway, say data.labels=[{','.join(data.label_names)}], or data.public=true"
+        )
+    with naming("data", "num_test"):
+        return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+
+
+def adapted_model(
+    experiment: Experiment, method: Method, *, label_names: tuple[str, ...], seed: int
+) -> tuple[BaseModel, AdaptedModel]:
+    """Return the base model, and the model with an adapter that the engine can train in every round."""
+    base: BaseModel = build(experiment.model.section(), "model", label_names=label_names, seed=seed)
+    model = attach(base, experiment.adapter, seed=seed)
+    block = frozenset(method.block_schedule.roles) | (
+        frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
+    )
+    mode = experiment.trainer.grad_sample_mode
+    if experiment.adapter.system != LORA:
+        check_tuner(model, block, first=method.block_schedule(0, read_adapter(model)), grad_sample_mode=mode)
+        return base, model
+    check_supported(model, block, grad_sample_mode=mode)
+    if experiment.trainer.engine == "fused":
+        check_fused(model, block)
+    return base, model
+
+
+def working_model(
+    experiment: Experiment, model: AdaptedModel, tables: list[TokenisedText], *, say: Callable[[str], None]
+) -> tuple[nn.Module, list[TokenisedText]]:
+    """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached."""
+    runtime = experiment.runtime
+    model.to(runtime.device)
+    whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
+    if not runtime.cache_prefix:
+        return whole, tables
+    working = without_prefix(whole)
+    # Which of the places it is changes no bit.
+    memory = free_memory() if runtime.memory_gb is None else int(runtime.memory_gb * 1e9)
+    folder = None if runtime.cache_dir is None else Path(runtime.cache_dir).expanduser()
+    store = TableStore(folder, max_bytes=memory // 2 or None, say=say)
+    found = "" if folder is None else f", or come from {folder}"
+    say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
+    return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
+
+
+def local_training(experiment: Experiment, method: Method) -> LocalTraining:
+    """Return what each client does in a round."""
+    trainer, optimizer = experiment.trainer, build_optimizer(experiment)
+    if trainer.engine == "fused":
+        check_elementwise(optimizer)
+    rule = method.client
+    if trainer.after_noise is not None:
+        after = build_choice(trainer.after_noise.section(), "trainer.after_noise")
+        if not isinstance(after, ClientRule):
+            raise InputError(f"Expected trainer.after_noise to make a ClientRule, got {type(after).__name__}")
+        if after.remembers:
+            raise InputError(
+                f"Expected trainer.after_noise to remember nothing, got {type(after).__name__}; set method=scaffold"
+            )
+        rule = Chain((after, rule)) if rule.changes else after
+    return LocalTraining(
+        num_steps=trainer.num_steps,
+        optimizer=optimizer,
+        token_budget=trainer.token_budget,
+        divisor=trainer.divisor,
+        sampler=PoissonSampler(trainer.sample_rate),
+        rule=rule,
+    )
+
+
+def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
+    """Return the budget and the mechanism whose noise lasts for every participation a client may have."""
+    privacy, trainer = experiment.privacy, experiment.trainer
+    if privacy.epsilon is None:
+        return None, None
+    budget = PrivacyBudget(privacy.epsilon, privacy.delta)
+    noise_multiplier = privacy.noise_multiplier or calibrate_noise_multiplier(
+        budget,
+        sample_rate=trainer.sample_rate,
+        num_steps=experiment.max_participations * trainer.num_steps,
+        accountant=privacy.accountant,
+    )
+    mechanism = Mechanism(
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        sample_rate=trainer.sample_rate,
+        divisor=trainer.divisor,
+    )
+    event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
+    one_round = epsilon([(event, trainer.num_steps)], budget.delta, accountant=privacy.accountant)
+    if one_round > budget.epsilon:
+        raise InputError(
+            f"Expected a privacy.noise_multiplier with which one round stays within epsilon {budget.epsilon:g}, got "
+            f"{noise_multiplier:g}, which spends {one_round:.3g}; null finds the least that lasts the whole run"
+        )
+    return budget, mechanism
+
+
+def notes(
+    experiment: Experiment,
+    data: LabelledText,
+    held_out: LabelledText,
+    tokenised: TokenisedText,
+    test: TokenisedText,
+) -> tuple[str, ...]:
+    """Say what the run leaves out of the data it was given, and what would slow it down."""
+    found = []
+    if data.num_dropped:
+        found.append(f"{data.num_dropped} bad rows of {data.source} were left out (data.on_bad_row=drop)")
+    if cut := tokenised.num_truncated + test.num_truncated:
+        total = len(data) + len(held_out)
+        found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")
+    if experiment.runtime.base_dtype == "bfloat16" and experiment.privacy.epsilon is not None:
+        found.append(
+            "over a bfloat16 base one example can change how others round, by hundredths of the clip bound; epsilon "
+            "does not count that (docs/privacy.md, the last bits)"
+        )
+    on_cpu = experiment.runtime.device == "cpu"
+    if on_cpu and experiment.runtime.base_dtype == "bfloat16" and (slow := bfloat16_note()):
+        found.append(slow)
+    return tuple(found)
