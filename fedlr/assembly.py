@@ -19,7 +19,7 @@ from fedlr.data.store import TableStore
 from fedlr.data.table import LabelledText, split_train_test
 from fedlr.data.tokenise import TokenisedText
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
+from fedlr.experiment import Experiment, TrainerSection
 from fedlr.memory import free_memory
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel
@@ -108,12 +108,11 @@ def working_model(
     return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
 
 
-def local_training(experiment: Experiment, method: Method) -> LocalTraining:
-    """Return what each client does in a round."""
-    trainer, optimizer = experiment.trainer, build_optimizer(experiment)
+def local_training(trainer: TrainerSection, rule: ClientRule) -> LocalTraining:
+    """Return what each client does in a round; `rule` is the method's."""
+    optimizer = build_optimizer(trainer)
     if trainer.engine == "fused":
         check_elementwise(optimizer)
-    rule = method.client
     if trainer.after_noise is not None:
         after = build_choice(trainer.after_noise.section(), "trainer.after_noise")
         if not isinstance(after, ClientRule):

@@ -18,7 +18,7 @@ from fedlr.config_errors import dotted, first_problem, keyed, one_line, shown, u
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
-from fedlr.experiment import DataSection, Experiment
+from fedlr.experiment import DataSection, Experiment, TrainerSection
 from fedlr.method import Method
 from fedlr.models import BaseModel
 
@@ -41,7 +41,7 @@ def check_sections(experiment: Experiment) -> None:
         InputError: for the first that cannot be built.
     """
     build_method(experiment)
-    build_optimizer(experiment)
+    build_optimizer(experiment.trainer)
     for where, (_, given) in SECTIONS.items():
         checked(getattr(experiment, where).section(), where, given)
 
@@ -108,13 +108,13 @@ def build_choice(choice: Any, where: str) -> Callable[..., Any]:
     return built  # type: ignore[no-any-return]
 
 
-def build_optimizer(experiment: Experiment) -> "partial[torch.optim.Optimizer]":
+def build_optimizer(trainer: TrainerSection) -> "partial[torch.optim.Optimizer]":
     """Return the local optimizer as a callable over parameters, tried once on a dummy.
 
     Raises:
         InputError: if it is no torch optimizer, or refuses its arguments.
     """
-    where, section = "trainer.optimizer", experiment.trainer.optimizer.section()
+    where, section = "trainer.optimizer", trainer.optimizer.section()
     function = find(section["_target_"], f"{where}._target_")
     if not (isinstance(function, type) and issubclass(function, torch.optim.Optimizer)):
         raise InputError(f"Expected {where}._target_ to be a torch optimizer, got {section['_target_']!r}")

@@ -4,6 +4,7 @@ A round never trains anything itself: it sees a `ClientPool`. A pool may be clie
 devices behind Flower; the round is the same (McMahan et al. 2017, algorithm 1, with the method's choices).
 """
 
+import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,14 @@ class RoundTask:
     def shared(self) -> Block:
         """What leaves a client of what it trained."""
         return frozenset(entry for entry in self.block if not roles_of(frozenset({entry})) <= self.personal)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all that is asked: two tasks that have it in common are one computation."""
+        asked = (self.round_index, sorted(self.block, key=str), sorted(self.personal))
+        digest = hashlib.sha256(repr(asked).encode())
+        for group in (self.broadcast, side_tensors(self.side), self.control):
+            digest.update(AdapterState(group, scale=1.0).fingerprint().encode())
+        return digest.hexdigest()
 
     def num_bytes(self, rank: int | None = None) -> int:
         """Return the bytes that go down to a client of this rank; None: the adapter's."""

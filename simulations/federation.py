@@ -74,7 +74,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         InputError: for anything that could not run as configured.
     """
     method = build_method(experiment)
-    training = local_training(experiment, method)
+    training = local_training(experiment.trainer, method.client)
     check_runtime(experiment, method, training.rule)
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(

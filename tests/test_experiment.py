@@ -36,7 +36,7 @@ def test_experiment_composes_and_builds_all_that_needs_no_data(name: str) -> Non
     assert experiment.name == name
     check_sections(experiment)
     assert build_method(experiment).name == experiment.method["name"]
-    optimizer = build_optimizer(experiment)([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(experiment.trainer)([torch.nn.Parameter(torch.zeros(1))])
     assert optimizer.defaults["lr"] == experiment.trainer.optimizer.section()["lr"]
     budget, mechanism = private_mechanism(experiment)
     assert budget is not None and mechanism is not None and mechanism.noise_multiplier > 0

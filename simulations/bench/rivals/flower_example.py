@@ -100,7 +100,7 @@ def train_privately(model: PeftModel, share: Share, data: RawData, *, client: in
     gradients = HookGradients(model, trained, loss=cross_entropy)
     training = LocalTraining(
         num_steps=e.trainer.num_steps,
-        optimizer=build_optimizer(e),
+        optimizer=build_optimizer(e.trainer),
         token_budget=e.trainer.token_budget,
         divisor=e.trainer.divisor,
         sampler=PoissonSampler(e.trainer.sample_rate),
