@@ -3,7 +3,7 @@
 Everything that can be wrong with a configuration, the data or the model is found here, before any work.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedlr.adapter import HEAD, read_adapter
+from fedlr.adapter import HEAD, Block
+from fedlr.adapter_config import AdapterConfig
 from fedlr.build import build, build_choice, build_optimizer, checked, naming
 from fedlr.client_rule import ClientRule
 from fedlr.client_rules.chain import Chain
@@ -19,10 +20,9 @@ from fedlr.data.store import TableStore
 from fedlr.data.table import LabelledText, split_train_test
 from fedlr.data.tokenise import TokenisedText
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment, TrainerSection
+from fedlr.experiment import Experiment, RuntimeSection, TrainerSection
 from fedlr.memory import free_memory
-from fedlr.method import Method
-from fedlr.models import AdaptedModel, BaseModel
+from fedlr.models import AdaptedModel
 from fedlr.precision import bfloat16_note, with_bfloat16_base
 from fedlr.prefix import encode_prefix, without_prefix
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
@@ -32,7 +32,6 @@ from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
-from fedlr.tuners.attach import attach
 from fedlr.tuners.blocks import LORA
 from fedlr.tuners.supported import check_tuner
 
@@ -70,30 +69,28 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
         return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
 
 
-def adapted_model(
-    experiment: Experiment, method: Method, *, label_names: tuple[str, ...], seed: int
-) -> tuple[BaseModel, AdaptedModel]:
-    """Return the base model, and the model with an adapter that the engine can train in every round."""
-    base: BaseModel = build(experiment.model.section(), "model", label_names=label_names, seed=seed)
-    model = attach(base, experiment.adapter, seed=seed)
-    block = frozenset(method.block_schedule.roles) | (
-        frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
-    )
-    mode = experiment.trainer.grad_sample_mode
-    if experiment.adapter.system != LORA:
-        check_tuner(model, block, first=method.block_schedule(0, read_adapter(model)), grad_sample_mode=mode)
-        return base, model
+def check_trainable(
+    model: AdaptedModel, roles: Iterable[str], trainer: TrainerSection, adapter: AdapterConfig, *, first: Block
+) -> None:
+    """Refuse a model of which the engine cannot train these roles, or the block of the first round.
+
+    Raises:
+        InputError: which names the layer and the setting to change.
+    """
+    block = frozenset(roles) | (frozenset({HEAD}) if adapter.train_head else frozenset())
+    mode = trainer.grad_sample_mode
+    if adapter.system != LORA:
+        check_tuner(model, block, first=first, grad_sample_mode=mode)
+        return
     check_supported(model, block, grad_sample_mode=mode)
-    if experiment.trainer.engine == "fused":
+    if trainer.engine == "fused":
         check_fused(model, block)
-    return base, model
 
 
 def working_model(
-    experiment: Experiment, model: AdaptedModel, tables: list[TokenisedText], *, say: Callable[[str], None]
+    runtime: RuntimeSection, model: AdaptedModel, tables: list[TokenisedText], *, say: Callable[[str], None]
 ) -> tuple[nn.Module, list[TokenisedText]]:
     """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached."""
-    runtime = experiment.runtime
     model.to(runtime.device)
     whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
     if not runtime.cache_prefix:

@@ -1,14 +1,24 @@
 """How good an adapter is on held-out text that the server may see."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedlr.adapter import Slot, write_adapter
+from fedlr.assembly import torch_threads
 from fedlr.data.tokenise import TokenisedText, collate, micro_batches
+from fedlr.pools.local import sharing_base
+from fedlr.rounds import ServerState
+from fedlr.side import SideWeights
+from fedlr.training.first_token import first_token_only
 from fedlr.training.losses import cross_entropy
+
+# Of clients with a model of their own, so many are scored, the first ones: each costs a pass over the held-out texts.
+MOST_SCORED = 16
 
 
 @dataclass(frozen=True)
@@ -47,3 +57,25 @@ def mean_evaluation(found: Sequence[Evaluation]) -> Evaluation:
     Evaluation(accuracy=0.75, loss=0.5)
     """
     return Evaluation(fmean(one.accuracy for one in found), fmean(one.loss for one in found))
+
+
+class Evaluator:
+    """Scores states on the held-out texts, with all threads and a model of its own."""
+
+    def __init__(self, working: nn.Module, test: TokenisedText, *, side: SideWeights, num_threads: int) -> None:
+        self._model = first_token_only(sharing_base(working))
+        self._test, self._side, self._num_threads = test, side, num_threads
+
+    def score(self, state: ServerState, *, personal: Sequence[Mapping[Slot, Tensor]] = ()) -> tuple[Evaluation, float]:
+        """Return how good the state's adapter is, and the seconds it took to know.
+
+        With `personal` tensors it is the mean over the clients that keep them: there is no one model.
+        """
+        started = time.perf_counter()
+        self._side.merge(state.adapter)
+        found = []
+        for own in personal or ({},):
+            write_adapter(self._model, {**state.adapter.tensors, **own})
+            with torch_threads(self._num_threads):
+                found.append(evaluate(self._model, self._test))
+        return mean_evaluation(found), time.perf_counter() - started

@@ -95,8 +95,9 @@ class TrainerSection(Section):
 
 
 class RuntimeSection(Section):
-    """Where clients train."""
+    """Where clients train: in this program, in Flower's simulation, or on devices behind a SuperLink."""
 
+    kind: Literal["local", "flower", "superlink"]
     device: Annotated[str, AfterValidator(device_name)]
     num_workers: PositiveInt
     num_processes: PositiveInt
@@ -105,6 +106,19 @@ class RuntimeSection(Section):
     cache_prefix: bool
     cache_dir: Annotated[str, Field(min_length=1)] | None
     offline: bool
+
+
+class DeploymentSection(Section):
+    """How a server waits for devices, and where it finds them; read with runtime=superlink and runtime=flower."""
+
+    superlink: Annotated[str, Field(pattern=r"^[^:/]+:\d+$")]
+    root_certificates: str
+    superexec_secret: str
+    roster: str
+    min_updates: PositiveInt
+    round_deadline_s: PositiveFloat
+    max_attempts: PositiveInt
+    poll_s: PositiveFloat
 
 
 class TrackingSection(Section):
@@ -133,6 +147,7 @@ class Experiment(Section):
     trainer: TrainerSection
     runtime: RuntimeSection
     tracking: TrackingSection
+    deployment: DeploymentSection
 
     @property
     def max_participations(self) -> int:
@@ -256,6 +271,11 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
         raise InputError(
             "Expected runtime.base_dtype=float32 with privacy.randomness=os, got bfloat16: one example can change how "
             "others are padded, and so round, by hundredths of the clip bound, which no epsilon here allows for"
+        )
+    if e.runtime.kind != "local" and e.deployment.min_updates > e.cohort_size:
+        raise InputError(
+            f"Expected deployment.min_updates <= cohort_size={e.cohort_size}, got {e.deployment.min_updates}: no round "
+            "could ever have enough updates"
         )
     baselines = [key for key in ("run_no_privacy", "run_alone") if getattr(e.tracking, key)]
     if baselines and e.privacy.epsilon is not None and not e.data.public:

@@ -8,7 +8,6 @@ Notable choices:
   few hundred private steps never see.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from fedlr.adapter_config import INFORMED, AdapterConfig
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.errors import InputError
+from fedlr.fingerprint import tensor_fingerprint
 from fedlr.informed import inform
 
 # What the rest of the project calls a PEFT model with one LoRA adapter.
@@ -53,6 +53,11 @@ class BaseModel:
     source: str
     fingerprint: str
     drawn: tuple[str, ...] = ()
+
+    @property
+    def body_sha256(self) -> str:
+        """Return the SHA-256 of what was pretrained, without head and drawn modules: it depends on no seed."""
+        return tensor_fingerprint(self.network.base_model, without=self.drawn)
 
 
 def pretrained(
@@ -272,15 +277,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def tensor_fingerprint(network: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers, by name: equal bases give equal adapters."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _frozen(

@@ -270,11 +270,21 @@ def federated_rounds(
     seed: int,
     train_head: bool = False,
     ranks: Sequence[int] | None = None,
+    quorum: int = 0,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
-    """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines."""
+    """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines.
+
+    A round that fewer clients than `quorum` answered is abandoned: it yields the state it started from, and the same
+    cohort is asked again, for as long as the caller goes on.
+    """
     if not 1 <= cohort_size <= num_clients:
         raise InputError(f"Expected cohort_size in [1, num_clients={num_clients}], got {cohort_size}")
     draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
     for cohort in islice(draws, state.round_index, num_rounds):
-        state, diagnostics = run_round(state, cohort, pool=pool, method=method, train_head=train_head, ranks=ranks)
-        yield state, diagnostics
+        while True:
+            after, diagnostics = run_round(state, cohort, pool=pool, method=method, train_head=train_head, ranks=ranks)
+            is_abandoned = len(diagnostics.trained) < min(quorum, len(cohort))
+            state = state if is_abandoned else after
+            yield state, diagnostics
+            if not is_abandoned:
+                break

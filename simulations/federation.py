@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from fedlr.adapter import num_values, read_adapter
-from fedlr.assembly import adapted_model, load_examples, local_training, notes, private_mechanism, working_model
+from fedlr.assembly import check_trainable, load_examples, local_training, notes, private_mechanism, working_model
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
 from fedlr.data.partition import Partition
@@ -21,6 +21,7 @@ from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
 from fedlr.side import SideWeights
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.training.local import LocalTraining
+from fedlr.tuners.attach import attach
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
 
-    base, model = adapted_model(experiment, method, label_names=data.label_names, seed=seed)
+    base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+    model = attach(base, experiment.adapter, seed=seed)
+    first = method.block_schedule(0, read_adapter(model))
+    check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
     with naming("data", "max_length"):
         tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
         test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
@@ -92,7 +96,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
     check_aggregate(start, method, experiment, weights=weights)
-    working, (tokenised, test) = working_model(experiment, model, [tokenised, test], say=say)
+    working, (tokenised, test) = working_model(experiment.runtime, model, [tokenised, test], say=say)
     return Federation(
         experiment=experiment,
         seed=seed,

@@ -24,7 +24,7 @@ from fedlr.wire import num_bytes
 from simulations.federation import Federation, assemble
 from simulations.progress import alone_rounds
 from simulations.runtime import make_pool
-from simulations.simulate import Evaluator
+from simulations.simulate import evaluator_of
 
 
 def make_plan(experiment: Experiment) -> str:
@@ -118,7 +118,7 @@ def cost_lines(federation: Federation) -> list[str]:
     """Measure a step and an evaluation, and say what the run costs in time and memory."""
     e = federation.experiment
     step_s = measure_step(federation)
-    _, evaluate_s = Evaluator(federation).score(federation.start)
+    _, evaluate_s = evaluator_of(federation).score(federation.start)
     client_rounds = e.num_rounds * e.cohort_size
     arms = 1 + int(e.tracking.run_no_privacy and federation.mechanism is not None)
     alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0

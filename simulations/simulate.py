@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlr.adapter import Slot, write_adapter
+from fedlr.adapter import Slot
 from fedlr.assembly import torch_threads
-from fedlr.evaluate import Evaluation, evaluate, mean_evaluation
+from fedlr.evaluate import MOST_SCORED, Evaluator
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
 from fedlr.pools.local import sharing_base
@@ -25,7 +25,6 @@ from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
 from fedlr.run_dir import LEDGER, append_lines, create_run_dir, write_json, write_origin
 from fedlr.streams import Purpose, SeededRandomness, stream
-from fedlr.training.first_token import first_token_only
 from simulations.alone import train_alone
 from simulations.federation import Federation, assemble, describe
 from simulations.progress import Progress
@@ -85,7 +84,7 @@ def run_rounds(
     """Train the federation; write one line of metrics a round, and one line for each client asked."""
     e = federation.experiment
     state = federation.start
-    evaluator = Evaluator(federation)
+    evaluator = evaluator_of(federation)
     # A round changes what its cohort has spent, and nobody else's: enrolled clients cost nothing.
     spent = ledger.spent_all(range(e.num_clients)) if ledger else {}
     participations: Counter[int] = Counter()
@@ -147,7 +146,7 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
         progress.alone()
         ledger = create_ledger(federation, folder / f"alone-{LEDGER}")
         with closing(make_pool(with_other_noise(federation), ledger)) as pool:
-            evaluator = Evaluator(federation)
+            evaluator = evaluator_of(federation)
             states = train_alone(federation, pool, client_done=progress.client_done)
             accuracies = [evaluator.score(state)[0].accuracy for state in states]
         spent = ledger.spent_all(range(len(accuracies))) if ledger else {}
@@ -201,28 +200,11 @@ def with_other_noise(federation: Federation) -> Federation:
     return replace(federation, randomness=SeededRandomness(seed))
 
 
-# Of clients with a model of their own, so many are scored, the first ones: each costs a pass over the held-out texts.
-MOST_SCORED = 16
-
-
-class Evaluator:
-    """Scores states on the held-out texts, with all threads and a model of its own."""
-
-    def __init__(self, federation: Federation) -> None:
-        self._model = first_token_only(sharing_base(federation.working))
-        self._test, self._side = federation.test, federation.side
-        self._num_threads = federation.experiment.runtime.num_workers
-
-    def score(self, state: ServerState, *, personal: Sequence[Mapping[Slot, Tensor]] = ()) -> tuple[Evaluation, float]:
-        """Return how good the state's adapter is, and the seconds it took to know.
-
-        With `personal` tensors it is the mean over the clients that keep them: there is no one model.
-        """
-        started = time.perf_counter()
-        self._side.merge(state.adapter)
-        found = []
-        for own in personal or ({},):
-            write_adapter(self._model, {**state.adapter.tensors, **own})
-            with torch_threads(self._num_threads):
-                found.append(evaluate(self._model, self._test))
-        return mean_evaluation(found), time.perf_counter() - started
+def evaluator_of(federation: Federation) -> Evaluator:
+    """Return what scores states on the held-out texts."""
+    return Evaluator(
+        federation.working,
+        federation.test,
+        side=federation.side,
+        num_threads=federation.experiment.runtime.num_workers,
+    )

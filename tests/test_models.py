@@ -24,12 +24,12 @@ from transformers import (
 from fedlr.adapter import HEAD, read_adapter
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.errors import InputError
+from fedlr.fingerprint import tensor_fingerprint
 from fedlr.models import (
     AdapterConfig,
     attach_lora,
     pretrained,
     resolve,
-    tensor_fingerprint,
     tiny_random,
     word_tokenizer,
 )

@@ -15,7 +15,7 @@ import fedlr.precision
 import fedlr.training.gradients
 from fedlr.adapter import adapter_parameters, read_adapter, train_only
 from fedlr.errors import InputError
-from fedlr.models import tensor_fingerprint
+from fedlr.fingerprint import tensor_fingerprint
 from fedlr.precision import bfloat16_note, with_bfloat16_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler

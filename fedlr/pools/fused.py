@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedlr.adapter import AdapterState, Block, ClientUpdate, Slot, train_only, write_adapter
 from fedlr.data.tokenise import Share
 from fedlr.pools.kept import Kept
-from fedlr.pools.local import Accounts, Charges, sharing_base
+from fedlr.pools.local import Accounts, ByClient, Charges, sharing_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
 from fedlr.side import SideWeights
@@ -41,7 +41,7 @@ class FusedPool:
 
     Args:
         model: PEFT model whose frozen tensors all workers share; it is not changed.
-        clients: each client's private examples, rows of one table.
+        clients: by client id, private examples, rows of one table.
         enrolled: the adapter every client was given once, when it joined; broadcasts overlay it.
         training: local training, the same for all.
         mechanism: clip and noise, or None for no privacy.
@@ -58,16 +58,16 @@ class FusedPool:
     def __init__(
         self,
         model: nn.Module,
-        clients: Sequence[Share],
+        clients: ByClient[Share],
         *,
         enrolled: AdapterState,
         training: LocalTraining,
         mechanism: Mechanism | None,
         ledger: Charges | None,
         randomness: Randomness,
-        weights: Sequence[float],
+        weights: ByClient[float],
         num_workers: int,
-        ranks: Sequence[int] | None = None,
+        ranks: ByClient[int] | None = None,
         side: SideWeights | None = None,
         memory_gb: float | None = None,
         check_parity: bool = True,

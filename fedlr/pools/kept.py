@@ -1,4 +1,4 @@
-"""What simulated clients keep from round to round, each on what would be its own disk. Nothing of it is ever sent."""
+"""What clients keep from round to round, each on its own disk, or on what would be one. Nothing of it is ever sent."""
 
 from collections.abc import Mapping, Sequence
 
@@ -42,6 +42,14 @@ class Kept:
             rows = [{**zeros, **self._memory.get(client, {})} for client in clients]
             memory = {slot: torch.stack([row[slot] for row in rows]).to(device) for slot in zeros}
         return RuleInputs(frozen, control, memory)
+
+    def of(self, client: int) -> tuple[dict[Slot, Tensor], dict[Slot, Tensor]]:
+        """Return a client's personal tensors and memory, for its disk."""
+        return self.personal.get(client, {}), self._memory.get(client, {})
+
+    def restore(self, client: int, personal: Mapping[Slot, Tensor], memory: Mapping[Slot, Tensor]) -> None:
+        """Take back what `of` gave."""
+        self.personal[client], self._memory[client] = dict(personal), dict(memory)
 
     def remember(self, clients: Sequence[int], inputs: RuleInputs) -> None:
         """Keep each client's part of what the rule remembered."""

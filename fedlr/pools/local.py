@@ -48,6 +48,13 @@ GRADIENTS: dict[str, type[HookGradients | GhostGradients | LoopGradients | SumGr
 
 
 Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value", covariant=True)
+
+
+class ByClient(Protocol[Value]):
+    """What each client has: a list of all clients, or a dictionary of the one that lives on this device."""
+
+    def __getitem__(self, client: int, /) -> Value: ...
 
 
 class Charges(Protocol):
@@ -96,7 +103,7 @@ class LocalPool:
 
     Args:
         model: PEFT model whose frozen tensors all workers share; it is not changed.
-        clients: each client's private examples.
+        clients: by client id, private examples.
         enrolled: the adapter every client was given once, when it joined; broadcasts overlay it.
         training: local training, the same for all.
         mechanism: clip and noise, or None for no privacy.
@@ -111,14 +118,14 @@ class LocalPool:
     def __init__(
         self,
         model: nn.Module,
-        clients: Sequence[Share],
+        clients: ByClient[Share],
         *,
         enrolled: AdapterState,
         training: LocalTraining,
         mechanism: Mechanism | None,
         ledger: Charges | None,
         randomness: Randomness,
-        weights: Sequence[float],
+        weights: ByClient[float],
         grad_sample_mode: str,
         num_workers: int,
         side: SideWeights | None = None,

@@ -1,0 +1,1 @@
+"""The edge's house: everything that runs on a device that holds private data."""

@@ -1,0 +1,78 @@
+"""What the owner of a device may allow and bound: the section `policy` of `client.yaml`.
+
+`client.policy` holds what a server asks against it.
+"""
+
+import re
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from fedlr.experiment import PositiveFloat, PositiveInt, Rate, Section
+from fedlr.terms import Sha256
+from fedlr.tuners.blocks import LORA
+
+OptimizerName = Literal[
+    "torch.optim.SGD",
+    "torch.optim.Adam",
+    "torch.optim.AdamW",
+    "torch.optim.Adamax",
+    "torch.optim.NAdam",
+    "torch.optim.RAdam",
+    "torch.optim.Adagrad",
+    "torch.optim.Adadelta",
+    "torch.optim.RMSprop",
+]
+RuleName = Literal[
+    "fedlr.client_rule.ClientRule",
+    "fedlr.client_rules.alternation.LocalAlternation",
+    "fedlr.client_rules.preconditioned.LoraPlus",
+    "fedlr.client_rules.preconditioned.ScaledGradient",
+    "fedlr.client_rules.proximal.FedProx",
+    "fedlr.client_rules.scaffold.ScaffoldClient",
+]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+RULES: tuple[RuleName, ...] = get_args(RuleName)
+
+# Bounds that no owner needs to move.
+LEAST_GRAD_NORM = 1e-6  # far below, float32 rounds noise of this size away
+LARGEST_ARGUMENT = 1e6  # of an optimizer or a rule
+LARGEST_SCALE = 1e3  # lora_alpha / rank
+LARGEST_SIZE = 65_536  # any number in adapter.sizes
+MOST_NAMES = 1_000  # in a list of modules or layers
+MOST_BLOCKS = 10_000  # single slots that a round may name
+MODULE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+HOW_IT_RUNS = ("foreach", "fused", "capturable", "differentiable")  # of torch's optimizers: nothing a server need say
+
+
+class Policy(Section):
+    """The owner's bounds. `allowed_models` are SHA-256 of base models without their heads (`fedlr client doctor`)."""
+
+    allowed_models: Annotated[list[Sha256], Field(min_length=1)]
+    max_experiments: PositiveInt = 100  # of which this device keeps an adapter and the last replies
+    max_rounds: PositiveInt = 1_000  # of one experiment
+    max_steps_per_round: PositiveInt = 100
+    max_sample_rate: Rate = 0.25
+    min_noise_multiplier: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 0.3
+    max_noise_multiplier: PositiveFloat = 1_000.0
+    max_grad_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, allow_inf_nan=False)] = 10.0
+    min_divisor: PositiveFloat = 1.0
+    max_divisor: PositiveFloat = 1e6
+    max_length: PositiveInt = 512  # tokens of one text
+    max_token_budget: PositiveInt = 65_536  # tokens of one forward pass
+    max_rank: PositiveInt = 64
+    max_trained_values: PositiveInt = 20_000_000  # of an adapter, as a message brings it
+    max_side_values: PositiveInt = 100_000_000  # of what a server folded away
+    allowed_adapters: Annotated[list[str], Field(min_length=1)] = [LORA]
+    allowed_optimizers: Annotated[list[OptimizerName], Field(min_length=1)] = list(OPTIMIZERS)
+    allowed_rules: list[RuleName] = list(RULES)
+    allow_seeded_randomness: bool = False
+    allow_no_privacy: bool = False
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        for what in ("noise_multiplier", "divisor"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if least > most:
+                raise ValueError(f"a section with min_{what} <= max_{what} ({least:g} > {most:g})")
+        return self

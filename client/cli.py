@@ -1,0 +1,66 @@
+"""`fedlr client ...`: what an edge engineer types."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from fedlr.commands import USAGE_ERROR, Command, command
+from fedlr.errors import InputError
+
+# By name: the module and the function in it; only the one asked for is imported.
+COMMANDS = {
+    "key": ("client.key", "key"),
+    "init": ("client.ledger_command", "init"),
+    "doctor": ("client.doctor", "doctor"),
+    "run": ("client.cli", "run"),
+    "ledger": ("client.ledger_command", "ledger"),
+}
+
+
+def client(arguments: Sequence[str]) -> int:
+    """Train on this device for a server, under its owner's policy: fedlr client COMMAND ...
+
+    key      make this device's key pair
+    init     make its ledger, once
+    doctor   say what is here, what is wrong, and what will be refused
+    run      connect and answer, until stopped
+    ledger   say what was spent
+
+    Each takes --help.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(client.__doc__)
+        return 0
+    if name not in COMMANDS:
+        print(f"fedlr client: Expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+        return USAGE_ERROR
+    module, function = COMMANDS[name]
+    chosen: Command = getattr(import_module(module), function)
+    return chosen(rest)
+
+
+@command
+def run(arguments: list[str]) -> None:
+    """Connect and answer, until stopped: fedlr client run client.yaml
+
+    One process; the base model is loaded once. Killed at any time it may be started again: what was charged stays
+    charged, what was released is sent again.
+    """
+    if len(arguments) != 1:
+        raise InputError(f"Expected one file, such as client.yaml, got {len(arguments)} arguments")
+    from client.device import Device  # heavy: torch and all that
+    from client.node import serve
+    from client.settings import load_settings
+
+    settings = load_settings(Path(arguments[0]))
+
+    def say(line: str) -> None:
+        print(f"{settings.name}: {line}", flush=True)
+
+    device = Device(settings, say=say)
+    try:
+        serve(settings, device, say=say)
+    finally:
+        device.close()

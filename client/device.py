@@ -1,0 +1,173 @@
+"""A device: it answers one request after the other, with its own model, data, policy and ledger.
+
+    request -> policy -> an answer kept from before? -> ledger.reserve -> DP-SGD -> ledger.settle -> disk -> reply
+
+Nothing but `fedlr.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
+word. A round that was released is sent again from disk; one that was charged and never released is charged again with
+fresh noise (or, with seeded randomness, computed again to the bit, which releases nothing new).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from client.policy import PolicyRefusal, check_request, check_terms
+from client.replies import Kept, Replies
+from client.settings import Settings
+from client.trainee import Trainee
+from fedlr.adapter import AdapterState, Block, ClientUpdate
+from fedlr.assembly import torch_threads
+from fedlr.errors import InputError
+from fedlr.messages import RefusalReason, Reply, ReplyFacts, Request
+from fedlr.pools.fused import FusedPool
+from fedlr.pools.local import LocalPool
+from fedlr.privacy.ledger import PrivacyLedger, Refusal
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.wire import RecordDict
+
+OWN = 0  # this device in its own ledger, whatever number a server gives it
+
+
+class Refused(Exception):
+    """No update will come of a request; the reason is one of the words that may leave."""
+
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Device:
+    """One client of a federation.
+
+    Args:
+        settings: what its owner decided.
+        say: the device's own log; what it is told never leaves.
+
+    Raises:
+        InputError: the ledger is missing (which is not an unspent budget), was changed, or belongs to other settings.
+    """
+
+    def __init__(self, settings: Settings, *, say: Callable[[str], None]) -> None:
+        self.num_models_loaded = 0
+        self._settings, self._say = settings, say
+        self._ledger = settings.open_ledger()
+        self._trainee: Trainee | None = None
+        self._pool: tuple[object, FusedPool | LocalPool] | None = None
+        self._charges = None if self._ledger is None else OwnCharges(self._ledger)
+
+    def answer(self, record: RecordDict) -> RecordDict:
+        """Answer one request.
+
+        Raises:
+            InputError: it is no request at all, so there is nobody to answer in the form of a reply.
+        """
+        request = Request.read(record)
+        where = f"round {request.task.round_index} of {request.terms.name}"
+        try:
+            reply = self._answer(request)
+            self._say(f"{where}: {'trained' if reply.tensors else reply.facts.refused}")
+        except Refused as refusal:
+            self._say(f"{where}: refused ({refusal.reason}): {refusal}")
+            reply = self._refusal(request, refusal.reason)
+        except Exception as error:  # what went wrong with private data stays here
+            self._say(f"{where}: failed: {type(error).__name__}: {error}")
+            reply = self._refusal(request, "device_error")
+        return reply.record()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool is not None:
+            self._pool[1].close()
+            self._pool = None
+
+    def _answer(self, request: Request) -> Reply:
+        terms, task = request.terms, request.task
+        try:
+            check_terms(terms, self._settings)
+            check_request(request, self._settings)
+        except PolicyRefusal as refusal:
+            raise Refused("policy", str(refusal)) from refusal
+        replies = Replies(self._settings.experiments_dir, terms.experiment_id)
+        asked = task.fingerprint()
+        if (done := replies.of(task.round_index)) is not None:
+            if done.reply.facts.task_sha256 == asked:
+                return done.reply
+            if terms.randomness == "seeded":  # the same noise on another sum: their difference would have none
+                raise Refused("other_task", "another adapter was broadcast in this round before")
+        enrolled = self._enrolled(request, replies)
+        trainee = self._prepared(request)
+        with torch_threads(1):
+            pool = self._pool_of(trainee, request.client_id, enrolled, task.block)
+            latest = replies.latest()
+            pool.kept.restore(request.client_id, latest.personal if latest else {}, latest.memory if latest else {})
+            (outcome,) = list(pool.train(task, [request.client_id]))
+        if not isinstance(outcome, ClientUpdate):
+            reason: RefusalReason = "budget_exhausted" if outcome.reason == "budget_exhausted" else "already_reserved"
+            raise Refused(reason, f"the ledger says {outcome.reason}")
+        reply = Reply(self._facts(request, asked, None), outcome.tensors)
+        replies.write(Kept(reply, *pool.kept.of(request.client_id)))
+        return reply
+
+    def _enrolled(self, request: Request, replies: Replies) -> AdapterState:
+        if request.enrolled is not None:
+            replies.enrol(request.enrolled)
+            return request.enrolled
+        adapter = replies.enrolled(request.enrolled_sha256)
+        if adapter is None:
+            raise Refused("not_enrolled", f"the adapter {request.enrolled_sha256[:12]} is not on this device")
+        return adapter
+
+    def _prepared(self, request: Request) -> Trainee:
+        if self._trainee is None or self._trainee.terms != request.terms:
+            self.close()
+            try:
+                self._trainee = Trainee.prepare(self._settings, request.terms, say=self._say)
+            except InputError as error:
+                raise Refused("policy", str(error)) from error
+            self.num_models_loaded += 1
+            self._say(f"base model {request.terms.model_sha256[:12]} loaded, {len(self._trainee.share)} examples")
+        return self._trainee
+
+    def _pool_of(self, trainee: Trainee, client_id: int, enrolled: AdapterState, block: Block) -> FusedPool | LocalPool:
+        key = (trainee.terms.sha256(), client_id, enrolled.fingerprint())
+        if self._pool is None or self._pool[0] != key:
+            self.close()
+            charges = None if trainee.terms.mechanism is None else self._charges
+            self._pool = key, trainee.pool(client_id, enrolled, block, charges)
+        return self._pool[1]
+
+    def _refusal(self, request: Request, reason: RefusalReason) -> Reply:
+        return Reply(self._facts(request, request.task.fingerprint(), reason), {})
+
+    def _facts(self, request: Request, asked: str, reason: RefusalReason | None) -> ReplyFacts:
+        spent = None if self._ledger is None else self._ledger.spent(OWN)
+        return ReplyFacts(
+            experiment_id=request.terms.experiment_id,
+            client_id=request.client_id,
+            round_index=request.task.round_index,
+            task_sha256=asked,
+            refused=reason,
+            # Rounded up: the last digits of an accountant differ between machines.
+            epsilon=None if spent is None else math.ceil(spent * 1e6) / 1e6 if math.isfinite(spent) else spent,
+            ledger_head=None if self._ledger is None else self._ledger.head(),
+        )
+
+
+class OwnCharges:
+    """The device's ledger as a pool asks for it: rounds are numbered over the life of the ledger, whoever asks."""
+
+    def __init__(self, ledger: PrivacyLedger) -> None:
+        self._ledger = ledger
+        self._round = 0
+
+    def reserve(
+        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+    ) -> Mapping[int, Refusal | None]:
+        """Charge a round, or refuse."""
+        (client,) = client_ids
+        self._round = self._ledger.participations(OWN)
+        return {client: self._ledger.reserve(self._round, mechanism, num_steps, [OWN])[OWN]}
+
+    def settle_all(self, round_index: int, steps_taken: Mapping[int, int]) -> None:
+        """Say how many steps were taken."""
+        (steps,) = steps_taken.values()
+        self._ledger.settle_all(self._round, {OWN: steps})

@@ -1,0 +1,135 @@
+"""A device's one process: it asks the server for messages, answers them, and keeps the base model loaded.
+
+It speaks Flower's Fleet interface itself. There is no second process that starts a third for every message, no port is
+opened, and no code is ever fetched: what runs is what is installed here. The calls below Flower's public ones are
+pinned by tests/client/test_node.py.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from client.connection_errors import check_connection, load_root_certificates
+from client.device import Device
+from client.settings import Settings
+from fedlr.errors import InputError
+from fedlr.node_key import load_node_key
+
+NODE_ID = "node_id"  # in the state folder: by it a session that a killed process left behind is ended
+# How long to wait between two questions to the server: short while an experiment goes on, long when nothing does.
+BUSY_POLL_S, IDLE_POLL_S, BUSY_FOR_S = 0.3, 3.0, 120.0
+FAILED = Error(code=2, reason="device_error")  # all that a server learns of what no reply could say
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Flower's callbacks of one registered node."""
+
+    node_id: int
+    receive: Callable[[], Any]
+    send: Callable[..., Any]
+    pull_object: Callable[[int, str], bytes]
+    push_object: Callable[[int, str, str, bytes], None]
+    confirm: Callable[[int, str], None]
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[Connection]:
+    """Connect as this device's key; heartbeats are sent meanwhile.
+
+    Raises:
+        InputError: the server cannot be reached, or does not let this device in; the text says what to fix.
+    """
+    key = load_node_key(settings.server.private_key)
+    certificates = load_root_certificates(settings.server.root_certificates)
+    remembered = settings.state_dir / NODE_ID
+    last = int(remembered.read_text()) if remembered.exists() else None
+    found_id = check_connection(settings.server.address, certificates, key, last_node_id=last)
+    remembered.write_text(str(found_id))
+    with http_request_response(settings.server.address, False, certificates, (key, key.public_key())) as found:
+        node_id, receive, send, _, _, pull_object, push_object, confirm = found
+        yield Connection(node_id, receive, send, pull_object, push_object, confirm)
+
+
+def serve(settings: Settings, device: Device, *, say: Callable[[str], None]) -> None:
+    """Answer messages for ever."""
+    with connected(settings) as connection:
+        say(f"connected to {settings.server.address} as node {connection.node_id}")
+        last = time.monotonic()
+        while True:
+            if step(connection, device, say=say):
+                last = time.monotonic()
+            else:
+                time.sleep(BUSY_POLL_S if time.monotonic() - last < BUSY_FOR_S else IDLE_POLL_S)
+
+
+def step(connection: Connection, device: Device, *, say: Callable[[str], None]) -> bool:
+    """Take one message and answer it; return whether there was one."""
+    try:
+        received = connection.receive()
+        if received is None:
+            return False
+        announced, tree = received
+        message = fetch(connection, announced, tree)
+        TaskIdentity.run_id, TaskIdentity.node_id = message.metadata.run_id, connection.node_id
+        TaskIdentity.task_id = 0
+        started = time.monotonic()
+        deliver(connection, answer(device, message, say=say), seconds=time.monotonic() - started)
+    except RunNotRunningException:
+        say("the run is over at the server; what was released stays on disk and is sent when it is asked again")
+    except httpx.HTTPError as error:
+        say(f"the server could not be reached in the middle of a message ({type(error).__name__})")
+    return True
+
+
+def answer(device: Device, message: Message, *, say: Callable[[str], None]) -> Message:
+    """Return the reply to a message, whatever it holds."""
+    try:
+        return Message(device.answer(message.content), reply_to=message)
+    except InputError as error:
+        say(f"a message that is no request was refused: {error}")
+    except Exception as error:  # nothing a server sends may stop a device, and nothing of it is told
+        say(f"a message failed: {type(error).__name__}: {error}")
+    return Message(FAILED, reply_to=message)
+
+
+def fetch(connection: Connection, announced: Message, tree: Any) -> Message:
+    """Pull the objects of a message and put it together."""
+    run_id = announced.metadata.run_id
+    wanted = [part.object_id for part in iterate_object_tree(tree)]
+    contents = pull_objects(wanted, pull_object_fn=lambda object_id: connection.pull_object(run_id, object_id))
+    message = inflate_object_from_contents(tree.object_id, contents)
+    assert isinstance(message, Message)
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    connection.confirm(run_id, tree.object_id)
+    return message
+
+
+def deliver(connection: Connection, reply: Message, *, seconds: float) -> None:
+    """Push a reply and its objects."""
+    run_id = reply.metadata.run_id
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        tree = get_object_tree(reply)
+        objects = get_all_nested_objects(reply)
+        wanted, session = connection.send(remove_content_from_message(reply), tree, seconds)
+        for part in iterate_object_tree(tree):
+            if part.object_id in wanted:
+                wanted.discard(part.object_id)
+                connection.push_object(run_id, session, part.object_id, objects[part.object_id].deflate())

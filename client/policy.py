@@ -1,0 +1,254 @@
+"""What this device agrees to do, whoever asks: bounds of its owner's that no server can move (requirement R-P13).
+
+A server is taken for hostile. Everything it can put into `Terms` and `Request`, and what stops it, before data or
+ledger are touched:
+
+    num_rounds, num_steps, sample_rate      bounds; the budget itself is the ledger's
+    noise_multiplier, max_grad_norm         bounds on both sides: noise below float32's grain would be none
+    mechanism = null                        refused unless the device has no budget and says so, and the other way round
+    mechanism against trainer               one sample rate, one divisor: what is accounted is what is done
+    randomness                              the device's own; "seeded", which can be subtracted, only if it says so
+    divisor, learning rate, betas ...       finite and bounded: post-processing, but it would waste the budget
+    optimizer, after_noise, client_rule     names of a fixed set, compared as text before anything is imported or
+                                            called; arguments are plain numbers and true or false, never sections
+    experiment_id                           a bounded number of experiments, as each leaves an adapter on the disk
+    label_names                             equal to the device's own, in order
+    max_length, token_budget                bounds: memory and time
+    adapter.system, rank, alpha, sizes      a list of systems; bounds; sizes are numbers, so no patterns and no files
+    adapter.target_modules                  names or "all-linear"; never a regular expression, which may run for ever
+    init_lora_weights                       starts that read examples are no terms at all (`AdapterConfig`)
+    name                                    printable, as it is shown and logged
+    round_index                             below num_rounds
+    block, personal                         roles of the system; the head only if terms say it trains; something is sent
+    broadcast, enrolled, side, control      known roles, finite values, shapes of the rank, bounded numbers of values
+    scale                                   the one that the terms give
+
+Left to others: the form of a message (`fedlr.messages`, `fedlr.wire`); the model's hashes, once it is loaded
+(`client.trainee`); a second task under one round's name (`client.device`); what is spent (`fedlr.privacy.ledger`).
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from client.bounds import (
+    HOW_IT_RUNS,
+    LARGEST_ARGUMENT,
+    LARGEST_SCALE,
+    LARGEST_SIZE,
+    LEAST_GRAD_NORM,
+    MODULE_NAME,
+    MOST_BLOCKS,
+    MOST_NAMES,
+    OPTIMIZERS,
+)
+from client.bounds import Policy as Policy
+from client.settings import Settings
+from fedlr.adapter import HEAD, LORA_A, LORA_B, SHIPPED, SIDE_A, SIDE_B, Slot, num_values, roles_of, side_tensors
+from fedlr.build import build_choice, build_optimizer
+from fedlr.config_errors import shown
+from fedlr.errors import InputError
+from fedlr.experiment import Target
+from fedlr.messages import Request
+from fedlr.terms import Terms
+from fedlr.tuners.blocks import LORA, entry_of, role_of
+from fedlr.validate import LARGEST_VALUE
+
+
+class PolicyRefusal(InputError):
+    """What a server asks is outside what this device's owner allows; the text names key, value and bound."""
+
+
+class Bound(NamedTuple):
+    """A number that a server may choose, and between what: `source` says who says so."""
+
+    key: str
+    value: float
+    least: float
+    most: float
+    source: str
+
+
+def check_terms(terms: Terms, settings: Settings) -> None:
+    """Refuse terms outside the owner's policy. Data, model and ledger are not touched.
+
+    Raises:
+        PolicyRefusal: naming the first key, its value and what is allowed.
+    """
+    policy = settings.policy
+    for key, value, least, most, source in _bounds(terms, policy):
+        if not least <= value <= most:  # so that nan is refused
+            _refuse(key, value, f"in [{least:g}, {most:g}] ({source})")
+    if not terms.name.isprintable():
+        _refuse("name", terms.name, "printable")
+    if tuple(terms.label_names) != settings.label_names:
+        _refuse("label_names", terms.label_names, f"{shown(list(settings.label_names))} (data.labels)")
+    _check_privacy(terms, settings)
+    _check_adapter(terms, policy)
+    _check_section(terms.trainer.optimizer, "trainer.optimizer", policy.allowed_optimizers, "policy.allowed_optimizers")
+    for where, rule in (("trainer.after_noise", terms.trainer.after_noise), ("client_rule", terms.client_rule)):
+        if rule is not None:
+            _check_section(rule, where, policy.allowed_rules, "policy.allowed_rules")
+    _check_buildable(terms)
+    _check_room(terms, settings)
+
+
+def check_request(request: Request, settings: Settings) -> None:
+    """Refuse a request that the agreed terms do not cover; call `check_terms` first.
+
+    Raises:
+        PolicyRefusal: naming the first key, its value and what is allowed.
+    """
+    terms, task, policy = request.terms, request.task, settings.policy
+    if not 0 <= task.round_index < terms.num_rounds:
+        _refuse("round_index", task.round_index, f"in [0, {terms.num_rounds}) (num_rounds)", root="request")
+    if not math.isclose(request.scale, _scale(terms), rel_tol=1e-6):
+        _refuse("scale", request.scale, f"{_scale(terms):g}, which adapter.lora_alpha and rank give", root="request")
+    roles = _roles(terms)
+    trainable = roles if terms.adapter.train_head else roles - {HEAD}
+    if not task.block or len(task.block) > MOST_BLOCKS or not roles_of(task.block) <= trainable:
+        _refuse("block", sorted(task.block, key=str)[:4], f"some of {', '.join(sorted(trainable))}", root="request")
+    if not task.personal <= roles or not task.shared:
+        _refuse(
+            "personal", sorted(task.personal), "roles of the adapter, and less than all that trains", root="request"
+        )
+    most, rank = policy.max_trained_values, terms.adapter.rank
+    enrolled = {} if request.enrolled is None else request.enrolled.tensors
+    _check_tensors(task.broadcast, "broadcast", roles, most=most, rank=rank)
+    _check_tensors(enrolled, "enrolled", roles | {SHIPPED}, most=most, rank=rank)
+    _check_tensors(task.control, "control", roles, most=most, rank=rank)
+    sides = {SIDE_A, SIDE_B} if terms.adapter.system == LORA else set()
+    _check_tensors(side_tensors(task.side), "side", sides, most=policy.max_side_values, rank=None)
+    if any(f.lora_A.ndim != 2 or f.lora_B.ndim != 2 or len(f.lora_A) != f.lora_B.shape[1] for f in task.side.values()):
+        _refuse("side", "factors of other shapes", "(R, K) and (D, R)", root="request")
+
+
+def _bounds(terms: Terms, policy: Policy) -> Iterator[Bound]:
+    trainer, adapter, mechanism = terms.trainer, terms.adapter, terms.mechanism
+    p = "policy."
+    yield Bound("num_rounds", terms.num_rounds, 1, policy.max_rounds, f"{p}max_rounds")
+    yield Bound("max_length", terms.max_length, 1, policy.max_length, f"{p}max_length")
+    yield Bound("trainer.num_steps", trainer.num_steps, 1, policy.max_steps_per_round, f"{p}max_steps_per_round")
+    yield Bound("trainer.sample_rate", trainer.sample_rate, 0, policy.max_sample_rate, f"{p}max_sample_rate")
+    yield Bound("trainer.divisor", trainer.divisor, policy.min_divisor, policy.max_divisor, f"{p}max_divisor")
+    yield Bound("trainer.token_budget", trainer.token_budget, 1, policy.max_token_budget, f"{p}max_token_budget")
+    yield Bound("adapter.rank", adapter.rank, 1, policy.max_rank, f"{p}max_rank")
+    yield Bound("adapter.lora_alpha", adapter.lora_alpha, 1 / LARGEST_SCALE, LARGEST_SCALE * adapter.rank, "fixed")
+    if mechanism is not None:
+        noise, norm = mechanism.noise_multiplier, mechanism.max_grad_norm
+        least, most = policy.min_noise_multiplier, policy.max_noise_multiplier
+        yield Bound("mechanism.noise_multiplier", noise, least, most, f"{p}min_noise_multiplier")
+        yield Bound("mechanism.max_grad_norm", norm, LEAST_GRAD_NORM, policy.max_grad_norm, f"{p}max_grad_norm")
+
+
+def _check_privacy(terms: Terms, settings: Settings) -> None:
+    mechanism, trainer, privacy = terms.mechanism, terms.trainer, settings.privacy
+    if mechanism is None:
+        if privacy.epsilon is not None or not settings.policy.allow_no_privacy:
+            _refuse("mechanism", None, "noise (policy.allow_no_privacy)")
+        return
+    if privacy.epsilon is None:
+        _refuse("mechanism", mechanism.model_dump(), "null, as this device has no budget (privacy.epsilon)")
+    if terms.randomness == "seeded" and not settings.policy.allow_seeded_randomness:
+        _refuse("randomness", terms.randomness, "os (policy.allow_seeded_randomness)")
+    if terms.randomness != privacy.randomness:
+        _refuse("randomness", terms.randomness, f"{privacy.randomness} (privacy.randomness)")
+    for key in ("sample_rate", "divisor"):
+        accounted, done = getattr(mechanism, key), getattr(trainer, key)
+        if accounted != done:
+            _refuse(f"mechanism.{key}", accounted, f"{done:g}, as trainer.{key} is")
+
+
+def _check_adapter(terms: Terms, policy: Policy) -> None:
+    adapter = terms.adapter
+    if adapter.system not in policy.allowed_adapters:
+        _refuse("adapter.system", adapter.system, f"{' or '.join(policy.allowed_adapters)} (policy.allowed_adapters)")
+    targets = adapter.target_modules
+    names = ([] if targets == "all-linear" else None) if isinstance(targets, str) else targets
+    if names is None or len(names) > MOST_NAMES or not all(map(MODULE_NAME.fullmatch, names)):
+        _refuse("adapter.target_modules", targets, "a list of names, or all-linear, as patterns may run for ever")
+    for key in ("layers", "client_ranks"):
+        if len(value := getattr(adapter, key) or []) > MOST_NAMES:
+            _refuse(f"adapter.{key}", value, f"at most {MOST_NAMES} numbers")
+    if adapter.sizes and adapter.system == LORA:
+        _refuse("adapter.sizes", adapter.sizes, "null for lora")
+    for key, value in (adapter.sizes or {}).items():
+        if not _is_plain(value, most=LARGEST_SIZE) or isinstance(value, list):
+            _refuse(f"adapter.sizes.{key[:40]}", value, f"a number of at most {LARGEST_SIZE}, or true or false")
+
+
+def _check_section(section: Target, where: str, allowed: list[Any], source: str) -> None:
+    """Compare a name with those allowed, as text: what a server names is not imported to find out what it is."""
+    if section.target not in allowed:
+        _refuse(f"{where}._target_", section.target, f"one of {source}")
+    for key, value in (section.model_extra or {}).items():
+        named = key == "optimizer" and value in OPTIMIZERS  # which rules are told, and compare
+        if not (named or _is_plain(value, most=LARGEST_ARGUMENT)) or (key in HOW_IT_RUNS and value):
+            _refuse(f"{where}.{key[:40]}", value, f"a finite number of at most {LARGEST_ARGUMENT:g}, or true or false")
+
+
+def _check_buildable(terms: Terms) -> None:
+    """Find now what allowed functions say of their arguments: later it would cost the round."""
+    try:
+        build_optimizer(terms.trainer)
+        for where, rule in (("trainer.after_noise", terms.trainer.after_noise), ("client_rule", terms.client_rule)):
+            if rule is not None:
+                build_choice(rule.section(), where)
+    except InputError as error:
+        raise PolicyRefusal(str(error)) from error
+
+
+def _check_room(terms: Terms, settings: Settings) -> None:
+    folder, most = settings.experiments_dir, settings.policy.max_experiments
+    known = os.listdir(folder) if folder.is_dir() else []
+    if terms.experiment_id not in known and len(known) >= most:
+        what = f"one of the {len(known)} that this device knows (policy.max_experiments={most}; {folder})"
+        _refuse("experiment_id", terms.experiment_id, what)
+
+
+def _is_plain(value: Any, *, most: float) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= 4 and all(isinstance(x, int | float) and _is_plain(x, most=most) for x in value)
+    return value is None or (isinstance(value, bool | int | float) and -most <= value <= most)
+
+
+def _roles(terms: Terms) -> set[str]:
+    system = terms.adapter.system
+    blocks = (LORA_A, LORA_B) if system == LORA else entry_of(system).blocks
+    return {HEAD, *(role_of(system, block) for block in blocks)}
+
+
+def _scale(terms: Terms) -> float:
+    adapter = terms.adapter
+    if adapter.system != LORA:
+        return 1.0
+    return adapter.lora_alpha / (math.sqrt(adapter.rank) if adapter.use_rslora else adapter.rank)
+
+
+def _check_tensors(tensors: Mapping[Slot, Tensor], where: str, roles: set[str], *, most: int, rank: int | None) -> None:
+    if (count := num_values(tensors.values())) > most:
+        _refuse(where, count, f"at most {most} values", root="request")
+    for slot, tensor in tensors.items():
+        if slot.role not in roles or not slot.path.isprintable():
+            _refuse(
+                f"{where}.{slot.path[:80]}", slot.role[:80], f"a role of {', '.join(sorted(roles))}", root="request"
+            )
+        ranks = {LORA_A: 0, LORA_B: 1}.get(slot.role)
+        if ranks is not None and rank is not None and (tensor.ndim != 2 or tensor.shape[ranks] > rank):
+            _refuse(f"{where}.{slot.path[:80]}", list(tensor.shape), f"a {slot.role} of rank {rank}", root="request")
+        if not tensor.numel() or not _is_bounded(tensor):
+            what = f"finite values of at most {LARGEST_VALUE:g}"
+            _refuse(f"{where}.{slot.path[:80]}", slot.role, what, root="request")
+
+
+def _is_bounded(tensor: Tensor) -> bool:
+    lowest, highest = torch.aminmax(tensor)  # one pass; both are nan where any value is
+    return float(lowest) >= -LARGEST_VALUE and float(highest) <= LARGEST_VALUE
+
+
+def _refuse(key: str, value: object, allowed: str, *, root: str = "terms") -> NoReturn:
+    raise PolicyRefusal(f"Expected {root}.{key} to be {allowed}, got {shown(value)}")

@@ -1,0 +1,121 @@
+"""What a device trains with: the resident base model with its adapter, and its own examples, ready for one round."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from client.settings import Settings
+from fedlr.adapter import AdapterState, Block, read_adapter, roles_of
+from fedlr.assembly import check_trainable, local_training, torch_threads, working_model
+from fedlr.build import build, build_choice
+from fedlr.client_rule import ClientRule
+from fedlr.data.table import LabelledText
+from fedlr.data.tokenise import Share, tokenise
+from fedlr.errors import InputError
+from fedlr.experiment import RuntimeSection
+from fedlr.models import AdaptedModel, BaseModel
+from fedlr.pools.fused import FusedPool
+from fedlr.pools.local import Charges, LocalPool
+from fedlr.privacy.mechanism import check_delta
+from fedlr.streams import OsRandomness, SeededRandomness
+from fedlr.terms import Terms
+from fedlr.tuners.attach import attach
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model, examples and terms that fit together; one is resident for as long as the terms stay."""
+
+    settings: Settings
+    terms: Terms
+    model: AdaptedModel
+    working: nn.Module
+    share: Share
+
+    @classmethod
+    def prepare(cls, settings: Settings, terms: Terms, *, say: Callable[[str], None]) -> "Trainee":
+        """Load the base model and the examples, once an experiment.
+
+        Raises:
+            InputError: where the device's model, labels or data are not what the terms need.
+        """
+        with torch_threads(1):
+            base: BaseModel = build(
+                settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
+            )
+            check_model(base, settings, terms)
+            model = attach(base, terms.adapter, seed=terms.seed)
+            data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
+            if list(data.label_names) != terms.label_names:
+                raise InputError(
+                    f"Expected the label names {terms.label_names} of the terms in data.labels, got "
+                    f"{list(data.label_names)}"
+                )
+            if settings.privacy.epsilon is not None:
+                check_delta(settings.privacy.delta, len(data))
+            tokenised = tokenise(data, base.tokenizer, max_length=terms.max_length)
+            working, (tokenised,) = working_model(runtime_of(settings), model, [tokenised], say=say)
+        return cls(settings, terms, model, working, Share.whole(tokenised))
+
+    def pool(
+        self, client_id: int, enrolled: AdapterState, block: Block, ledger: Charges | None
+    ) -> FusedPool | LocalPool:
+        """Return a pool of one client: the same code that trains it in a simulation."""
+        terms, trainer = self.terms, self.terms.trainer
+        read_adapter(self.model).with_tensors(enrolled.tensors)  # raises where it is another adapter's
+        check_trainable(self.model, roles_of(block), trainer, terms.adapter, first=block)
+        rule = ClientRule() if terms.client_rule is None else build_choice(terms.client_rule.section(), "client_rule")
+        if not isinstance(rule, ClientRule):
+            raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
+        is_seeded = terms.randomness == "seeded"
+        training = local_training(trainer, rule)
+        common: dict[str, Any] = {
+            "enrolled": enrolled,
+            "training": training,
+            "mechanism": terms.private_steps(),
+            "ledger": ledger,
+            "randomness": SeededRandomness(terms.seed) if is_seeded else OsRandomness(),
+            "weights": {client_id: 1.0},  # the server's to choose
+            "num_workers": self.settings.runtime.num_workers,
+        }
+        share = {client_id: self.share}
+        if trainer.engine == "opacus":
+            return LocalPool(self.working, share, grad_sample_mode=trainer.grad_sample_mode, **common)
+        ranks = terms.adapter.ranks(client_id + 1)
+        return FusedPool(self.working, share, ranks=ranks, check_parity=trainer.check_parity, **common)
+
+
+def check_model(base: BaseModel, settings: Settings, terms: Terms) -> None:
+    """Refuse a base model that is not the one the terms name, or that the policy does not allow.
+
+    Raises:
+        InputError: with the two hashes.
+    """
+    if base.body_sha256 not in settings.policy.allowed_models:
+        raise InputError(f"Expected policy.allowed_models to hold the base model {base.body_sha256}, got none such")
+    if base.fingerprint != terms.model_sha256:
+        raise InputError(
+            f"Expected the base model {terms.model_sha256[:12]} of the server, got {base.fingerprint[:12]} from "
+            f"{base.source}; install the same package or folder, see `fedlr client doctor`"
+        )
+
+
+def runtime_of(settings: Settings) -> RuntimeSection:
+    """Return the device's part of a configuration's runtime."""
+    own = settings.runtime
+    if own.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"Expected runtime.device=cpu, as PyTorch finds no GPU here, got {own.device}")
+    return RuntimeSection(
+        kind="local",
+        device=own.device,
+        num_workers=own.num_workers,
+        num_processes=1,
+        memory_gb=None,
+        base_dtype="float32",
+        cache_prefix=own.cache_prefix,
+        cache_dir=None,
+        offline=True,
+    )

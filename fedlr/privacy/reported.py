@@ -1,0 +1,85 @@
+"""The privacy statement of a server whose clients keep their own ledgers: what they report, and that they report it.
+
+The server cannot check it. It says so, for each client, and states no epsilon for a client that told it none.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedlr.privacy.charges import RELATION, UNIT
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.privacy.statement import (
+    AMPLIFICATION,
+    CONDITIONS,
+    FLOATING_POINT,
+    NOT_COVERED,
+    NOT_PROTECTED_AGAINST,
+    PROTECTS_AGAINST,
+    RANDOMNESS,
+    SIMULATION,
+    no_privacy_statement,
+)
+
+
+def reported_statement(
+    delta: float | None,
+    epsilon: Mapping[int, float],
+    ledger_heads: Mapping[int, str],
+    *,
+    num_clients: int,
+    randomness: str,
+    mechanism: Mechanism | None,
+) -> dict[str, Any]:
+    """State what clients report of their own ledgers.
+
+    Args:
+        delta: that the server asked for; None without privacy.
+        epsilon: by client, as it last said: over the life of its ledger, other experiments included.
+        ledger_heads: by client, the hash of its ledger's last row: whoever keeps it can tell an older copy.
+        num_clients: enrolled clients.
+        randomness: "seeded" or "os".
+        mechanism: of every private step; None without privacy.
+
+    Returns:
+        Values that JSON can hold, in the keys of `fedlr.privacy.statement.privacy_statement`.
+    """
+    if mechanism is None:
+        return no_privacy_statement(num_clients)
+    largest = max(epsilon.values(), default=0.0)
+    is_private, silent = math.isfinite(largest), num_clients - len(epsilon)
+    claim = (
+        f"each client that took part reports epsilon <= {math.ceil(largest * 1000) / 1000 if is_private else 'inf'} at "
+        f"its own delta (asked: {delta}), max over {len(epsilon)} clients, for {UNIT} ({RELATION}), by its own ledger "
+        f"over its whole life; this server cannot check it, and {silent} of {num_clients} clients reported nothing"
+    )
+    seeded = f"Not for release, {SIMULATION}. Simulated: " if randomness == "seeded" else ""
+    return {
+        "statement": f"{seeded}{claim}." if is_private else f"No differential privacy: {claim}.",
+        "differential_privacy": is_private,
+        "for_release": is_private and randomness == "os",
+        "reported_by_clients": True,
+        "unit": UNIT,
+        "neighbouring_relation": RELATION,
+        "mechanism": {
+            "name": "Poisson-subsampled Gaussian (DP-SGD)",
+            "sample_rate": mechanism.sample_rate,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "max_grad_norm": mechanism.max_grad_norm,
+            "divisor": mechanism.divisor,
+        },
+        "delta": delta,
+        "clients": [
+            {"client_id": client, "epsilon": value if math.isfinite(value) else "inf", "head": ledger_heads.get(client)}
+            for client, value in sorted(epsilon.items())
+        ],
+        "num_clients": num_clients,
+        "num_clients_that_reported": len(epsilon),
+        "amplification": AMPLIFICATION,
+        "protects_against": PROTECTS_AGAINST,
+        "not_protected_against": NOT_PROTECTED_AGAINST,
+        "conditions": CONDITIONS,
+        "randomness": {"kind": randomness, "meaning": RANDOMNESS[randomness]},
+        "floating_point": FLOATING_POINT,
+        "not_covered": NOT_COVERED,
+    }

@@ -1,0 +1,69 @@
+"""The server as a Flower ServerApp: for Flower's simulation, and for `flwr run`; `fedlr server run` needs neither.
+
+The experiment comes as one string of JSON, the resolved configuration: as `FEDLR_EXPERIMENT`, a file, in the
+environment, or as `cfg` in the run's configuration.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlr.errors import InputError
+from fedlr.experiment import Experiment, check_experiment
+from server.nodes import Nodes, PartitionNodes, RosterNodes
+from server.pool import GridPool
+from server.run import Run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment that the configuration names, in `FEDLR_RUN_DIR` if that is set."""
+    given = os.environ.get("FEDLR_RUN_DIR")
+    run = Run(experiment_of(context), Path(given) if given else None, say=lambda line: print(line, flush=True))
+    serve(run, grid)
+    run.leave_behind()
+
+
+def serve(run: Run, grid: Grid) -> None:
+    """Ask the clients behind a Grid for all rounds that are left."""
+    e, terms = run.experiment, run.served.terms
+    nodes: Nodes
+    if e.runtime.kind == "superlink":
+        nodes = RosterNodes(grid, Path(e.deployment.roster))
+    else:
+        nodes = PartitionNodes(grid, num_clients=e.num_clients)
+    pool = GridPool(
+        grid,
+        nodes,
+        terms=terms,
+        enrolled=run.served.start.adapter,
+        ranks=e.adapter.ranks(e.num_clients),
+        deadline_s=e.deployment.round_deadline_s,
+        quorum=e.deployment.min_updates,
+        poll_s=e.deployment.poll_s,
+        say=run.say,
+    )
+    run.rounds(pool)
+
+
+def experiment_of(context: Context) -> Experiment:
+    """Return the experiment of a run.
+
+    Raises:
+        InputError: there is none, or it is wrong.
+    """
+    path, text = os.environ.get("FEDLR_EXPERIMENT"), context.run_config.get("cfg")
+    if path:
+        text = Path(path).read_text(encoding="utf-8")
+    if not isinstance(text, str):
+        raise InputError("Expected the resolved configuration as FEDLR_EXPERIMENT=FILE or as cfg, got neither")
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"Expected cfg to be the resolved configuration as JSON, got {text[:60]!r}") from error
+    return check_experiment(tree)

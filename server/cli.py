@@ -1,0 +1,93 @@
+"""`fedlr server ...`: what an operator types."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from fedlr.commands import USAGE_ERROR, Command, command
+from fedlr.errors import InputError
+
+# By name: the module and the function in it; only the one asked for is imported.
+COMMANDS = {
+    "certificate": ("server.certificates", "certificate"),
+    "enrol": ("server.enrol", "enrol"),
+    "revoke": ("server.enrol", "revoke"),
+    "proxy": ("server.proxy", "proxy"),
+    "run": ("server.cli", "run"),
+    "view": ("server.view.commands", "view"),
+    "watch": ("server.view.commands", "watch"),
+    "adapter": ("server.view.commands", "adapter"),
+}
+MOST_FAILURES = 20  # runs in a row that ended without a finished round
+
+
+def server(arguments: Sequence[str]) -> int:
+    """Run a federation of devices, and look at it: fedlr server COMMAND ...
+
+    certificate   make an authority and this server's certificates
+    enrol         let a device in, by its public key
+    revoke        shut a device out
+    proxy         the public door: devices reach the SuperLink through it, and nothing else
+    run           run an experiment on the enrolled devices, or go on with one
+    view          serve the operator's view of a run, read-only
+    watch         follow a run, live, through its view
+    adapter       fetch the adapter of any round through the view
+
+    Each takes --help.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(server.__doc__)
+        return 0
+    if name not in COMMANDS:
+        print(f"fedlr server: Expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+        return USAGE_ERROR
+    module, function = COMMANDS[name]
+    chosen: Command = getattr(import_module(module), function)
+    return chosen(rest)
+
+
+@command
+def run(arguments: list[str]) -> None:
+    """Run an experiment on the enrolled devices: fedlr server run [--run-dir DIR] experiment=NAME [KEY=VALUE ...]
+
+    runtime=superlink is the default here. With --run-dir a run that was killed goes on where its last checkpoint is:
+    the same command starts it and restarts it. Without, the directory is outputs/NAME/TIME.
+    """
+    run_dir = None
+    if "--run-dir" in arguments:
+        place = arguments.index("--run-dir")
+        if place + 1 == len(arguments):
+            raise InputError("Expected a directory after --run-dir, got none")
+        run_dir = Path(arguments.pop(place + 1))
+        arguments.pop(place)
+    from fedlr.build import check_sections
+    from fedlr.experiment import compose_experiment
+
+    chosen = [] if any(word.startswith("runtime=") for word in arguments) else ["runtime=superlink"]
+    experiment = compose_experiment([*chosen, *arguments])
+    if experiment.runtime.kind != "superlink":
+        raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
+    check_sections(experiment)
+    from server.app import serve
+    from server.link import LinkLost, flower_run
+    from server.run import Run
+
+    this = Run(experiment, run_dir, say=lambda line: print(line, flush=True))
+    failures = 0
+    while not this.is_done:
+        done = this.progress.state.round_index
+        try:
+            with flower_run(experiment.deployment) as grid:
+                serve(this, grid)
+        except LinkLost as error:
+            failures = 0 if this.progress.state.round_index > done else failures + 1
+            if failures >= MOST_FAILURES:
+                raise InputError(
+                    f"Expected the SuperLink at {experiment.deployment.superlink} to keep a run going, got "
+                    f"{failures} that ended without a round ({error}); look at its log"
+                ) from error
+            this.say(f"  the SuperLink ended the run ({error}); going on in another")
+    this.leave_behind()
+    this.say(f"\nresults in {this.run_dir}")

@@ -1,0 +1,114 @@
+"""From an experiment to what a server needs: the model that it evaluates and exports, the method, and the terms.
+
+Nobody's training examples are here: of the data that a configuration names, the server keeps the held-out part.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedlr.adapter import num_values, read_adapter
+from fedlr.assembly import (
+    check_trainable,
+    load_examples,
+    local_training,
+    private_mechanism,
+    torch_threads,
+    working_model,
+)
+from fedlr.build import build, build_method, naming
+from fedlr.checks import check_aggregate, check_runtime
+from fedlr.data.tokenise import tokenise
+from fedlr.errors import InputError
+from fedlr.evaluate import Evaluator
+from fedlr.experiment import Experiment
+from fedlr.method import Method
+from fedlr.models import AdaptedModel, BaseModel
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.rounds import ServerState, initial_state, task_of
+from fedlr.side import SideWeights
+from fedlr.terms import Terms
+from fedlr.tuners.attach import attach
+
+
+@dataclass(frozen=True)
+class Served:
+    """Everything a server's run needs, built and checked; nothing has been asked of anybody, or written."""
+
+    experiment: Experiment
+    seed: int  # of the public randomness: cohorts, starting weights
+    base: BaseModel
+    model: AdaptedModel
+    working: nn.Module
+    method: Method
+    mechanism: Mechanism | None
+    start: ServerState
+    terms: Terms
+    evaluator: Evaluator
+
+    @property
+    def num_trained_values(self) -> int:
+        """How many numbers a client trains in the first round."""
+        block = task_of(self.start, self.method, train_head=self.experiment.adapter.train_head).block
+        return num_values(self.start.adapter.select(block).values())
+
+
+def assemble(
+    experiment: Experiment, *, seed: int, experiment_id: str, say: Callable[[str], None] = lambda line: None
+) -> Served:
+    """Load the model and the held-out examples, attach the adapter, calibrate the noise, write the terms.
+
+    Raises:
+        InputError: for anything that could not run as configured.
+    """
+    check_served(experiment)
+    with torch_threads(1):
+        method = build_method(experiment)
+        training = local_training(experiment.trainer, method.client)
+        check_runtime(experiment, method, training.rule)
+        data, held_out = load_examples(experiment, seed=seed)
+        _, mechanism = private_mechanism(experiment)
+        base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+        model = attach(base, experiment.adapter, seed=seed)
+        first = method.block_schedule(0, read_adapter(model))
+        check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
+        with naming("data", "max_length"):
+            test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
+        start = initial_state(read_adapter(model), method)
+        check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)
+        working, (test,) = working_model(experiment.runtime, model, [test], say=say)
+    terms = Terms.of(
+        experiment,
+        mechanism,
+        experiment_id=experiment_id,
+        seed=seed,
+        model_sha256=base.fingerprint,
+        label_names=data.label_names,
+    )
+    evaluator = Evaluator(working, test, side=SideWeights(working), num_threads=experiment.runtime.num_workers)
+    return Served(experiment, seed, base, model, working, method, mechanism, start, terms, evaluator)
+
+
+def check_served(experiment: Experiment) -> None:
+    """Refuse what a server cannot do for devices.
+
+    Raises:
+        InputError: which names the key.
+    """
+    e = experiment
+    if e.weighting != "uniform":
+        raise InputError(
+            f"Expected weighting=uniform with runtime={e.runtime.kind}, got {e.weighting}: the server knows no sizes, "
+            "and does not take a client's word"
+        )
+    for key in ("run_no_privacy", "run_alone"):
+        if getattr(e.tracking, key):
+            raise InputError(
+                f"Expected tracking.{key}=false with runtime={e.runtime.kind}, got true: baselines are a simulation's"
+            )
+    if e.runtime.num_processes > 1 or e.runtime.base_dtype != "float32":
+        raise InputError(
+            f"Expected runtime.num_processes=1 and base_dtype=float32 with runtime={e.runtime.kind}, got "
+            f"{e.runtime.num_processes} and {e.runtime.base_dtype}"
+        )

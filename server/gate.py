@@ -1,0 +1,65 @@
+"""The gate: from a device's message to an update the round may use, or to a typed reason why not.
+
+It stands in front of every method (reliability.md R-S1). The record is decoded by its exact form, what it says of
+itself must be what was asked of exactly this client, and `fedlr.validate` then looks at every value. Nothing a device
+sends can raise, and no word of it reaches a log: a reason is one of a closed set.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedlr.adapter import ClientUpdate, Slot
+from fedlr.errors import InputError
+from fedlr.messages import Reply, ReplyFacts, reply_limits
+from fedlr.rounds import Dropout
+from fedlr.wire import RecordDict
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one client was asked in one round, as far as its answer must repeat it."""
+
+    experiment_id: str
+    client_id: int
+    round_index: int
+    task_sha256: str
+    expected: Mapping[Slot, Tensor]  # of the shapes and dtypes that must come back
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of it: an update or a dropout, and what the client says of its ledger (None where it is unusable)."""
+
+    outcome: ClientUpdate | Dropout
+    facts: ReplyFacts | None = None
+
+
+def answer_of(record: RecordDict, asked: Asked, *, weight: float) -> Answer:
+    """Decode one reply; it never raises for anything that the record holds.
+
+    `weight` is the server's own. An update that is returned has the form that was asked for; its values are checked
+    where the round takes it (`fedlr.validate`).
+    """
+    client = asked.client_id
+    try:
+        reply = Reply.read(record, reply_limits(asked.expected))
+    except InputError:
+        return Answer(Dropout(client, "rejected", "malformed"))
+    facts = reply.facts
+    if facts.client_id != client:
+        return Answer(Dropout(client, "rejected", "other_client"))
+    if facts.experiment_id != asked.experiment_id:
+        return Answer(Dropout(client, "rejected", "other_experiment"))
+    if facts.round_index != asked.round_index:
+        return Answer(Dropout(client, "rejected", "wrong_round"))
+    if facts.task_sha256 != asked.task_sha256:
+        return Answer(Dropout(client, "rejected", "other_task"))
+    if facts.refused is not None:
+        # A refusal that brings tensors is no refusal.
+        outcome = (
+            Dropout(client, "rejected", "malformed") if reply.tensors else Dropout(client, "refused", facts.refused)
+        )
+        return Answer(outcome, facts)
+    return Answer(ClientUpdate(client, reply.tensors, weight, facts.round_index), facts)

@@ -1,0 +1,129 @@
+"""Devices behind Flower's Grid, as a `ClientPool`: one message out and one reply back for each client of a round.
+
+Replies are taken as they come, by our own short poll; whoever has not answered at the deadline is a dropout of the
+round, and its message expires with it. A client is known by its registered key, never by what a message says.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlr.adapter import AdapterState, ClientUpdate, narrowed
+from fedlr.messages import Request
+from fedlr.rounds import Dropout, RoundTask
+from fedlr.terms import Terms
+from server.gate import Answer, Asked, answer_of
+from server.nodes import Nodes
+
+TRAIN = "train"
+LEAST_TTL_S = 1.0
+
+
+class GridPool:
+    """A `ClientPool` (fedlr.rounds) over a Grid.
+
+    Args:
+        grid: of a running Flower run.
+        nodes: who is reachable.
+        terms: of the experiment; every request carries them.
+        enrolled: the adapter every client is given once.
+        ranks: of each client; None: all have the adapter's.
+        deadline_s: for one attempt of a round.
+        quorum: how many clients of a cohort must be reachable before anybody is asked.
+        poll_s: between two looks for replies.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Nodes,
+        *,
+        terms: Terms,
+        enrolled: AdapterState,
+        ranks: Sequence[int] | None = None,
+        deadline_s: float,
+        quorum: int,
+        poll_s: float,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._grid, self._nodes, self._terms, self._enrolled, self._ranks = grid, nodes, terms, enrolled, ranks
+        self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
+        self._sha256 = enrolled.fingerprint()
+        self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
+        self.epsilon: dict[int, float] = {}  # by client, as it last said of its own ledger
+        self.ledger_heads: dict[int, str] = {}
+
+    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+        """Ask every client that is reachable; yield what comes of it, in the order in which it comes."""
+        deadline = time.monotonic() + self._deadline_s
+        nodes = self._wait(cohort, deadline)
+        absent = [client for client in cohort if client not in nodes]
+        yield from (Dropout(client, "rejected", "offline") for client in absent)
+        task_sha256 = task.fingerprint()
+        waiting: dict[str, tuple[int, Asked]] = {}  # by message: the node that was asked, and what
+        for client in cohort:
+            if client in nodes:
+                ttl = max(LEAST_TTL_S, deadline - time.monotonic())
+                message_id = self._push(task, client, nodes[client], ttl)
+                if message_id is None:
+                    yield Dropout(client, "rejected", "not_sent")
+                else:
+                    waiting[message_id] = nodes[client], self._asked(task, client, task_sha256)
+        while waiting and time.monotonic() < deadline:
+            replies = list(self._grid.pull_messages(list(waiting)))
+            for reply in replies:
+                found = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if found is not None:
+                    yield self._take(reply, *found)
+            del replies
+            if waiting:
+                time.sleep(min(self._poll_s, max(0.0, deadline - time.monotonic())))
+        yield from (Dropout(asked.client_id, "rejected", "deadline") for _, asked in waiting.values())
+
+    def _wait(self, cohort: Sequence[int], deadline: float) -> Mapping[int, int]:
+        """Wait, not longer than the deadline, until enough of the cohort can be reached; return whoever can."""
+        wanted = min(self._quorum, len(cohort))
+        said = False
+        while True:
+            online = self._nodes.online()
+            nodes = {client: online[client] for client in cohort if client in online}
+            if len(nodes) >= wanted or time.monotonic() >= deadline:
+                return nodes
+            if not said:
+                self._say(f"  waiting: {len(nodes)} of {len(cohort)} clients are online, {wanted} are needed")
+                said = True
+            time.sleep(min(1.0, self._deadline_s / 10))
+
+    def _push(self, task: RoundTask, client: int, node_id: int, ttl: float) -> str | None:
+        request = Request(
+            terms=self._terms,
+            client_id=client,
+            task=task,
+            enrolled_sha256=self._sha256,
+            scale=self._enrolled.scale,
+            enrolled=None if client in self._has_adapter else self._enrolled,
+        )
+        message = Message(request.record(), node_id, TRAIN, ttl=ttl, group_id=str(task.round_index))
+        return next(iter(self._grid.push_messages([message])), None)
+
+    def _asked(self, task: RoundTask, client: int, task_sha256: str) -> Asked:
+        expected = self._enrolled.select(task.shared)
+        if self._ranks is not None:
+            expected = dict(narrowed(expected, self._ranks[client]))
+        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected)
+
+    def _take(self, reply: Message, node_id: int, asked: Asked) -> ClientUpdate | Dropout:
+        client = asked.client_id
+        if reply.has_error():  # of Flower's own; its text may be anybody's, so only that it came is kept
+            return Dropout(client, "rejected", "no_reply")
+        if reply.metadata.src_node_id != node_id:
+            return Dropout(client, "rejected", "other_node")
+        answer: Answer = answer_of(reply.content, asked, weight=1.0)
+        if (facts := answer.facts) is not None:
+            # Only who says so itself is given the adapter again.
+            (self._has_adapter.discard if facts.refused == "not_enrolled" else self._has_adapter.add)(client)
+            if facts.epsilon is not None and facts.ledger_head is not None:
+                self.epsilon[client], self.ledger_heads[client] = facts.epsilon, facts.ledger_head
+        return answer.outcome

@@ -1,0 +1,271 @@
+"""A server's run from start to finish, or from where it was killed to finish: the round loop and what it leaves behind.
+
+The directory is that of a simulation, and so are the lines of its files. What is committed is the checkpoint: lines of
+a round that had none yet are taken back when the run goes on, and the round is asked again under the same experiment;
+devices that had released their part of it send the same again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import randbits, token_hex
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+
+from fedlr.assembly import torch_threads
+from fedlr.checkpoint import latest_checkpoint, save_checkpoint
+from fedlr.errors import InputError
+from fedlr.experiment import Experiment
+from fedlr.export import export_adapter
+from fedlr.pools.local import sharing_base
+from fedlr.privacy.reported import reported_statement
+from fedlr.records import client_rows, metrics_row, summarise
+from fedlr.report import write_report
+from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
+from fedlr.run_dir import append_lines, create_run_dir, read_json, write_json, write_origin
+from server.federation import Served, assemble
+
+IDENTITY, CHECKPOINTS, ADAPTERS = "identity.json", "checkpoints", "adapters"
+METRICS, CLIENTS = "metrics.jsonl", "clients.jsonl"
+
+
+@dataclass
+class Progress:
+    """Where a run is; everything in it is in the last checkpoint."""
+
+    state: ServerState
+    epsilon: dict[int, float] = field(default_factory=dict)  # by client, as it last reported
+    ledger_heads: dict[int, str] = field(default_factory=dict)
+    participations: Counter[int] = field(default_factory=Counter)
+    seconds: float = 0.0  # that rounds took, over all starts
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the state."""
+        return {
+            "epsilon": {str(client): value for client, value in self.epsilon.items()},
+            "ledger_heads": {str(client): head for client, head in self.ledger_heads.items()},
+            "participations": {str(client): count for client, count in self.participations.items()},
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def of(cls, state: ServerState, facts: Mapping[str, Any]) -> "Progress":
+        """Return what `facts` told."""
+        return cls(
+            state,
+            {int(client): float(value) for client, value in facts["epsilon"].items()},
+            {int(client): str(head) for client, head in facts["ledger_heads"].items()},
+            Counter({int(client): int(count) for client, count in facts["participations"].items()}),
+            float(facts["seconds"]),
+        )
+
+
+class Run:
+    """One experiment in one directory.
+
+    Args:
+        experiment: the checked configuration.
+        run_dir: where it lives; None makes `output_dir/name/time`. One that holds a run is gone on with.
+        say: told one line at a time.
+
+    Raises:
+        InputError: the experiment cannot run, or the directory holds another one.
+    """
+
+    def __init__(self, experiment: Experiment, run_dir: Path | None, *, say: Callable[[str], None]) -> None:
+        found = None if run_dir is None or not (run_dir / IDENTITY).exists() else read_json(run_dir / IDENTITY)
+        if run_dir is not None and found is not None:
+            check_same(experiment, run_dir)
+        seed = randbits(32) if experiment.seed is None else experiment.seed
+        identity = found or {"experiment_id": token_hex(16), "seed": seed}
+        self.say, self.experiment = say, experiment
+        self.served: Served = assemble(
+            experiment, seed=identity["seed"], experiment_id=identity["experiment_id"], say=say
+        )
+        self.run_dir = create_run_dir(experiment) if run_dir is None else run_dir
+        if found is None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_origin(self.run_dir, experiment)
+            write_json(self.run_dir / "partition.json", {"public": False})
+            write_json(self.run_dir / IDENTITY, identity)  # the last: a directory without it holds no run
+        self.progress = self._resumed() or self._started()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all rounds are done."""
+        return self.progress.state.round_index >= self.experiment.num_rounds
+
+    def rounds(self, pool: Any) -> None:
+        """Ask for the rounds that are left; `pool` is a ClientPool that knows what clients report.
+
+        Raises:
+            InputError: a round was abandoned too often; the checkpoint holds all that was reached.
+        """
+        e, done, attempts = self.experiment, self.progress, 0
+        rounds = federated_rounds(
+            done.state,
+            pool=pool,
+            method=self.served.method,
+            num_rounds=e.num_rounds,
+            num_clients=e.num_clients,
+            cohort_size=e.cohort_size,
+            max_participations=e.max_participations,
+            seed=self.served.seed,
+            train_head=e.adapter.train_head,
+            ranks=e.adapter.ranks(e.num_clients),
+            quorum=e.deployment.min_updates,
+        )
+        with torch_threads(1):
+            for state, diagnostics in rounds:
+                done.epsilon.update(pool.epsilon)
+                done.ledger_heads.update(pool.ledger_heads)
+                if state.round_index == done.state.round_index:
+                    attempts += 1
+                    self._abandoned(diagnostics, attempts)
+                else:
+                    attempts = 0
+                    self._finished(state, diagnostics)
+
+    def leave_behind(self) -> None:
+        """Write the privacy statement, the adapter, the summary and the report."""
+        e, served, state = self.experiment, self.served, self.progress.state
+        statement = reported_statement(
+            e.privacy.delta if served.mechanism else None,
+            self.progress.epsilon,
+            self.progress.ledger_heads,
+            num_clients=e.num_clients,
+            randomness=e.privacy.randomness,
+            mechanism=served.mechanism,
+        )
+        write_json(self.run_dir / "privacy.json", statement)
+        export_adapter(
+            sharing_base(served.model),
+            state.adapter,
+            self.run_dir / "adapter",
+            name=e.name,
+            method=served.method.name,
+            base=served.base.source,
+            base_sha256=served.base.fingerprint,
+            statement=statement,
+            personal=served.method.personal,
+        )
+        rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
+        summary = summarise(
+            e,
+            state,
+            rows,
+            method=served.method.name,
+            seed=served.seed,
+            num_trained_values=served.num_trained_values,
+            seconds=self.progress.seconds,
+        )
+        write_json(self.run_dir / "summary.json", summary)
+        write_report(self.run_dir)
+
+    def _started(self) -> Progress:
+        progress = Progress(self.served.start)
+        for name in (METRICS, CLIENTS):
+            (self.run_dir / name).unlink(missing_ok=True)
+        self._record(progress, None)
+        save_checkpoint(self.run_dir / CHECKPOINTS, progress.state, progress.facts())
+        return progress
+
+    def _resumed(self) -> Progress | None:
+        checkpoint = latest_checkpoint(self.run_dir / CHECKPOINTS, say=self.say)
+        if checkpoint is None:
+            return None
+        progress = Progress.of(checkpoint.state, checkpoint.facts)
+        done = progress.state.round_index
+        take_back(self.run_dir / METRICS, lambda row: int(row["rounds_completed"]) <= done)
+        take_back(self.run_dir / CLIENTS, lambda row: int(row["round_index"]) < done)
+        self.say(f"going on after round {done} of {self.experiment.num_rounds} in {self.run_dir}")
+        return progress
+
+    def _finished(self, state: ServerState, diagnostics: RoundDiagnostics) -> None:
+        done = self.progress
+        done.state = state
+        done.participations.update(diagnostics.trained)
+        row = self._record(done, diagnostics)
+        done.seconds += row["seconds"]["round"]
+        folder = self.run_dir / ADAPTERS
+        folder.mkdir(exist_ok=True)
+        tensors = {f"{slot.path}|{slot.role}": t.contiguous() for slot, t in state.adapter.tensors.items()}
+        partial = folder / f".round-{state.round_index:05d}.partial"
+        save_file(tensors, partial)
+        partial.replace(folder / f"round-{state.round_index:05d}.safetensors")
+        save_checkpoint(self.run_dir / CHECKPOINTS, state, done.facts())
+        lost = len(diagnostics.cohort) - len(diagnostics.trained)
+        self.say(
+            f"  round {state.round_index}/{self.experiment.num_rounds}  accuracy {row['accuracy']:.3f}   "
+            f"{row['seconds']['round']:.1f} s   {len(diagnostics.trained)} updates"
+            + (f"   {lost} without ({', '.join(sorted({d.reason for d in diagnostics.dropouts}))})" if lost else "")
+        )
+
+    def _abandoned(self, diagnostics: RoundDiagnostics, attempts: int) -> None:
+        e, reasons = self.experiment, sorted({dropout.reason for dropout in diagnostics.dropouts})
+        number = self.progress.state.round_index
+        self.say(
+            f"  round {number + 1} abandoned: {len(diagnostics.trained)} of {e.deployment.min_updates} updates "
+            f"({', '.join(reasons)}); the model is as it was"
+        )
+        if attempts >= e.deployment.max_attempts:
+            raise InputError(
+                f"Expected {e.deployment.min_updates} updates in round {number} within "
+                f"deployment.max_attempts={attempts} attempts, got fewer each time ({', '.join(reasons)}); the run "
+                "goes on from its checkpoint when it is started again"
+            )
+
+    def _record(self, progress: Progress, diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
+        """Write the lines of a state, and of the round that led to it."""
+        evaluation, evaluate_s = self.served.evaluator.score(progress.state)
+        spent = progress.epsilon.values()
+        row = metrics_row(progress.state, evaluation, spent=spent, diagnostics=diagnostics, evaluate_s=evaluate_s)
+        append_lines(self.run_dir / METRICS, [row])
+        if diagnostics is not None:
+            rows = client_rows(
+                diagnostics,
+                spent=progress.epsilon,
+                round_index=progress.state.round_index - 1,
+                num_steps=self.experiment.trainer.num_steps,
+                participations=progress.participations,
+                seconds=None,
+            )
+            append_lines(self.run_dir / CLIENTS, rows)
+        return row
+
+
+def check_same(experiment: Experiment, run_dir: Path) -> None:
+    """Refuse to go on with another experiment than the directory holds.
+
+    Raises:
+        InputError: which names the first section that differs.
+    """
+    there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    here = json.loads(json.dumps(experiment.resolved()))
+    for key in sorted({*there, *here} - {"deployment", "runtime", "tracking"}):  # which change no result
+        if there.get(key) != here.get(key):
+            raise InputError(
+                f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "
+                "another directory, or the same configuration"
+            )
+
+
+def take_back(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Drop the lines of a file that belong to a round without a checkpoint, and one that was cut in two."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if keep(row):
+            kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
