@@ -7,16 +7,17 @@ PIP = .venv/bin/python -m pip install --disable-pip-version-check --no-input -qq
 
 # Nothing is looked up or reported while we run; only the two steps below marked "download" use the network.
 RUN = env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+	FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 
 INSTALLED = .venv/.installed
 FETCHED = .assets/.fetched
 
-.PHONY: help demo test test-slow check format format-check lint types install clean
+.PHONY: help demo federation test test-slow check format format-check lint types install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       a federated, private fine-tuning run on real text, with its report"
+	@echo "make federation the same over the network: server, proxy and three devices on this machine"
 	@echo "make test       fast tests and doctests"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make check      what CI runs: format, lint, types, tests"
@@ -25,6 +26,9 @@ help:
 
 demo: $(INSTALLED) $(FETCHED)
 	@$(RUN) .venv/bin/fedlr simulate experiment=demo
+
+federation: $(INSTALLED) $(FETCHED)
+	@$(RUN) .venv/bin/fedlr federation
 
 test: $(INSTALLED) $(FETCHED)
 	@$(RUN) .venv/bin/python -m pytest $(PYTEST_ARGS)

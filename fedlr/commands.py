@@ -1,7 +1,10 @@
 """What the commands of the houses share: options as `--name VALUE`, and bad input as one line with exit code 2."""
 
 import argparse
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NoReturn
@@ -25,6 +28,7 @@ def command(function: Callable[[list[str]], None]) -> Command:
         if {"-h", "--help"} & set(arguments):
             print(function.__doc__)
             return 0
+        quiet_libraries()
         try:
             function(list(arguments))
         except InputError as error:
@@ -35,6 +39,19 @@ def command(function: Callable[[list[str]], None]) -> Command:
         return 0
 
     return run
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' chatter out of the run's own lines; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|opacus|torch)\b")
 
 
 class Options(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ of an error. Its size does not depend on the data.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, ValidationError
@@ -33,6 +34,7 @@ RefusalReason = Literal[
 ]
 Facts = TypeVar("Facts", bound=Section)
 REFUSALS: tuple[str, ...] = get_args(RefusalReason)
+LARGEST_EPSILON = 1e9  # no ledger grants as much; an infinite one no checkpoint could hold
 
 
 class RequestFacts(Section):
@@ -45,11 +47,16 @@ class RequestFacts(Section):
     personal: list[str]
     scale: float
     enrolled_sha256: Sha256
+    nonce: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One round, asked of one device. `enrolled` is the adapter that broadcasts overlay; None: it was sent before."""
+    """One round, asked of one device. `enrolled` is the adapter that broadcasts overlay; None: it was sent before.
+
+    Flower names a message by its content, and lets whoever knows the name answer it; so every request has a nonce, and
+    only the device that was sent it knows its name.
+    """
 
     terms: Terms
     client_id: int
@@ -75,6 +82,7 @@ class Request:
             "personal": sorted(task.personal),
             "scale": self.scale,
             "enrolled_sha256": self.enrolled_sha256,
+            "nonce": token_hex(16),
         }
         tensors = {
             Slot(f"{group}/{slot.path}", slot.role): t for group, part in groups.items() for slot, t in part.items()
@@ -118,7 +126,8 @@ class ReplyFacts(Section):
     round_index: Annotated[int, Field(ge=0, lt=2**32)]
     task_sha256: Sha256
     refused: RefusalReason | None
-    epsilon: Annotated[float, Field(ge=0)] | None  # by the device's own ledger, over its life; None: no privacy
+    # By the device's own ledger, over its life; None: no privacy.
+    epsilon: Annotated[float, Field(ge=0, le=LARGEST_EPSILON)] | None
     ledger_head: Sha256 | None
 
 
@@ -160,6 +169,9 @@ def _side(tensors: Mapping[Slot, Tensor]) -> dict[str, LoraFactors]:
 
 def _checked(kind: type[Facts], facts: Mapping[str, Any], where: str) -> Facts:
     try:
-        return kind.model_validate_json(json.dumps(facts))  # as JSON, in which a list may stand for a tuple
-    except ValidationError as error:
-        raise InputError(first_problem(error, facts, prefix=where)) from error
+        try:
+            return kind.model_validate_json(json.dumps(facts))  # as JSON, in which a list may stand for a tuple
+        except ValidationError as error:
+            raise InputError(first_problem(error, facts, prefix=where)) from error
+    except RecursionError as error:  # what could just be read is too deep to be written, or shown, a call further in
+        raise InputError(f"Expected the facts of a {where} without nesting, got them nested too deep") from error

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ from fedlr.errors import InputError
 from fedlr.experiment import CONFIGS, Experiment
 
 LEDGER = "ledger.jsonl"
+IDENTITY = "identity.json"  # of an experiment that devices take part in: they know it by its id
 PACKAGES = ("torch", "opacus", "peft", "transformers", "flwr", "dp-accounting", "datasets", "numpy")
 
 
@@ -40,6 +42,11 @@ def create_run_dir(experiment: Experiment) -> Path:
             ) from error
         return path
     raise FileExistsError(f"Expected a free name below {parent}, found none for {stamp}")
+
+
+def new_identity(seed: int) -> dict[str, Any]:
+    """Return the id by which devices will know an experiment, and the seed of what is public."""
+    return {"experiment_id": token_hex(16), "seed": seed}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 Flower moves every array as an object of its own (a request each way and hop), so a LoRA state of hundreds of small
 tensors is its worst case; packed, it is one. The only module of the library that knows Flower.
 
-A record is read as a stranger's: its size is looked at before anything is parsed, an array's bytes are taken as they
-lie there, never as its header claims, and nothing in it is unpickled or unzipped.
+A record is read as a stranger's: its size is looked at before anything is parsed, an array's header is compared with
+the one that its bytes must have and never read, and nothing in it is unpickled or unzipped.
 """
 
 import io
@@ -28,11 +28,7 @@ from fedlr.errors import InputError
 ARRAYS, LAYOUT, FACTS = "arrays", "layout", "facts"
 # Flower's arrays are numpy's, which has no bfloat16: such tensors travel as the integers of their bits.
 CARRIERS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.int16}
-
-
-NUMPY_HEADER = (
-    128  # bytes before the numbers of an array, at least; a one-dimensional one needs no more than twice that
-)
+NUMPY_HEADER = 128  # bytes before the numbers of a one-dimensional array
 
 
 class Entry(TypedDict):
@@ -88,6 +84,8 @@ def from_record(record: RecordDict, limits: Limits = ANY) -> dict[Slot, Tensor]:
         others = set(record) - {ARRAYS, LAYOUT, FACTS}
         if others or list(record.config_records[LAYOUT]) != [LAYOUT] or not isinstance(text, str):
             raise ValueError("there is more in it")
+        if not arrays.keys() <= CARRIERS.keys():
+            raise ValueError("there are other arrays in it")
         if len(text) > 1000 * limits.num_tensors + 100 or sum(map(_num_bytes, arrays.values())) > limits.num_bytes:
             raise ValueError("it is too large")
         flat = {dtype: _numbers(array, dtype) for dtype, array in arrays.items()}
@@ -122,17 +120,15 @@ def _num_bytes(array: Array) -> int:
 
 
 def _numbers(array: Array, dtype: str) -> np.ndarray:
-    """Return the numbers of an array, where its bytes, its own header and what it declares agree."""
-    stream = io.BytesIO(array.data)
-    if array.stype != "numpy.ndarray" or np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("an array is not numpy's")
-    shape, is_fortran, found = np.lib.format.read_array_header_1_0(stream, max_header_size=2 * NUMPY_HEADER)
+    """Return the numbers of an array whose bytes, header included, are those that numpy itself writes for them."""
     carrier = torch.empty(0, dtype=CARRIERS[dtype]).numpy().dtype
-    lies = (found, array.dtype, tuple(array.shape)) != (carrier, str(carrier), shape) or is_fortran
-    num_left = len(array.data) - stream.tell()
-    if lies or len(shape) != 1 or shape[0] < 0 or num_left != shape[0] * carrier.itemsize:
+    size = _num_bytes(array) // carrier.itemsize
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": carrier.str, "fortran_order": False, "shape": (size,)})
+    is_whole = len(array.data) == header.tell() + size * carrier.itemsize and array.data.startswith(header.getvalue())
+    if not is_whole or (array.stype, array.dtype, tuple(array.shape)) != ("numpy.ndarray", str(carrier), (size,)):
         raise ValueError("an array is not what it says")
-    return np.frombuffer(array.data, dtype=carrier, offset=stream.tell())
+    return np.frombuffer(array.data, dtype=carrier, offset=header.tell())
 
 
 def _checked(entry: Entry) -> Entry:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import randbits, token_hex
+from secrets import randbits
 from typing import Any
 
 import yaml
@@ -26,10 +26,10 @@ from fedlr.privacy.reported import reported_statement
 from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
-from fedlr.run_dir import append_lines, create_run_dir, read_json, write_json, write_origin
+from fedlr.run_dir import IDENTITY, append_lines, create_run_dir, new_identity, read_json, write_json, write_origin
 from server.federation import Served, assemble
 
-IDENTITY, CHECKPOINTS, ADAPTERS = "identity.json", "checkpoints", "adapters"
+CHECKPOINTS, ADAPTERS = "checkpoints", "adapters"
 METRICS, CLIENTS = "metrics.jsonl", "clients.jsonl"
 
 
@@ -80,8 +80,7 @@ class Run:
         found = None if run_dir is None or not (run_dir / IDENTITY).exists() else read_json(run_dir / IDENTITY)
         if run_dir is not None and found is not None:
             check_same(experiment, run_dir)
-        seed = randbits(32) if experiment.seed is None else experiment.seed
-        identity = found or {"experiment_id": token_hex(16), "seed": seed}
+        identity = found or new_identity(randbits(32) if experiment.seed is None else experiment.seed)
         self.say, self.experiment = say, experiment
         self.served: Served = assemble(
             experiment, seed=identity["seed"], experiment_id=identity["experiment_id"], say=say

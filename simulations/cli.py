@@ -6,15 +6,14 @@ comma-separated values: `fedlr simulate experiment=tiny -m method=fedsvd,ffa_lor
 
 import itertools
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedlr.commands import quiet_libraries
 from fedlr.errors import InputError
 
 if TYPE_CHECKING:
@@ -230,17 +229,6 @@ def new_page(argument: str) -> Path:
     if path.suffix != ".html" or not path.parent.is_dir():
         raise InputError(f"Expected --out to be an .html file in a folder that exists, got {argument!r}")
     return path
-
-
-def quiet_libraries() -> None:
-    """Keep other libraries' chatter out of the run's own lines; errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|opacus|torch)\b")
 
 
 def say(line: str) -> None:

@@ -6,6 +6,7 @@ watched: whatever ends before the run is done is started again, as systemd would
     devices -> proxy (TLS, Fleet only) -> SuperLink (TLS, loopback) <- fedlr server run
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ QUIET = {
 }
 SUPERLINK, PROXY, SERVER = "superlink", "proxy", "server"
 POLL_S = 0.1
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Watched:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **QUIET},
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self.num_starts += 1
 
@@ -212,6 +215,12 @@ class Rehearsal:
     def _end(self, name: str) -> str:
         lines = (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else f"{name} said nothing"
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the one that watches it is gone, however it went (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def superlink_command(address: str, keys: Path, database: Path) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlr.adapter import Slot
 from fedlr.assembly import torch_threads
+from fedlr.errors import InputError
 from fedlr.evaluate import MOST_SCORED, Evaluator
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
@@ -39,6 +40,15 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
     Raises:
         InputError: for an experiment that cannot run.
     """
+    if experiment.runtime.kind == "flower":
+        from simulations.flower_run import simulate_with_flower
+
+        return simulate_with_flower(experiment, say=say)
+    if experiment.runtime.kind == "superlink":
+        raise InputError(
+            "Expected runtime=local or runtime=flower to simulate, got superlink: `fedlr server run` asks devices, and "
+            "`fedlr federation` plays a whole federation on this machine"
+        )
     seed = randbits(32) if experiment.seed is None else experiment.seed
     with torch_threads(1):
         federation = assemble(experiment, seed=seed, say=say)

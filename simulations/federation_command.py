@@ -1,0 +1,69 @@
+"""`fedlr federation`: a whole federation on this machine, and the simulation of it, compared number by number."""
+
+import os
+import signal
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from fedlr.commands import command
+from fedlr.errors import InputError
+from fedlr.experiment import Experiment, compose_experiment
+from fedlr.run_dir import create_run_dir, read_json
+from simulations.cli import ready, say
+from simulations.rehearsal import Rehearsal
+
+TIMEOUT_S = 1800.0
+# A device trains alone, a simulation in groups: sums of float32 round differently.
+LARGEST_DIFFERENCE = 1e-6
+
+
+@command
+def federation(arguments: list[str]) -> None:
+    """Start a whole federation on this machine, run it, stop it: fedlr federation [experiment=NAME] [KEY=VALUE ...]
+
+    A SuperLink, a proxy, a server and a device for every client, over TLS with keys, each a process. Then the same
+    experiment is simulated, and the two adapters are compared. The default is experiment=federation.
+    """
+    if not any(word.startswith("experiment=") for word in arguments):
+        arguments = ["experiment=federation", *arguments]
+    overrides = [word for word in arguments if not word.startswith("runtime=")]
+    experiment = ready([*overrides, "runtime=superlink"])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: everything is stopped
+    folder = create_run_dir(experiment)
+    with Rehearsal(experiment, overrides, folder, say=say) as rehearsal:
+        rehearsal.watch(timeout_s=TIMEOUT_S)
+        say((rehearsal.logs / "server.log").read_text(encoding="utf-8").strip())
+    say("everything is stopped\n\nthe same in one process:")
+    difference = compare_with_simulation(rehearsal.run_dir, overrides, folder)
+    say(f"largest difference of the two adapters: {difference:.1e} (allowed: {LARGEST_DIFFERENCE:g})")
+    say(f"report in {rehearsal.run_dir / 'report.html'}")
+    if difference > LARGEST_DIFFERENCE:
+        raise InputError(
+            f"Expected the federation and the simulation to agree to {LARGEST_DIFFERENCE:g}, got {difference:.1e}"
+        )
+
+
+def compare_with_simulation(run_dir: Path, overrides: list[str], folder: Path) -> float:
+    """Simulate the experiment of a run, and return the largest difference of any number of the two adapters."""
+    from simulations.simulate import simulate
+
+    experiment: Experiment = compose_experiment([*overrides, f"tracking.output_dir={folder / 'simulation'}"])
+    simulated = simulate(experiment, say=lambda line: None)
+    summaries = [read_json(path / "summary.json") for path in (run_dir, simulated)]
+    for what, summary in zip(("federation", "simulation"), summaries, strict=True):
+        say(f"  {what:<11} accuracy {summary['final_accuracy']:.3f}   {summary['seconds']:.1f} s")
+    return adapter_difference(run_dir / "adapter", simulated / "adapter")
+
+
+def adapter_difference(one: Path, other: Path) -> float:
+    """Return the largest difference of any number of two exported adapters.
+
+    Raises:
+        InputError: they are of different shapes.
+    """
+    tensors = [load_file(os.fspath(path / "adapter_model.safetensors")) for path in (one, other)]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in found.items()} for found in tensors]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"Expected two adapters of the same shapes, got {shapes[0]} and {shapes[1]}")
+    return max(float((tensors[0][name] - tensors[1][name]).abs().max()) for name in tensors[0])
