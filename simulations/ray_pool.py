@@ -36,7 +36,13 @@ class RayPool:
         ray = _ray()
         e = federation.experiment
         self._federation = federation
-        self._accounts = Accounts(ledger, federation.mechanism, federation.training)
+        self._accounts = Accounts(
+            ledger,
+            federation.mechanism,
+            federation.training,
+            enrolled=federation.start.adapter,
+            randomness=federation.randomness,
+        )
         ray.init(
             num_cpus=e.runtime.num_processes,
             include_dashboard=False,
@@ -67,7 +73,7 @@ class RayPool:
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
         ray = _ray()
-        admitted, refused = self._accounts.reserve(task.round_index, cohort)
+        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
         e = self._federation.experiment
         trained = self._federation.start.adapter.select(task.block)
@@ -114,7 +120,12 @@ class ChargedBefore:
     """Stands for the ledger in a process whose driver keeps it: everyone who is asked has been charged."""
 
     def reserve(
-        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+        self,
+        round_index: int,
+        mechanism: Mechanism,
+        num_steps: int,
+        client_ids: Sequence[int],
+        task: str | None = None,
     ) -> dict[int, Refusal | None]:
         """Let everyone train."""
         return dict.fromkeys(client_ids)

@@ -74,7 +74,7 @@ class FusedPool:
     ) -> None:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
-        self._accounts = Accounts(ledger, mechanism, training)
+        self._accounts = Accounts(ledger, mechanism, training, enrolled=enrolled, randomness=randomness)
         self._memory_gb, self._ranks = memory_gb, ranks
         self._side, self.kept = side or SideWeights(model), Kept()
         self._device = next(model.parameters()).device
@@ -87,7 +87,7 @@ class FusedPool:
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
-        admitted, refused = self._accounts.reserve(task.round_index, cohort)
+        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
         adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
         self._side.merge(adapter)

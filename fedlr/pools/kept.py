@@ -1,5 +1,6 @@
 """What clients keep from round to round, each on its own disk, or on what would be one. Nothing of it is ever sent."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -50,6 +51,17 @@ class Kept:
     def restore(self, client: int, personal: Mapping[Slot, Tensor], memory: Mapping[Slot, Tensor]) -> None:
         """Take back what `of` gave."""
         self.personal[client], self._memory[client] = dict(personal), dict(memory)
+
+    def clients(self) -> list[int]:
+        """Return who keeps anything, ascending."""
+        return sorted({c for of_clients in (self.personal, self._memory) for c, own in of_clients.items() if own})
+
+    def fingerprint(self, clients: Sequence[int]) -> str:
+        """Return the SHA-256 of what these clients keep."""
+        digest = hashlib.sha256()
+        for part in (part for client in clients for part in self.of(client)):
+            digest.update(AdapterState(part, scale=1.0).fingerprint().encode() if part else b"-")
+        return digest.hexdigest()
 
     def remember(self, clients: Sequence[int], inputs: RuleInputs) -> None:
         """Keep each client's part of what the rule remembered."""

@@ -6,6 +6,7 @@ those in client order.
 """
 
 import copy
+import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,9 +62,14 @@ class Charges(Protocol):
     """What a pool asks of a `PrivacyLedger`, or of what stands for one where another process keeps it."""
 
     def reserve(
-        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+        self,
+        round_index: int,
+        mechanism: Mechanism,
+        num_steps: int,
+        client_ids: Sequence[int],
+        task: str | None = None,
     ) -> Mapping[int, Refusal | None]:
-        """Charge a round to each client, or refuse."""
+        """Charge a round to each client, or refuse; `task` names what they compute."""
         ...
 
     def settle_all(self, round_index: int, steps_taken: Mapping[int, int]) -> None:
@@ -74,20 +80,35 @@ class Charges(Protocol):
 class Accounts:
     """What the clients of a pool have spent: written before their data are read, and after they trained."""
 
-    def __init__(self, ledger: Charges | None, mechanism: Mechanism | None, training: LocalTraining) -> None:
+    def __init__(
+        self,
+        ledger: Charges | None,
+        mechanism: Mechanism | None,
+        training: LocalTraining,
+        *,
+        enrolled: AdapterState,
+        randomness: Randomness,
+    ) -> None:
         if (mechanism is None) != (ledger is None):
             raise ValueError(
                 "Expected a ledger exactly when there is a mechanism: private training is always written down"
             )
         self._ledger, self._mechanism, self._num_steps = ledger, mechanism, training.num_steps
+        self._given = "" if ledger is None else f"{enrolled.fingerprint()} {randomness!r}"
         self._lock = threading.Lock()
 
-    def reserve(self, round_index: int, cohort: Sequence[int]) -> tuple[list[int], list[Dropout]]:
-        """Charge a round to those who can pay: return them, and the others."""
+    def reserve(self, task: RoundTask, cohort: Sequence[int], kept: Kept) -> tuple[list[int], list[Dropout]]:
+        """Charge a round to those who can pay: return them, and the others.
+
+        The ledger is told all that decides what they compute, but for their data and the configuration: what they are
+        asked, together, what they were given and have kept, and the seed of the noise if there is one.
+        """
         if self._ledger is None or self._mechanism is None:
             return list(cohort), []
+        computed = (task.fingerprint(), self._given, kept.fingerprint(cohort), list(cohort))
+        name = hashlib.sha256(repr(computed).encode()).hexdigest()
         with self._lock:
-            answers = self._ledger.reserve(round_index, self._mechanism, self._num_steps, list(cohort))
+            answers = self._ledger.reserve(task.round_index, self._mechanism, self._num_steps, list(cohort), name)
         refused = [Dropout(client, "refused", answer.reason) for client, answer in answers.items() if answer]
         return [client for client in cohort if answers[client] is None], refused
 
@@ -132,7 +153,7 @@ class LocalPool:
     ) -> None:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
-        self._accounts = Accounts(ledger, mechanism, training)
+        self._accounts = Accounts(ledger, mechanism, training, enrolled=enrolled, randomness=randomness)
         self._side, self.kept = side or SideWeights(model), Kept()
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="client")
         self._workers: SimpleQueue[Worker] = SimpleQueue()
@@ -143,7 +164,7 @@ class LocalPool:
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay; yield as they finish."""
-        admitted, refused = self._accounts.reserve(task.round_index, cohort)
+        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
         adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
         self._side.merge(adapter)

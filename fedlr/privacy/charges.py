@@ -1,4 +1,4 @@
-"""What the rows of a privacy ledger mean: a header, then reservations, settlements and torn ends.
+"""What the rows of a privacy ledger mean: a header, then reservations, repeats, settlements and torn ends.
 
 Unit: one training example of one client. Relation: add or remove one example. Epsilon is never stored: it is
 computed from the rows, over all steps of all rounds, so no edit of a number can lower it unseen.
@@ -6,10 +6,10 @@ computed from the rows, over all steps of all rounds, so no edit of a number can
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedlr.errors import InputError
 from fedlr.privacy import chain
@@ -40,16 +40,27 @@ class Header:
 
 @dataclass(frozen=True)
 class Charge:
-    """One client's reservation for one round, and how much of it was used (None: not settled, so all)."""
+    """One client's reservation for one round, and how much of it was used (None: not settled, so all).
+
+    `task` is the SHA-256 of what the client was asked, where that was said. Who of several that computed it settles,
+    knows not what the others took, so a repeated one counts in full whatever is settled.
+    """
 
     mechanism: Mechanism
     reserved_steps: int
     settled_steps: int | None = None
+    task: str | None = None
+    is_repeated: bool = False
 
     @property
     def steps(self) -> int:
         """Steps that count: what was settled, else all that was reserved."""
-        return self.reserved_steps if self.settled_steps is None else self.settled_steps
+        return self.reserved_steps if self.settled_steps is None or self.is_repeated else self.settled_steps
+
+    def is_repeated_by(self, mechanism: Mechanism, num_steps: int, task: str | None) -> bool:
+        """Return whether a reservation is of the same computation, all of which is charged already."""
+        same = task is not None and (self.mechanism, self.reserved_steps, self.task) == (mechanism, num_steps, task)
+        return same and self.steps == num_steps
 
 
 @dataclass
@@ -69,13 +80,17 @@ class Charges:
             if row["kind"] == "reserve":
                 self.by_client.setdefault(row["client_id"], {})[row["round_index"]] = _charge(row)
             elif row["kind"] == "settle":
-                rounds = self.by_client[row["client_id"]]
-                charge = rounds[row["round_index"]]
-                rounds[row["round_index"]] = Charge(charge.mechanism, charge.reserved_steps, row["steps_taken"])
+                self._change(row, settled_steps=row["steps_taken"])
+            elif row["kind"] == "repeat":
+                self._change(row, is_repeated=True)
             elif row["kind"] == "torn":
                 self.num_torn += 1
             elif row["kind"] != "header":
                 raise InputError(f"Expected a ledger row of a known kind, got {row['kind']!r}")
+
+    def _change(self, row: chain.Row, **changes: Any) -> None:
+        rounds = self.by_client[row["client_id"]]
+        rounds[row["round_index"]] = replace(rounds[row["round_index"]], **changes)
 
     def of(self, client_id: int) -> dict[int, Charge]:
         """Return one client's charges by round."""
@@ -103,14 +118,17 @@ def recovered(fragment: bytes, charges: Charges) -> list[chain.Row]:
 
     The line was never acknowledged, so nothing was read under a torn reservation. It is charged nevertheless
     wherever enough of it is left to say to whom, because a file that somebody shortened looks just the same.
-    A torn settlement is dropped: its reservation keeps counting in full. The fragment is kept as text.
+    A torn settlement is dropped: its reservation keeps counting in full. A torn repeat is kept, so that no settlement
+    lowers what it repeated. The fragment is kept as text.
     """
     rows: list[chain.Row] = [{"kind": "torn", "fragment": fragment.decode("ascii", "backslashreplace")}]
     row = chain.torn_payload(fragment)
     try:
-        if row is not None and row["kind"] == "reserve" and _charge(row):
-            if row["round_index"] not in charges.of(row["client_id"]):
-                rows.append(row)
+        is_charged = row is not None and row["round_index"] in charges.of(row["client_id"])
+        if row is not None and row["kind"] == "reserve" and _charge(row) and not is_charged:
+            rows.append(row)
+        if row is not None and row["kind"] == "repeat" and is_charged:
+            rows.append(row)
     except (KeyError, TypeError, ValueError):  # not a reservation any more
         pass
     return rows
@@ -134,7 +152,7 @@ def read_ledger(path: str | os.PathLike[str]) -> tuple[Header, Charges, str]:
 
 
 def _charge(row: chain.Row) -> Charge:
-    return Charge(_mechanism(**row["mechanism"]), row["num_steps"])
+    return Charge(_mechanism(**row["mechanism"]), row["num_steps"], task=row.get("task"))
 
 
 # One object for the many rows that say the same. Typed: true must not be taken for 1, which is checked before.

@@ -9,6 +9,7 @@ something.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -97,7 +98,12 @@ class PrivacyLedger:
         return cls(Path(path), header)
 
     def reserve(
-        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+        self,
+        round_index: int,
+        mechanism: Mechanism,
+        num_steps: int,
+        client_ids: Sequence[int],
+        task: str | None = None,
     ) -> dict[int, Refusal | None]:
         """Charge one round to a cohort, or refuse; call it before any private example of the round is read.
 
@@ -105,11 +111,18 @@ class PrivacyLedger:
         before: charging it again would count twice, letting it train again would be free. Round numbers
         therefore run over the life of the ledger, not of a process. Nothing is written for a refusal.
 
+        With seeded randomness there is one exception, the *repeat*, by which a run that was killed goes on: the same
+        task, mechanism and steps, in the same round, all of them charged already. The same computation with the same
+        noise gives the same output, so nothing new is released: it is accepted and charges nothing. With randomness
+        of the operating system it would be another output, and is refused.
+
         Args:
             round_index: which round.
             mechanism: constants of every step.
             num_steps: steps each client may take in this round.
             client_ids: the cohort, without repetition.
+            task: SHA-256, in hexadecimal, of all that decides what these clients compute beside their data: what they
+                are asked and what they start from, the seed of their noise, how they train. None is never a repeat.
 
         Returns:
             For each client None (go ahead) or the refusal.
@@ -124,12 +137,21 @@ class PrivacyLedger:
                 "Expected distinct clients >= 0, a round >= 0 and at least one step, "
                 f"got clients {cohort}, round {round_index} and {num_steps} steps"
             )
-        reservation = {"kind": "reserve", "round_index": int(round_index), "num_steps": int(num_steps)}
-        constants = asdict(mechanism)
+        if task is not None and not re.fullmatch("[0-9a-f]{64}", task):
+            raise ValueError(f"Expected the SHA-256 of a task in hexadecimal, got {task!r}")
+        numbers = {"round_index": int(round_index), "num_steps": int(num_steps)}
+        reservation = {"kind": "reserve", **numbers} | ({} if task is None else {"task": task})
+        constants, rows = asdict(mechanism), []
+        answers: dict[int, Refusal | None] = {}
         with self._lock() as file:
-            answers = {client: self._refusal(round_index, mechanism, num_steps, client) for client in cohort}
-            accepted = [client for client, refusal in answers.items() if refusal is None]
-            rows = [{**reservation, "client_id": client, "mechanism": constants} for client in accepted]
+            for client in cohort:
+                answers[client] = None
+                if self._is_repeat(round_index, mechanism, num_steps, client, task):
+                    rows.append({"kind": "repeat", "round_index": int(round_index), "client_id": client})
+                elif (refusal := self._refusal(round_index, mechanism, num_steps, client)) is not None:
+                    answers[client] = refusal
+                else:
+                    rows.append({**reservation, "client_id": client, "mechanism": constants})
             self._append(file, rows)
         return answers
 
@@ -146,19 +168,19 @@ class PrivacyLedger:
 
         Raises:
             ValueError: there is no such reservation, it is settled already, or it was for fewer steps. Nothing is
-                written then, for nobody.
+                written then, for nobody. A repeated reservation may be settled again: that writes nothing.
 
         Guarantees:
             When this returns, all settlements are on disk, by one lock, one write and one fsync.
         """
         with self._lock() as file:
-            for client, steps in steps_taken.items():
-                self._require_open(round_index, client, steps)
+            settled = [client for client, n in steps_taken.items() if self._is_settled(round_index, client, n)]
             self._append(
                 file,
                 [
                     {"kind": "settle", "round_index": int(round_index), "client_id": int(client), "steps_taken": int(n)}
                     for client, n in steps_taken.items()
+                    if client not in settled
                 ],
             )
 
@@ -176,17 +198,37 @@ class PrivacyLedger:
         with self._lock():
             return len(self._charges.of(client_id))
 
+    def round_of(self, client_id: int, task: str) -> int | None:
+        """Return the round under which a task was reserved for a client, of several the latest; None: never."""
+        with self._lock():
+            rounds = [number for number, charge in self._charges.of(client_id).items() if charge.task == task]
+        return max(rounds, default=None)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether the noise is a function of a seed, so that a computation can be repeated to the bit."""
+        return self._header.randomness == "seeded"
+
     def head(self) -> str:
         """Return the hash of the last row: whoever keeps it elsewhere can tell an older copy of the file."""
         with self._lock():
             return self._tail.head
 
-    def _require_open(self, round_index: int, client_id: int, steps_taken: int) -> None:
+    def _is_settled(self, round_index: int, client_id: int, steps_taken: int) -> bool:
+        """Return whether a repeated reservation was settled before; raise where nothing is to be settled."""
         charge = self._charges.of(client_id).get(round_index)
-        if charge is None or charge.settled_steps is not None:
+        is_again = charge is not None and charge.is_repeated and charge.settled_steps is not None
+        if charge is None or (charge.settled_steps is not None and not is_again):
             raise ValueError(f"Expected an open reservation of client {client_id} in round {round_index}, got {charge}")
         if not 0 <= steps_taken <= charge.reserved_steps:
             raise ValueError(f"Expected steps_taken in [0, {charge.reserved_steps}], got {steps_taken}")
+        return is_again
+
+    def _is_repeat(
+        self, round_index: int, mechanism: Mechanism, num_steps: int, client_id: int, task: str | None
+    ) -> bool:
+        charge = self._charges.of(client_id).get(round_index)
+        return charge is not None and self.is_seeded and charge.is_repeated_by(mechanism, num_steps, task)
 
     def _refusal(self, round_index: int, mechanism: Mechanism, num_steps: int, client_id: int) -> Refusal | None:
         if round_index in self._charges.of(client_id):

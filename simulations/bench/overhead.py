@@ -15,6 +15,7 @@ from typing import Any
 from fedlr.adapter import ClientUpdate
 from fedlr.assembly import torch_threads
 from fedlr.experiment import compose_experiment
+from fedlr.pools.kept import Kept
 from fedlr.pools.local import Accounts
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds import Dropout, RoundTask, run_round
@@ -31,13 +32,19 @@ class TrivialPool:
     """A `ClientPool` whose clients take no time: each returns what it was given, and pays for it."""
 
     def __init__(self, federation: Federation, ledger: PrivacyLedger | None) -> None:
-        self._accounts = Accounts(ledger, federation.mechanism, federation.training)
+        self._accounts = Accounts(
+            ledger,
+            federation.mechanism,
+            federation.training,
+            enrolled=federation.start.adapter,
+            randomness=federation.randomness,
+        )
         self._steps = federation.training.num_steps
         self._adapter = federation.start.adapter
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Charge, answer, settle."""
-        admitted, refused = self._accounts.reserve(task.round_index, cohort)
+        admitted, refused = self._accounts.reserve(task, cohort, Kept())
         yield from refused
         tensors = self._adapter.select(task.block)
         for start in range(0, len(admitted), GROUP):

@@ -35,7 +35,7 @@ from tests.simulations.small_runs import federation, first_task, open_ledger, ro
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import mutant
 
-RESERVES = "admitted, refused = self._accounts.reserve(task.round_index, cohort)"
+RESERVES = "admitted, refused = self._accounts.reserve(task, cohort, self.kept)"
 SETTLES = "self._accounts.settle(task.round_index, dict.fromkeys(group, steps))"
 YIELDS = "            yield ClientUpdate(client, sent, self._weights[client], task.round_index)\n"
 CHARGES_NOW = "self._accounts._ledger.reserve(task.round_index, self._mechanism, steps, list(group)); "
@@ -206,7 +206,7 @@ def refused_clients_do_not_train(module: ModuleType, folder: Path) -> None:
     ledger.reserve(0, f.mechanism, 2, [1])
     with closing(pool_of(module, f, ledger)) as pool:
         outcomes = {outcome.client_id: outcome for outcome in pool.train(first_task(f), [0, 1])}
-        assert list(pool.train(first_task(f), [0, 1])) == [
+        assert list(pool.train(replace(first_task(f), broadcast={}), [0, 1])) == [
             Dropout(0, "refused", "already_reserved"),
             Dropout(1, "refused", "already_reserved"),
         ]
@@ -217,6 +217,28 @@ def refused_clients_do_not_train(module: ModuleType, folder: Path) -> None:
 
 def test_refused_clients_read_no_row(tmp_path: Path) -> None:
     refused_clients_do_not_train(pool_module, tmp_path)
+
+
+def test_a_round_that_is_asked_again_gives_the_same_updates_and_charges_nothing(tmp_path: Path) -> None:
+    f = federation()
+    ledger = create_ledger(f, tmp_path / "ledger.jsonl")
+    answers = []
+    for _ in range(2):  # two processes, one after the other
+        with closing(pool_of(pool_module, f, ledger)) as pool:
+            answers.append(list(pool.train(first_task(f), [0, 1])))
+    spent = ledger.spent_all([0, 1])
+    assert [outcome.client_id for outcome in answers[1]] == [0, 1]
+    for one, other in zip(*answers, strict=True):
+        assert all(one.tensors[slot].equal(tensor) for slot, tensor in other.tensors.items())
+    asked_more = replace(first_task(f), personal=frozenset({"head"}))
+    # Another cohort adds up its micro-batches another way.
+    for task, cohort in ((first_task(f), [0]), (asked_more, [0, 1])):
+        with closing(pool_of(pool_module, f, ledger)) as pool:
+            assert {o.reason for o in pool.train(task, cohort)} == {"already_reserved"}
+    other_noise = replace(f, randomness=replace(f.randomness, seed=9))
+    with closing(pool_of(pool_module, other_noise, ledger)) as pool:
+        assert {o.reason for o in pool.train(first_task(f), [0, 1])} == {"already_reserved"}
+    assert ledger.spent_all([0, 1]) == spent
 
 
 def test_a_pool_that_trains_refused_clients_is_seen(tmp_path: Path) -> None:
