@@ -12,6 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.device import Device
+from client.offline import go_offline
 from client.settings import load_settings
 from fedlr.errors import InputError
 from fedlr.wire import to_record
@@ -50,4 +51,5 @@ def settings_path(context: Context) -> Path:
 @cache
 def resident(path: Path) -> Device:
     """Return the device of these settings: one a process, for as long as it lives."""
+    go_offline()
     return Device(load_settings(path), say=lambda line: print(f"{path.stem}: {line}", flush=True))

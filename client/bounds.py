@@ -6,11 +6,12 @@
 import re
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fedlr.experiment import PositiveFloat, PositiveInt, Rate, Section
 from fedlr.terms import Sha256
 from fedlr.tuners.blocks import LORA
+from fedlr.tuners.registry import TUNERS
 
 OptimizerName = Literal[
     "torch.optim.SGD",
@@ -22,6 +23,8 @@ OptimizerName = Literal[
     "torch.optim.Adagrad",
     "torch.optim.Adadelta",
     "torch.optim.RMSprop",
+    "torch.optim.Rprop",
+    "torch.optim.ASGD",
 ]
 RuleName = Literal[
     "fedlr.client_rule.ClientRule",
@@ -45,6 +48,16 @@ MODULE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 HOW_IT_RUNS = ("foreach", "fused", "capturable", "differentiable")  # of torch's optimizers: nothing a server need say
 
 
+def system_name(name: str) -> str:
+    """Refuse what is no system of the registry."""
+    if name not in TUNERS:
+        raise ValueError("a system of docs/adapters.md, such as lora")
+    return name
+
+
+SystemName = Annotated[str, AfterValidator(system_name)]
+
+
 class Policy(Section):
     """The owner's bounds. `allowed_models` are SHA-256 of base models without their heads (`fedlr client doctor`)."""
 
@@ -63,7 +76,7 @@ class Policy(Section):
     max_rank: PositiveInt = 64
     max_trained_values: PositiveInt = 20_000_000  # of an adapter, as a message brings it
     max_side_values: PositiveInt = 100_000_000  # of what a server folded away
-    allowed_adapters: Annotated[list[str], Field(min_length=1)] = [LORA]
+    allowed_adapters: Annotated[list[SystemName], Field(min_length=1)] = [LORA]
     allowed_optimizers: Annotated[list[OptimizerName], Field(min_length=1)] = list(OPTIMIZERS)
     allowed_rules: list[RuleName] = list(RULES)
     allow_seeded_randomness: bool = False

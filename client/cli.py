@@ -50,6 +50,9 @@ def run(arguments: list[str]) -> None:
     """
     if len(arguments) != 1:
         raise InputError(f"Expected one file, such as client.yaml, got {len(arguments)} arguments")
+    from client.offline import go_offline
+
+    go_offline()  # before whatever reads the environment once
     from client.device import Device  # heavy: torch and all that
     from client.node import serve
     from client.settings import load_settings

@@ -10,7 +10,7 @@ fresh noise (or, with seeded randomness, computed again to the bit, which releas
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from client.policy import PolicyRefusal, check_request, check_terms
+from client.policy import Policy, PolicyRefusal, check_request, check_terms
 from client.replies import Kept, Replies
 from client.settings import Settings
 from client.trainee import Trainee
@@ -22,7 +22,7 @@ from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import LocalPool
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism
-from fedlr.wire import RecordDict
+from fedlr.wire import Limits, RecordDict
 
 OWN = 0  # this device in its own ledger, whatever number a server gives it
 
@@ -60,7 +60,7 @@ class Device:
         Raises:
             InputError: it is no request at all, so there is nobody to answer in the form of a reply.
         """
-        request = Request.read(record)
+        request = Request.read(record, limits_of(self._settings.policy))
         where = f"round {request.task.round_index} of {request.terms.name}"
         try:
             reply = self._answer(request)
@@ -93,8 +93,8 @@ class Device:
                 return done.reply
             if terms.randomness == "seeded":  # the same noise on another sum: their difference would have none
                 raise Refused("other_task", "another adapter was broadcast in this round before")
-        enrolled = self._enrolled(request, replies)
         trainee = self._prepared(request)
+        enrolled = self._enrolled(request, replies)
         with torch_threads(1):
             pool = self._pool_of(trainee, request.client_id, enrolled, task.block)
             latest = replies.latest()
@@ -152,6 +152,12 @@ class Device:
         )
 
 
+def limits_of(policy: Policy) -> Limits:
+    """Return what a request may hold at most: what the policy lets an adapter be, sent and enrolled, and a side."""
+    num_values = 4 * policy.max_trained_values + policy.max_side_values
+    return Limits(num_bytes=8 * num_values)
+
+
 class OwnCharges:
     """The device's ledger as a pool asks for it: rounds are numbered over the life of the ledger, whoever asks."""
 
@@ -160,12 +166,18 @@ class OwnCharges:
         self._round = 0
 
     def reserve(
-        self, round_index: int, mechanism: Mechanism, num_steps: int, client_ids: Sequence[int]
+        self,
+        round_index: int,
+        mechanism: Mechanism,
+        num_steps: int,
+        client_ids: Sequence[int],
+        task: str | None = None,
     ) -> Mapping[int, Refusal | None]:
-        """Charge a round, or refuse."""
+        """Charge a round, or refuse; with seeded noise a round that is computed again is the one it was."""
         (client,) = client_ids
-        self._round = self._ledger.participations(OWN)
-        return {client: self._ledger.reserve(self._round, mechanism, num_steps, [OWN])[OWN]}
+        before = self._ledger.round_of(OWN, task) if task is not None and self._ledger.is_seeded else None
+        self._round = self._ledger.participations(OWN) if before is None else before
+        return {client: self._ledger.reserve(self._round, mechanism, num_steps, [OWN], task)[OWN]}
 
     def settle_all(self, round_index: int, steps_taken: Mapping[int, int]) -> None:
         """Say how many steps were taken."""

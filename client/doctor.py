@@ -1,5 +1,6 @@
 """`fedlr client doctor`: what this device is, whether it can train, and what it will refuse; one line a finding."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from client.device_checks import (
     terms_text,
 )
 from client.findings import Finding, found
+from client.offline import go_offline
 from client.server_checks import server_findings
 from client.settings import Settings, load_settings
-from fedlr.commands import Options
+from fedlr.commands import USAGE_ERROR, Options
 from fedlr.errors import InputError
 from fedlr.terms import Terms
 
@@ -39,6 +41,11 @@ def doctor(arguments: Sequence[str]) -> int:
     options.add_argument("--no-join", action="store_true")
     try:
         chosen = options.parse_args(list(arguments))
+    except InputError as error:
+        print(f"fedlr client doctor: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    go_offline()
+    try:
         settings = load_settings(chosen.settings)
         terms = None if chosen.terms is None else read_terms(chosen.terms)
     except InputError as error:

@@ -7,7 +7,7 @@ ledger are touched:
     noise_multiplier, max_grad_norm         bounds on both sides: noise below float32's grain would be none
     mechanism = null                        refused unless the device has no budget and says so, and the other way round
     mechanism against trainer               one sample rate, one divisor: what is accounted is what is done
-    randomness                              the device's own; "seeded", which can be subtracted, only if it says so
+    randomness                              the device's own: "seeded", which can be subtracted, only if it says so
     divisor, learning rate, betas ...       finite and bounded: post-processing, but it would waste the budget
     optimizer, after_noise, client_rule     names of a fixed set, compared as text before anything is imported or
                                             called; arguments are plain numbers and true or false, never sections
@@ -110,7 +110,7 @@ def check_request(request: Request, settings: Settings) -> None:
         _refuse("scale", request.scale, f"{_scale(terms):g}, which adapter.lora_alpha and rank give", root="request")
     roles = _roles(terms)
     trainable = roles if terms.adapter.train_head else roles - {HEAD}
-    if not task.block or len(task.block) > MOST_BLOCKS or not roles_of(task.block) <= trainable:
+    if len(task.block) > MOST_BLOCKS or not roles_of(task.block) <= trainable:
         _refuse("block", sorted(task.block, key=str)[:4], f"some of {', '.join(sorted(trainable))}", root="request")
     if not task.personal <= roles or not task.shared:
         _refuse(
@@ -153,8 +153,6 @@ def _check_privacy(terms: Terms, settings: Settings) -> None:
         return
     if privacy.epsilon is None:
         _refuse("mechanism", mechanism.model_dump(), "null, as this device has no budget (privacy.epsilon)")
-    if terms.randomness == "seeded" and not settings.policy.allow_seeded_randomness:
-        _refuse("randomness", terms.randomness, "os (policy.allow_seeded_randomness)")
     if terms.randomness != privacy.randomness:
         _refuse("randomness", terms.randomness, f"{privacy.randomness} (privacy.randomness)")
     for key in ("sample_rate", "divisor"):

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from yaml import YAMLError
 
 from client.bounds import Policy
-from fedlr.config_errors import dotted, first_problem, one_line
+from fedlr.config_errors import dotted, first_problem, one_line, shown
 from fedlr.data.values import as_name
 from fedlr.errors import InputError
 from fedlr.experiment import PositiveFloat, PositiveInt, Section, Target, device_name
@@ -131,6 +131,8 @@ def load_settings(path: Path) -> Settings:
         check_files(settings)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except OSError as error:  # a folder that may not be entered
+        raise InputError(f"{path}: Expected files that can be looked at, got {error}") from error
     return settings
 
 
@@ -178,7 +180,7 @@ def check_consistent(settings: Settings) -> None:
     if not isinstance(section.get("labels") or [], list) or len(set(names)) < max(2, len(names)) or "" in names:
         raise InputError(
             "Expected data.labels to be two or more different names, as names that are found in data tell what they "
-            f"hold, got {section.get('labels')!r}"
+            f"hold, got {shown(section.get('labels'))}"
         )
     if privacy.epsilon is None and not policy.allow_no_privacy:
         raise InputError(

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
+from fedlr.together import check_together
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -240,49 +241,7 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
         raise InputError(first_problem(error, tree, known=known_keys(tree))) from error
-    e = experiment
-    if e.cohort_size > e.num_clients:
-        raise InputError(f"Expected cohort_size <= num_clients={e.num_clients}, got {e.cohort_size}")
-    if e.max_participations > e.num_rounds:
-        raise InputError(
-            f"Expected privacy.max_participations <= num_rounds={e.num_rounds}, got {e.max_participations}"
-        )
-    if e.max_participations * e.num_clients < e.num_rounds * e.cohort_size:
-        raise InputError(
-            f"Expected privacy.max_participations >= {-(-e.num_rounds * e.cohort_size // e.num_clients)} so that "
-            f"{e.num_clients} clients can fill {e.num_rounds} rounds of {e.cohort_size}, got {e.max_participations}"
-        )
-    if e.weighting == "examples" and not e.data.public and e.privacy.epsilon is not None:
-        raise InputError(
-            "Expected weighting=uniform, got 'examples': weights by size reveal whether one row is present; "
-            "if sizes are public knowledge, say data.public=true"
-        )
-    if e.privacy.noise_multiplier is not None and e.privacy.epsilon is None:
-        raise InputError(
-            f"Expected privacy=dp with privacy.noise_multiplier={e.privacy.noise_multiplier:g}, got no "
-            "privacy.epsilon: without a budget no noise is added"
-        )
-    if e.privacy.randomness == "os" and e.seed is not None:
-        raise InputError(
-            f"Expected seed=null with privacy.randomness=os, got seed={e.seed}: noise that a seed can "
-            "repeat can be subtracted"
-        )
-    if e.runtime.base_dtype == "bfloat16" and e.privacy.epsilon is not None and e.privacy.randomness == "os":
-        raise InputError(
-            "Expected runtime.base_dtype=float32 with privacy.randomness=os, got bfloat16: one example can change how "
-            "others are padded, and so round, by hundredths of the clip bound, which no epsilon here allows for"
-        )
-    if e.runtime.kind != "local" and e.deployment.min_updates > e.cohort_size:
-        raise InputError(
-            f"Expected deployment.min_updates <= cohort_size={e.cohort_size}, got {e.deployment.min_updates}: no round "
-            "could ever have enough updates"
-        )
-    baselines = [key for key in ("run_no_privacy", "run_alone") if getattr(e.tracking, key)]
-    if baselines and e.privacy.epsilon is not None and not e.data.public:
-        raise InputError(
-            f"Expected tracking.{baselines[0]}=false, got true: baselines train on the same rows outside the privacy "
-            "statement; if the data are public knowledge, say data.public=true"
-        )
+    check_together(experiment)
     return experiment
 
 

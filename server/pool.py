@@ -71,15 +71,15 @@ class GridPool:
                     yield Dropout(client, "rejected", "not_sent")
                 else:
                     waiting[message_id] = nodes[client], self._asked(task, client, task_sha256)
-        while waiting and time.monotonic() < deadline:
-            replies = list(self._grid.pull_messages(list(waiting)))
-            for reply in replies:
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
                 found = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if found is not None:
                     yield self._take(reply, *found)
-            del replies
-            if waiting:
-                time.sleep(min(self._poll_s, max(0.0, deadline - time.monotonic())))
+            left = deadline - time.monotonic()
+            if not waiting or left <= 0:
+                break
+            time.sleep(min(self._poll_s, left))
         yield from (Dropout(asked.client_id, "rejected", "deadline") for _, asked in waiting.values())
 
     def _wait(self, cohort: Sequence[int], deadline: float) -> Mapping[int, int]:

@@ -21,7 +21,7 @@ VAGUE_NAMES = {"utils.py", "common.py", "base.py", "types.py", "helpers.py", "mi
 RIVALS = "simulations/bench/rivals/"  # what we are measured against, used as its own users do
 # Who may import what. A place is a file, or a folder when it ends in "/".
 PLACES = {
-    "flwr": ("fedlr/wire.py", "server/", "client/", "simulations/flower_run.py", RIVALS),
+    "flwr": ("fedlr/wire.py", "fedlr/flower/", "server/", "client/", "simulations/flower_run.py", RIVALS),
     "opacus": ("fedlr/privacy/", "fedlr/training/", RIVALS),
     "peft": ("fedlr/adapter.py", "fedlr/models.py", "fedlr/export.py", "fedlr/tuners/", RIVALS),
     "hydra": ("fedlr/experiment.py", "simulations/cli.py", "server/", "client/"),

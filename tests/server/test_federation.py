@@ -1,0 +1,356 @@
+"""A federation over messages is the simulation: same numbers, and whatever ends in between comes back.
+
+Mutants these tests reject: a device that trains again instead of sending what it released; a server that counts an
+abandoned round, or goes on with lines of a round that was never committed; a pool that waits beyond its deadline, asks
+below quorum, or takes an enrolled adapter for granted; seeded noise used for two different tasks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import client.device as device_module
+from client.device import Device
+from fedlr.assembly import torch_threads
+from fedlr.errors import InputError
+from fedlr.experiment import compose_experiment
+from fedlr.messages import Reply, Request
+from fedlr.rounds import RoundTask
+from fedlr.run_dir import LEDGER
+from fedlr.wire import RecordDict
+from server.run import Run
+from simulations.federation import assemble
+from simulations.simulate import create_ledger, run_rounds
+from tests.server.whole_federation import SMALL, Federation, experiment, lines
+from tests.simulations.small_runs import quiet
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that handles errors sees it."""
+
+
+def simulated(folder: Path, *overrides: str) -> Any:
+    """Return the last state of the same experiment in one process."""
+    e = compose_experiment([*SMALL, *overrides])
+    folder.mkdir()
+    with torch_threads(1):
+        f = assemble(e, seed=e.seed or 0)
+        state, _ = run_rounds(f, folder, ledger=create_ledger(f, folder / LEDGER), progress=quiet(e))
+    return state
+
+
+def difference(one: Any, other: Any) -> float:
+    pairs = [(one.adapter.tensors[slot], tensor) for slot, tensor in other.adapter.tensors.items()]
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+@contextmanager
+def killed_at(owner: Any, name: str, *, call: int = 1, after: bool = False) -> Iterator[None]:
+    """Kill whoever makes the call number `call` of a method, before or after it."""
+    original, calls = getattr(owner, name), []
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise Killed
+        found = original(*args, **kwargs)
+        if len(calls) == call:
+            raise Killed
+        return found
+
+    setattr(owner, name, deadly)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("method=ffa_lora", "trainer.engine=opacus"),
+        ("method=scaffold",),
+        ("method=fedsa_lora",),
+        ("method=renewal",),
+        ("method=rolora", "privacy=none"),
+        ("method=flexlora", "adapter.client_ranks=[2,4]"),
+    ],
+    ids=lambda o: " ".join(o) or "fedsvd",
+)
+def test_devices_train_what_the_simulation_trains(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    done = Federation(experiment(*overrides), tmp_path).finish()
+    expected = simulated(tmp_path / "simulated", *overrides)
+    assert done.progress.state.round_index == expected.round_index
+    assert difference(done.progress.state, expected) <= 1e-6
+    ours, theirs = (lines(folder / "metrics.jsonl") for folder in (done.run_dir, tmp_path / "simulated"))
+    for key in ("bytes_up", "bytes_down", "num_trained"):
+        assert [row[key] for row in ours] == [row[key] for row in theirs]
+
+
+def test_the_base_model_is_loaded_once_a_device_and_the_adapter_given_once(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4"), tmp_path)
+    sizes: list[int] = []
+    for client, answer in list(f.grid.answers.items()):
+
+        def measured(record: RecordDict, answer: Any = answer, client: int = client) -> Any:
+            if client == 0:
+                sizes.append(sum(len(a.data) for part in record.array_records.values() for a in part.values()))
+            return answer(record)
+
+        f.grid.answers[client] = measured
+    f.finish()
+    assert [device.num_models_loaded for device in f.devices] == [1, 1, 1, 1]
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
+def test_a_run_leaves_behind_what_a_simulation_does(tmp_path: Path) -> None:
+    run = Federation(experiment(), tmp_path).finish()
+    run.leave_behind()
+    found = {path.name for path in run.run_dir.iterdir()}
+    assert {"adapter", "clients.jsonl", "config.yaml", "metrics.jsonl", "privacy.json", "report.html"} <= found
+    assert {"summary.json", "versions.json", "checkpoints", "adapters", "identity.json"} <= found
+    assert len(list((run.run_dir / "adapters").iterdir())) == 3
+
+
+SERVER_DEATHS = {
+    "before the first round": ("server.run.Run", "_finished", 1, False),
+    "with half a cohort asked": ("server.pool.GridPool", "_push", 5, False),
+    "with everybody asked": ("server.pool.GridPool", "_take", 4, False),
+    "with half a cohort heard": ("server.pool.GridPool", "_take", 5, True),
+    "after the aggregate": ("server.run.Run", "_finished", 2, False),
+    "after the lines, before the checkpoint": ("server.run", "save_checkpoint", 3, False),
+    "after the checkpoint": ("server.run", "save_checkpoint", 3, True),
+}
+
+
+@pytest.mark.parametrize("death", SERVER_DEATHS, ids=lambda death: death)
+def test_a_server_that_dies_goes_on_to_the_same_bits_and_spends_nothing_twice(death: str, tmp_path: Path) -> None:
+    from pkgutil import resolve_name
+
+    f = Federation(experiment(), tmp_path)
+    expected = f.finish("uninterrupted")
+    charges, g = (
+        f.charges(),
+        Federation(experiment(), tmp_path / "again" if (tmp_path / "again").mkdir() is None else tmp_path),
+    )
+    owner, name, call, after = SERVER_DEATHS[death]
+    with killed_at(resolve_name(owner), name, call=call, after=after), pytest.raises(Killed):
+        g.finish()
+    done = g.finish()
+    assert done.progress.state.adapter.fingerprint() == expected.progress.state.adapter.fingerprint()
+    assert g.charges() == charges
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        ours, theirs = (lines(run.run_dir / name) for run in (done, expected))
+        assert [{**row, "seconds": 0} for row in ours] == [{**row, "seconds": 0} for row in theirs]
+
+
+DEVICE_DEATHS = {
+    "before the reservation": ("fedlr.privacy.ledger.PrivacyLedger", "reserve", False),
+    "after the reservation": ("fedlr.privacy.ledger.PrivacyLedger", "reserve", True),
+    "after training": ("fedlr.privacy.ledger.PrivacyLedger", "settle_all", False),
+    "after the settlement": ("fedlr.privacy.ledger.PrivacyLedger", "settle_all", True),
+    "after the update is on disk": ("client.replies.Replies", "write", True),
+}
+
+
+@pytest.mark.parametrize("death", DEVICE_DEATHS, ids=lambda death: death)
+def test_a_device_that_dies_is_asked_again_and_sends_what_it_would_have_sent(death: str, tmp_path: Path) -> None:
+    from pkgutil import resolve_name
+
+    e = experiment("cohort_size=4", "deployment.min_updates=4")
+    f = Federation(e, tmp_path)
+    alive = f.devices[2].answer
+    asked: list[RecordDict] = []
+
+    def dies(record: RecordDict) -> RecordDict | None:
+        asked.append(record)
+        if len(asked) != 2:
+            return alive(record)
+        owner, name, after = DEVICE_DEATHS[death]
+        with killed_at(resolve_name(owner), name, after=after), pytest.raises(Killed):
+            alive(record)
+        f.restart(2)
+        return None
+
+    f.grid.answers[2] = dies
+    done = f.finish()
+    assert len(asked) == 2, "the new process answers in its place"
+    assert difference(done.progress.state, simulated(tmp_path / "simulated", "cohort_size=4")) <= 1e-6
+    # Seeded noise: what is computed again is the same to the bit, and charged once.
+    assert f.charges() == [3, 3, 3, 3]
+    rows = lines(done.run_dir / "metrics.jsonl")
+    assert [row["num_trained"] for row in rows] == [0, 4, 4, 4]
+    assert any("abandoned" in line for line in f.said)
+
+
+def test_with_fresh_noise_a_charge_without_a_release_stays_and_the_round_is_charged_again(tmp_path: Path) -> None:
+    f = Federation(replace_randomness(experiment("cohort_size=4", "deployment.min_updates=4")), tmp_path, spare=2.0)
+    alive = f.devices[1].answer
+
+    def dies(record: RecordDict) -> None:
+        with killed_at(device_module.Replies, "write"), pytest.raises(Killed):
+            alive(record)
+
+    f.grid.answers[1] = dies
+    run = f.start()
+    next(iter_rounds(run, f))
+    f.restart(1)
+    run.rounds(f.pool(run))
+    assert f.charges() == [3, 4, 3, 3]
+
+
+def iter_rounds(run: Run, f: Federation) -> Iterator[None]:
+    """Give control back after the first attempt of a round."""
+    original = run._abandoned
+
+    class Pause(Exception):
+        pass
+
+    def pause(*args: Any) -> None:
+        raise Pause
+
+    run._abandoned = pause  # type: ignore[method-assign]
+    with pytest.raises(Pause):
+        run.rounds(f.pool(run))
+    run._abandoned = original  # type: ignore[method-assign]
+    yield
+
+
+def replace_randomness(e: Any) -> Any:
+    """Noise of the operating system; the seed stays, for the partition of the test alone."""
+    return e.model_copy(update={"privacy": e.privacy.model_copy(update={"randomness": "os"})})
+
+
+def test_a_released_update_is_sent_again_byte_for_byte_and_costs_nothing(tmp_path: Path) -> None:
+    f = Federation(replace_randomness(experiment()), tmp_path)
+    requests: list[RecordDict] = []
+    answer = f.devices[0].answer
+    f.grid.answers[0] = lambda record: (requests.append(record), answer(record))[1]
+    f.finish()
+    spent = f.charges()
+    first = Reply.read(answer(requests[-1]))
+    again = Reply.read(f.restart(0).answer(requests[-1]))
+    assert f.charges() == spent
+    assert first.facts == again.facts
+    assert all(torch.equal(first.tensors[slot], again.tensors[slot]) for slot in first.tensors)
+
+
+def test_seeded_noise_never_hides_two_different_tasks(tmp_path: Path) -> None:
+    f = Federation(experiment(), tmp_path)
+    requests: list[RecordDict] = []
+    answer = f.devices[0].answer
+    f.grid.answers[0] = lambda record: (requests.append(record), answer(record))[1]
+    f.finish()
+    asked = Request.read(requests[-1])
+    moved = {slot: tensor + 1e-3 for slot, tensor in asked.task.broadcast.items()}
+    other = replace(asked, task=replace(asked.task, broadcast=moved))
+    spent = f.charges()
+    reply = Reply.read(answer(other.record()))
+    assert (reply.facts.refused, dict(reply.tensors)) == ("other_task", {})
+    assert f.charges() == spent
+
+
+def test_a_device_that_lost_its_adapter_says_so_and_is_given_it_again(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4", "num_rounds=3"), tmp_path)
+    answer, calls = f.devices[3].answer, []
+
+    def forgetful(record: RecordDict) -> RecordDict | None:
+        calls.append(record)
+        if len(calls) == 2:
+            for folder in f.devices[3]._settings.experiments_dir.iterdir():
+                for file in (folder / "enrolled").iterdir():
+                    file.unlink()
+        return answer(record)
+
+    f.grid.answers[3] = forgetful
+    done = f.finish()
+    fates = [row for row in lines(done.run_dir / "clients.jsonl") if row["client_id"] == 3]
+    assert [(row["status"], row["reason"]) for row in fates] == [
+        ("trained", None),
+        ("refused", "not_enrolled"),
+        ("trained", None),
+    ]
+
+
+def test_a_round_ends_at_its_deadline_without_the_client_that_is_silent(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4", "deployment.min_updates=3"), tmp_path)
+    f.grid.answers[1] = lambda record: None
+    done = f.finish()
+    rows = lines(done.run_dir / "metrics.jsonl")
+    assert [row["num_trained"] for row in rows[1:]] == [3, 3, 3]
+    assert {row["reason"] for row in lines(done.run_dir / "clients.jsonl")} == {None, "deadline"}
+
+
+def test_below_quorum_nothing_changes_and_the_round_goes_on_when_clients_return(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4", "deployment.min_updates=3"), tmp_path)
+    away = {client: f.grid.answers[client] for client in (0, 1)}
+    run = f.start()
+    before = run.progress.state.adapter.fingerprint()
+    f.grid.answers |= {client: lambda record: None for client in away}
+    next(iter_rounds(run, f))
+    assert (run.progress.state.round_index, run.progress.state.adapter.fingerprint()) == (0, before)
+    f.grid.answers |= away
+    run.rounds(f.pool(run))
+    assert difference(run.progress.state, simulated(tmp_path / "simulated", "cohort_size=4")) <= 1e-6
+    assert f.charges() == [3, 3, 3, 3], "whoever had answered sends the same again"
+
+
+def test_a_server_that_never_has_enough_stops_with_its_checkpoint(tmp_path: Path) -> None:
+    f = Federation(experiment("deployment.min_updates=3", "deployment.max_attempts=2"), tmp_path)
+    f.grid.answers |= dict.fromkeys(f.grid.answers, lambda record: None)
+    with pytest.raises(InputError, match="max_attempts=2"):
+        f.finish()
+
+
+def test_an_absent_client_is_offline_and_not_waited_for_longer_than_the_deadline(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4", "deployment.min_updates=3"), tmp_path)
+    del f.grid.answers[2]
+    done = f.finish()
+    fates = {row["reason"] for row in lines(done.run_dir / "clients.jsonl") if row["client_id"] == 2}
+    assert fates == {"offline"}
+
+
+def test_another_experiment_does_not_go_on_in_the_directory(tmp_path: Path) -> None:
+    f = Federation(experiment(), tmp_path)
+    f.start()
+    other = Federation(
+        experiment("trainer.num_steps=1"), tmp_path / "x" if (tmp_path / "x").mkdir() is None else tmp_path
+    )
+    with pytest.raises(InputError, match="another trainer"):
+        Run(other.experiment, tmp_path / "run", say=lambda line: None)
+
+
+def test_what_goes_wrong_on_a_device_is_one_word_to_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = Federation(experiment("cohort_size=4"), tmp_path)
+
+    def leaks(self: Device, *args: Any) -> None:
+        raise RuntimeError("private value 12345")
+
+    monkeypatch.setattr(Device, "_pool_of", leaks)
+    with pytest.raises(InputError, match=r"\(device_error\)") as refused:
+        f.finish()
+    ours = [line for line in f.said if "abandoned" in line]  # the server's; the others are the devices'
+    assert "12345" not in "".join([str(refused.value), *ours])
+    assert any("12345" in line for line in f.said), "its owner's log has it"
+
+
+def test_a_task_has_one_fingerprint_and_any_change_another(tmp_path: Path) -> None:
+    run = Federation(experiment(), tmp_path).start()
+    from fedlr.rounds import task_of
+
+    task = task_of(run.progress.state, run.served.method)
+    moved = {slot: tensor + 1 for slot, tensor in task.broadcast.items()}
+    others: list[RoundTask] = [
+        replace(task, round_index=1),
+        replace(task, broadcast=moved),
+        replace(task, control=moved),
+        replace(task, block=frozenset({"lora_A"})),
+        replace(task, personal=frozenset({"lora_A"})),
+    ]
+    assert len({one.fingerprint() for one in [task, replace(task), *others]}) == 6
