@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from fedlr.commands import USAGE_ERROR, Command, command
+from fedlr.commands import USAGE_ERROR, Command, command, quiet_flower
 from fedlr.errors import InputError
 
 # By name: the module and the function in it; only the one asked for is imported.
@@ -57,6 +57,7 @@ def run(arguments: list[str]) -> None:
     from client.node import serve
     from client.settings import load_settings
 
+    quiet_flower()
     settings = load_settings(Path(arguments[0]))
 
     def say(line: str) -> None:

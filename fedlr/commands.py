@@ -50,8 +50,14 @@ def quiet_libraries() -> None:
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|opacus|torch)\b")
+
+
+def quiet_flower() -> None:
+    """Keep Flower's debugging out of our own lines; call it once Flower is imported, which sets its level."""
+    flower = logging.getLogger("flwr")
+    flower.setLevel(logging.WARNING)
+    flower.propagate = False
 
 
 class Options(argparse.ArgumentParser):

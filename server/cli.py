@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from fedlr.commands import USAGE_ERROR, Command, command
+from fedlr.commands import USAGE_ERROR, Command, command, quiet_flower
 from fedlr.errors import InputError
 
 # By name: the module and the function in it; only the one asked for is imported.
@@ -74,6 +74,7 @@ def run(arguments: list[str]) -> None:
     from server.link import LinkLost, flower_run
     from server.run import Run
 
+    quiet_flower()
     this = Run(experiment, run_dir, say=lambda line: print(line, flush=True))
     failures = 0
     while not this.is_done:

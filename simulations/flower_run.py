@@ -12,6 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from secrets import randbits
 
+from fedlr.commands import quiet_flower
 from fedlr.experiment import Experiment
 from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, write_json, write_origin, write_text
 from simulations.devices import write_devices
@@ -45,7 +46,7 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    quiet_flower()
     say(f"Flower's simulation: {experiment.num_clients} nodes in {experiment.runtime.num_processes} Ray actors")
     run_simulation(
         resolve_name(SERVER_APP),
