@@ -11,10 +11,12 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlr.adapter import num_bytes
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, check_experiment
 from server.nodes import Nodes, PartitionNodes, RosterNodes
 from server.pool import GridPool
+from server.reply_grid import ReplyGrid
 from server.run import Run
 
 app = ServerApp()
@@ -32,6 +34,8 @@ def main(grid: Grid, context: Context) -> None:
 def serve(run: Run, grid: Grid) -> None:
     """Ask the clients behind a Grid for all rounds that are left."""
     e, terms = run.experiment, run.served.terms
+    if isinstance(grid, ReplyGrid):
+        grid.most_bytes = num_bytes(run.served.start.adapter.tensors.values())
     nodes: Nodes
     if e.runtime.kind == "superlink":
         nodes = RosterNodes(grid, Path(e.deployment.roster))

@@ -13,6 +13,7 @@ COMMANDS = {
     "certificate": ("server.certificates", "certificate"),
     "enrol": ("server.enrol", "enrol"),
     "revoke": ("server.enrol", "revoke"),
+    "devices": ("server.devices", "devices"),
     "proxy": ("server.proxy", "proxy"),
     "run": ("server.cli", "run"),
     "view": ("server.view.commands", "view"),
@@ -28,6 +29,7 @@ def server(arguments: Sequence[str]) -> int:
     certificate   make an authority and this server's certificates
     enrol         let a device in, by its public key
     revoke        shut a device out
+    devices       list who is enrolled and who is connected
     proxy         the public door: devices reach the SuperLink through it, and nothing else
     run           run an experiment on the enrolled devices, or go on with one
     view          serve the operator's view of a run, read-only

@@ -26,6 +26,7 @@ class Asked:
     round_index: int
     task_sha256: str
     expected: Mapping[Slot, Tensor]  # of the shapes and dtypes that must come back
+    is_private: bool = False  # then an update comes with what its sender has spent
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def answer_of(record: RecordDict, asked: Asked, *, weight: float) -> Answer:
     if facts.task_sha256 != asked.task_sha256:
         return Answer(Dropout(client, "rejected", "other_task"))
     if facts.refused is not None:
-        # A refusal that brings tensors is no refusal.
-        outcome = (
-            Dropout(client, "rejected", "malformed") if reply.tensors else Dropout(client, "refused", facts.refused)
-        )
-        return Answer(outcome, facts)
+        if reply.tensors:  # a refusal that brings any is no refusal, and what else it says is not believed
+            return Answer(Dropout(client, "rejected", "malformed"))
+        return Answer(Dropout(client, "refused", facts.refused), facts)
+    if asked.is_private and (facts.epsilon is None or facts.ledger_head is None):
+        return Answer(Dropout(client, "rejected", "no_statement"))
     return Answer(ClientUpdate(client, reply.tensors, weight, facts.round_index), facts)

@@ -6,6 +6,7 @@ on holds names only. Everything here speaks to the SuperLink's Control and Runti
 server's own machine (docs/operator.md); the calls below Flower's public ones are pinned by tests/server/test_link.py.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,11 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExec
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
 from fedlr import __version__
 from fedlr.errors import InputError
 from fedlr.experiment import DeploymentSection
+from server.reply_grid import ReplyGrid
 
 COMPLETED, FAILED = "completed", "failed"
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -54,7 +55,7 @@ class LinkLost(Exception):
 
 
 @contextmanager
-def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> Iterator[HttpGrid]:
+def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> Iterator[ReplyGrid]:
     """Start a Flower run and yield its Grid; the run ends with the block.
 
     Raises:
@@ -68,7 +69,7 @@ def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> It
     with naming_link(deployment):
         run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(_bundle()))).run_id
         token = _acquire(deployment, certificates, secret, run_id, patience_s=patience_s)
-    grid = HttpGrid(deployment.superlink, False, certificates, token=token)
+    grid = ReplyGrid(deployment.superlink, False, certificates, token=token)
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
     outcome = FAILED
     try:
@@ -115,7 +116,7 @@ def _acquire(
     )
 
 
-def _end(grid: HttpGrid, control: ControlHttpClient, run_id: int, outcome: str) -> None:
+def _end(grid: ReplyGrid, control: ControlHttpClient, run_id: int, outcome: str) -> None:
     """Tell the SuperLink that the run is over, as far as it listens."""
     grid._retry_invoker.max_tries = 1
     try:
@@ -148,8 +149,6 @@ def naming_link(deployment: DeploymentSection) -> Iterator[None]:
 
 
 def _bundle() -> Fab:
-    import hashlib
-
     content, _ = build_fab_from_files({"pyproject.toml": MANIFEST.encode(), "README.md": b"fedlr\n"})
     return Fab(hashlib.sha256(content).hexdigest(), content, {})
 

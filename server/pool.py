@@ -112,7 +112,8 @@ class GridPool:
         expected = self._enrolled.select(task.shared)
         if self._ranks is not None:
             expected = dict(narrowed(expected, self._ranks[client]))
-        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected)
+        is_private = self._terms.mechanism is not None
+        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, is_private)
 
     def _take(self, reply: Message, node_id: int, asked: Asked) -> ClientUpdate | Dropout:
         client = asked.client_id
@@ -124,6 +125,6 @@ class GridPool:
         if (facts := answer.facts) is not None:
             # Only who says so itself is given the adapter again.
             (self._has_adapter.discard if facts.refused == "not_enrolled" else self._has_adapter.add)(client)
-            if facts.epsilon is not None and facts.ledger_head is not None:
+            if asked.is_private and facts.epsilon is not None and facts.ledger_head is not None:
                 self.epsilon[client], self.ledger_heads[client] = facts.epsilon, facts.ledger_head
         return answer.outcome

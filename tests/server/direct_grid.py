@@ -80,4 +80,6 @@ def reply_to(identifier: str, node: int, *, content: RecordDict | None = None, e
 
 
 def through_bytes(record: RecordDict) -> RecordDict:
-    return recorddict_from_proto(type(recorddict_to_proto(record)).FromString(recorddict_to_proto(record).SerializeToString()))
+    return recorddict_from_proto(
+        type(recorddict_to_proto(record)).FromString(recorddict_to_proto(record).SerializeToString())
+    )
