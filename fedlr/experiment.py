@@ -120,6 +120,7 @@ class DeploymentSection(Section):
     round_deadline_s: PositiveFloat
     max_attempts: PositiveInt
     poll_s: PositiveFloat
+    rehearsal: bool
 
 
 class TrackingSection(Section):

@@ -46,6 +46,12 @@ def check_together(experiment: "Experiment") -> None:
             "Expected runtime.base_dtype=float32 with privacy.randomness=os, got bfloat16: one example can change how "
             "others are padded, and so round, by hundredths of the clip bound, which no epsilon here allows for"
         )
+    if e.runtime.kind == "superlink" and e.privacy.randomness == "seeded" and not e.deployment.rehearsal:
+        if e.privacy.epsilon is not None:
+            raise InputError(
+                "Expected privacy.randomness=os seed=null with runtime=superlink, got 'seeded': noise of a seed that the "
+                "server knows hides nothing from it; on data of no one's, say deployment.rehearsal=true"
+            )
     if e.runtime.kind != "local" and e.deployment.min_updates > e.cohort_size:
         raise InputError(
             f"Expected deployment.min_updates <= cohort_size={e.cohort_size}, got {e.deployment.min_updates}: no round "

@@ -1,6 +1,7 @@
 """`fedlr server ...`: what an operator types."""
 
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ COMMANDS = {
     "adapter": ("server.view.commands", "adapter"),
 }
 MOST_FAILURES = 20  # runs in a row that ended without a finished round
+LONGEST_PAUSE_S = 10.0  # between two of them
 
 
 def server(arguments: Sequence[str]) -> int:
@@ -86,11 +88,10 @@ def run(arguments: list[str]) -> None:
                 serve(this, grid)
         except LinkLost as error:
             failures = 0 if this.progress.state.round_index > done else failures + 1
+            this.say(f"  no run at the SuperLink ({error}); going on in another")
             if failures >= MOST_FAILURES:
-                raise InputError(
-                    f"Expected the SuperLink at {experiment.deployment.superlink} to keep a run going, got "
-                    f"{failures} that ended without a round ({error}); look at its log"
-                ) from error
-            this.say(f"  the SuperLink ended the run ({error}); going on in another")
+                this.say(f"  {failures} runs ended without a round; look at the SuperLink's log. Start this again")
+                raise SystemExit(1) from error  # not the operator's mistake: whoever watches may start it again
+            time.sleep(min(failures, LONGEST_PAUSE_S))
     this.leave_behind()
     this.say(f"\nresults in {this.run_dir}")

@@ -51,7 +51,7 @@ clientapp = "client.app:app"
 
 
 class LinkLost(Exception):
-    """The SuperLink ended the run, or does not know it any more: start another, and go on from the last round."""
+    """The SuperLink is away, ended the run, or does not know it any more: start another, and go on where it was."""
 
 
 @contextmanager
@@ -59,8 +59,8 @@ def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> It
     """Start a Flower run and yield its Grid; the run ends with the block.
 
     Raises:
-        InputError: the SuperLink cannot be reached, or does not accept us; the text says what to change.
-        LinkLost: from within the block, where the run is over at the SuperLink.
+        InputError: the SuperLink does not accept us, or we do not trust it; the text says what to change.
+        LinkLost: it cannot be reached now, or, from within the block, the run is over there.
     """
     certificates, secret = _read(deployment, "root_certificates"), _read(deployment, "superexec_secret")
     control = ControlHttpClient.from_server_address(
@@ -142,10 +142,13 @@ def naming_link(deployment: DeploymentSection) -> Iterator[None]:
             "deployment.superexec_secret the one the SuperLink was started with?"
         ) from error
     except httpx.HTTPError as error:
-        raise InputError(
-            f"Expected a SuperLink at {where} that deployment.root_certificates vouches for, got "
-            f"{type(error).__name__}: {str(error)[:120]}; is it running?"
-        ) from error
+        text = str(error)[:120]
+        if not isinstance(error, httpx.TransportError) or "certificate" in text.lower() or "ssl" in text.lower():
+            raise InputError(
+                f"Expected a SuperLink at {where} that deployment.root_certificates vouches for, got "
+                f"{type(error).__name__}: {text}"
+            ) from error
+        raise LinkLost(f"nothing answers at {where}: {type(error).__name__}") from error
 
 
 def _bundle() -> Fab:

@@ -28,7 +28,7 @@ def federation(arguments: list[str]) -> None:
     if not any(word.startswith("experiment=") for word in arguments):
         arguments = ["experiment=federation", *arguments]
     overrides = [word for word in arguments if not word.startswith("runtime=")]
-    experiment = ready([*overrides, "runtime=superlink"])
+    experiment = ready([*overrides, "runtime=superlink", "deployment.rehearsal=true"])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: everything is stopped
     folder = create_run_dir(experiment)
     with Rehearsal(experiment, overrides, folder, say=say) as rehearsal:

@@ -200,6 +200,7 @@ class Rehearsal:
     def server_command(self) -> list[str]:
         """Return the command that starts the run, and goes on with it."""
         where = [
+            "deployment.rehearsal=true",
             f"deployment.superlink={self.superlink_address}",
             f"deployment.root_certificates={self.keys / 'ca.crt'}",
             f"deployment.superexec_secret={self.keys / 'superexec.secret'}",

@@ -21,6 +21,7 @@ from simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
 from simulations.simulate import simulate
 from tests.server.whole_federation import lines
 
+LIVE = ("runtime=superlink", "deployment.rehearsal=true")
 THREE = (
     "experiment=tiny",
     "data.num_examples=120",
@@ -34,7 +35,7 @@ THREE = (
 @contextmanager
 def rehearsed(folder: Path, *overrides: str, spare: float = 1.0) -> Iterator[Rehearsal]:
     words = [*THREE, *overrides]
-    with Rehearsal(compose_experiment([*words, "runtime=superlink"]), words, folder, say=print, spare=spare) as found:
+    with Rehearsal(compose_experiment([*words, *LIVE]), words, folder, say=print, spare=spare) as found:
         yield found
 
 
