@@ -127,6 +127,7 @@ class TrackingSection(Section):
     """What a run leaves behind."""
 
     output_dir: Annotated[str, Field(min_length=1)]
+    checkpoint_every: PositiveInt | None
     run_no_privacy: bool
     run_alone: bool
 

@@ -1,14 +1,17 @@
 """A run directory: it appears with the first result and every file in it is whole.
 
 `metrics.jsonl` and `clients.jsonl` grow by whole lines; the other files are written once, under a temporary name first.
+A run that was killed goes on in its directory, from a checkpoint: lines of later rounds are cut off then.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
@@ -18,9 +21,10 @@ import yaml
 
 from fedlr import __version__
 from fedlr.errors import InputError
-from fedlr.experiment import CONFIGS, Experiment
+from fedlr.experiment import CONFIGS, Experiment, check_experiment
 
-LEDGER = "ledger.jsonl"
+LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
+CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of an experiment that devices take part in: they know it by its id
 PACKAGES = ("torch", "opacus", "peft", "transformers", "flwr", "dp-accounting", "datasets", "numpy")
 
@@ -47,6 +51,25 @@ def create_run_dir(experiment: Experiment) -> Path:
 def new_identity(seed: int) -> dict[str, Any]:
     """Return the id by which devices will know an experiment, and the seed of what is public."""
     return {"experiment_id": token_hex(16), "seed": seed}
+
+
+@contextmanager
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Hold a run's directory, as no other process may write to it; the lock is gone when its holder dies.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(
+            f"Expected a run that no process is writing, got {run_dir}, which one is: wait for it"
+        ) from error
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -102,12 +125,64 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
         file.write(text.encode())
 
 
+def sync_file(path: Path) -> None:
+    """Make what a file holds survive a crash of the machine; a file that is not there has nothing to."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def cut_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Cut JSON lines off, from the first that does not stay or is not whole, and return the others.
+
+    Raises:
+        InputError: a whole line is no JSON.
+    """
+    if not path.exists():
+        return []
+    kept: list[dict[str, Any]] = []
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                raise InputError(f"Expected JSON in line {len(kept) + 1} of {path}, got {line[:40]!r}") from error
+            break
+        if not line.endswith(b"\n") or not stays(row):
+            break
+        kept.append(row)
+        size += len(line)
+    os.truncate(path, size)
+    return kept
+
+
+def recorded_experiment(run_dir: Path) -> Experiment:
+    """Return the configuration of a run.
+
+    Raises:
+        InputError: its config.yaml is missing, broken, or of another version of fedlr.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"Expected a run directory with a readable config.yaml, got {run_dir} ({error})") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"Expected keys and values in {path}, got {type(tree).__name__}")
+    return check_experiment(tree)
+
+
 def write_origin(run_dir: Path, experiment: Experiment) -> None:
     """Write the resolved configuration and the versions that ran it."""
     write_text(run_dir / "config.yaml", yaml.safe_dump(experiment.resolved(), sort_keys=False))
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    origin = {"fedlr": __version__, "git": git_revision(), "python": platform.python_version(), **versions}
-    write_json(run_dir / "versions.json", origin)
+    write_json(run_dir / "versions.json", versions())
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of all that a run's numbers depend on."""
+    packages = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"fedlr": __version__, "git": git_revision(), "python": platform.python_version(), **packages}
 
 
 def git_revision() -> str | None:

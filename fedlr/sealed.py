@@ -1,7 +1,7 @@
 """Sealed folders: tensors and facts on disk, whole or absent, and every changed bit is seen.
 
-A sealed folder holds one safetensors file a group of tensors, and `manifest.json`: facts, the size and SHA-256 of every
-file, and a SHA-256 of itself. safetensors alone reads most flipped bits as other numbers.
+A sealed folder holds one safetensors file a group of tensors that is not empty, and `manifest.json`: facts, the groups,
+the size and SHA-256 of every file, and a SHA-256 of itself. safetensors alone reads most flipped bits as other numbers.
 
 Written are a folder beside it (`.NAME.partial`), its files, their fsync, the folder's, and only then one rename. A
 folder that exists is replaced by two renames: it becomes `.NAME.old`, the new one takes its name, the old one goes.
@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -53,8 +53,8 @@ def write_sealed(folder: Path, tensors: Mapping[str, Mapping[Slot, Tensor]], fac
     Guarantees: when this returns, the folder survives a crash of the process and of the machine.
     """
     partial, old = _partial(folder), _old(folder)
-    files = {group: _file(group, slots) for group, slots in tensors.items()}
-    manifest = _manifest(files, facts)
+    files = {group: _file(group, slots) for group, slots in tensors.items() if slots}
+    manifest = _manifest(list(tensors), files, facts)
     try:
         _make(folder.parent)
         _clean(folder)
@@ -88,8 +88,8 @@ def read_sealed(folder: Path) -> tuple[dict[str, dict[Slot, Tensor]], dict[str, 
     expected = {MANIFEST, *(file["name"] for file in manifest["files"].values())}
     if unknown := sorted(set(os.listdir(place)) - expected):
         raise Corrupt(f"Expected only files that {place / MANIFEST} names, got {place / unknown[0]} too")
-    tensors = {group: _tensors(place / file["name"], file) for group, file in manifest["files"].items()}
-    return tensors, manifest["facts"]
+    filled = {group: _tensors(place / file["name"], file) for group, file in manifest["files"].items()}
+    return {group: filled.get(group, {}) for group in manifest["groups"]}, manifest["facts"]
 
 
 def sealed_names(parent: Path) -> list[str]:
@@ -113,12 +113,12 @@ def remove_sealed(folder: Path) -> None:
         _clean(folder)
 
 
-def _manifest(files: Mapping[str, tuple[str, bytes]], facts: Mapping[str, Any]) -> bytes:
+def _manifest(groups: Sequence[str], files: Mapping[str, tuple[str, bytes]], facts: Mapping[str, Any]) -> bytes:
     entries = {
         group: {"name": name, "num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for group, (name, data) in files.items()
     }
-    content = {"version": VERSION, "files": entries, "facts": facts}
+    content = {"version": VERSION, "groups": groups, "files": entries, "facts": facts}
     return _encoded({**content, "sha256": hashlib.sha256(_encoded(content)).hexdigest()})
 
 

@@ -49,8 +49,8 @@ def check_together(experiment: "Experiment") -> None:
     if e.runtime.kind == "superlink" and e.privacy.randomness == "seeded" and not e.deployment.rehearsal:
         if e.privacy.epsilon is not None:
             raise InputError(
-                "Expected privacy.randomness=os seed=null with runtime=superlink, got 'seeded': noise of a seed that the "
-                "server knows hides nothing from it; on data of no one's, say deployment.rehearsal=true"
+                "Expected privacy.randomness=os seed=null with runtime=superlink, got 'seeded': noise of a seed that "
+                "the server knows hides nothing from it; on data of no one's, say deployment.rehearsal=true"
             )
     if e.runtime.kind != "local" and e.deployment.min_updates > e.cohort_size:
         raise InputError(

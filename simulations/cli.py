@@ -1,4 +1,4 @@
-"""`fedlr simulate`, `plan`, `compare`, `report`, `statement`: the researcher's commands.
+"""`fedlr simulate`, `resume`, `plan`, `compare`, `report`, `statement`: the researcher's commands.
 
 Overrides are Hydra's: `fedlr simulate experiment=demo privacy.epsilon=3`, and `-m` runs every combination of
 comma-separated values: `fedlr simulate experiment=tiny -m method=fedsvd,ffa_lora seed=1,2,3`.
@@ -40,7 +40,7 @@ def command(function: Callable[[list[str]], None]) -> Command:
             print(f"fedlr {function.__name__}: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("\nstopped; what was finished is in the run's directory, the ledger included", file=sys.stderr)
+            print("\nstopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint", file=sys.stderr)
             return 130
         return 0
 
@@ -69,6 +69,23 @@ def simulate(arguments: list[str]) -> None:
         say(f"report in {run_dirs[0] / 'report.html'}")
     if failed := len(jobs) - len(run_dirs):
         raise InputError(f"{failed} of {len(jobs)} runs could not start; the reasons are above")
+
+
+@command
+def resume(arguments: list[str]) -> None:
+    """Finish a run that was killed, from its latest checkpoint: fedlr resume RUN_DIR
+
+    With seeded randomness the results are those of an uninterrupted run. Configuration, versions, data and base model
+    must be the same, and the ledger the newest.
+    """
+    from fedlr.run_dir import recorded_experiment
+
+    run_dir = existing_run(only_one(arguments))
+    go_offline(recorded_experiment(run_dir).runtime.offline)
+    from simulations.resume import resume as finish
+
+    finish(run_dir, say=say)
+    say(f"report in {run_dir / 'report.html'}")
 
 
 @command

@@ -1,5 +1,6 @@
 """From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from fedlr.assembly import check_trainable, load_examples, local_training, notes
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
 from fedlr.data.partition import Partition
+from fedlr.data.table import LabelledText
 from fedlr.data.tokenise import Share, TokenisedText, tokenise
 from fedlr.experiment import Experiment
 from fedlr.method import Method
@@ -39,6 +41,7 @@ class Federation:
     test: TokenisedText
     label_names: tuple[str, ...]
     source: str  # what the examples are called, in the ledger and in messages
+    data_sha256: str  # of all examples, the held-out ones too
     budget: PrivacyBudget | None
     mechanism: Mechanism | None
     training: LocalTraining
@@ -109,6 +112,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         test=test,
         label_names=data.label_names,
         source=data.source,
+        data_sha256=fingerprint(data, held_out),
         budget=budget,
         mechanism=mechanism,
         training=training,
@@ -118,6 +122,16 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         side=SideWeights(working),
         notes=notes(experiment, data, held_out, tokenised, test),
     )
+
+
+def fingerprint(*parts: LabelledText) -> str:
+    """Return the SHA-256 of texts, labels and groups, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for row in zip(part.texts, part.labels.tolist(), part.groups or (None,) * len(part), strict=True):
+            digest.update(repr(row).encode())
+        digest.update(repr(part.label_names).encode())
+    return digest.hexdigest()
 
 
 def describe(federation: Federation) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Progress:
         e = experiment
         arms = 1 + int(e.tracking.run_no_privacy and e.privacy.epsilon is not None)
         alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
-        self._experiment, self._say = e, say
+        self._experiment, self.say = e, say
         self._total = arms * e.num_rounds * e.cohort_size + alone
         self._done = 0
         self._lock = threading.Lock()
@@ -28,8 +28,13 @@ class Progress:
 
     def arm(self, name: str, row: dict[str, Any]) -> None:
         """Announce a federated run and its start."""
-        self._say(f"\n{name}: {self._experiment.num_clients} clients, {self._experiment.cohort_size} a round")
-        self._say(f"  start        accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}")
+        self.say(f"\n{name}: {self._experiment.num_clients} clients, {self._experiment.cohort_size} a round")
+        self.say(f"  start        accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}")
+
+    def taken_up(self, num_rounds: int) -> None:
+        """Announce a federated run that goes on."""
+        self._total -= num_rounds * self._experiment.cohort_size
+        self.say(f"\ngoing on after round {num_rounds}/{self._experiment.num_rounds}")
 
     def round_done(self, row: dict[str, Any], *, num_clients: int) -> None:
         """Report one finished round."""
@@ -40,14 +45,14 @@ class Progress:
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
         lost = row["num_refused"] + row["num_rejected"]
         absent = f"   {lost} without an update" if lost else ""
-        self._say(
+        self.say(
             f"  round {number}  accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}   {epsilon}{of_budget}"
             f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
         )
 
     def alone(self) -> None:
         """Announce the clients that train alone."""
-        self._say(f"\neach client alone: {alone_rounds(self._experiment)} rounds of the same steps")
+        self.say(f"\neach client alone: {alone_rounds(self._experiment)} rounds of the same steps")
 
     def client_done(self) -> None:
         """Count one round of one client alone; called from several threads."""
@@ -56,7 +61,7 @@ class Progress:
 
     def alone_done(self, accuracies: Sequence[float]) -> None:
         """Report how the clients alone came out."""
-        self._say(
+        self.say(
             f"  accuracy mean {statistics.fmean(accuracies):.3f}, worst {min(accuracies):.3f}, "
             f"best {max(accuracies):.3f}"
         )

@@ -1,8 +1,8 @@
 """A simulated run from start to finish: train, compare with the baselines, leave the results behind."""
 
-import time
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -24,9 +24,19 @@ from fedlr.privacy.statement import no_privacy_statement, privacy_statement
 from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
-from fedlr.run_dir import LEDGER, append_lines, create_run_dir, write_json, write_origin
+from fedlr.run_dir import (
+    CLIENTS,
+    LEDGER,
+    METRICS,
+    append_lines,
+    create_run_dir,
+    sole_writer,
+    write_json,
+    write_origin,
+)
 from fedlr.streams import Purpose, SeededRandomness, stream
 from simulations.alone import train_alone
+from simulations.checkpoints import Checkpoints
 from simulations.federation import Federation, assemble, describe
 from simulations.progress import Progress
 from simulations.runtime import make_pool
@@ -55,18 +65,17 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
         for note in federation.notes:
             say(f"note: {note}")
         run_dir = create_run_dir(experiment)
-        write_origin(run_dir, experiment)
-        write_json(run_dir / "partition.json", describe(federation))
-        run(federation, run_dir, progress=Progress(experiment, say=say))
+        with sole_writer(run_dir):
+            write_origin(run_dir, experiment)
+            write_json(run_dir / "partition.json", describe(federation))
+            ledger = create_ledger(federation, run_dir / LEDGER)
+            run(federation, run_dir, ledger=ledger, progress=Progress(experiment, say=say))
     return run_dir
 
 
-def run(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
-    """Train, compare, and leave everything behind in `run_dir`."""
-    started = time.perf_counter()
-    ledger = create_ledger(federation, run_dir / LEDGER)
-    state, rows = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
-    seconds = time.perf_counter() - started
+def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, progress: Progress) -> None:
+    """Train, compare, and leave everything behind in `run_dir`; what of it is there already is not done again."""
+    state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
     run_baselines(federation, run_dir, progress=progress)
     leave_behind(federation, run_dir, state)
     write_json(run_dir / "summary.json", summary(federation, state, rows, seconds=seconds))
@@ -90,15 +99,22 @@ def summary(
 
 def run_rounds(
     federation: Federation, folder: Path, *, ledger: PrivacyLedger | None, progress: Progress
-) -> tuple[ServerState, list[dict[str, Any]]]:
-    """Train the federation; write one line of metrics a round, and one line for each client asked."""
+) -> tuple[ServerState, list[dict[str, Any]], float]:
+    """Train the federation, from its latest checkpoint if there is one; return its state, metrics and seconds.
+
+    It writes one line of metrics a round, and one line for each client asked.
+    """
     e = federation.experiment
-    state = federation.start
+    checkpoints = Checkpoints(federation, folder, ledger)
+    found = checkpoints.take_up(say=progress.say)
+    state, rows, num_asked = found.state if found else federation.start, checkpoints.metrics, len(checkpoints.clients)
+    if found and state.round_index == e.num_rounds:
+        progress.taken_up(state.round_index)
+        return state, rows, checkpoints.seconds_before
     evaluator = evaluator_of(federation)
     # A round changes what its cohort has spent, and nobody else's: enrolled clients cost nothing.
-    spent = ledger.spent_all(range(e.num_clients)) if ledger else {}
-    participations: Counter[int] = Counter()
-    rows: list[dict[str, Any]] = []
+    spent = spent_in_rounds(ledger, range(e.num_clients), state.round_index)
+    participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
     personal: list[Mapping[Slot, Tensor]] = []
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
@@ -106,11 +122,16 @@ def run_rounds(
         rows.append(
             metrics_row(state, evaluation, spent=spent.values(), diagnostics=diagnostics, evaluate_s=evaluate_s)
         )
-        append_lines(folder / "metrics.jsonl", rows[-1:])
+        append_lines(folder / METRICS, rows[-1:])
         return rows[-1]
 
-    progress.arm("federated, private" if ledger else "federated, no privacy", record(state))
     with closing(make_pool(federation, ledger)) as pool:
+        if found:
+            progress.taken_up(state.round_index)
+            pool.kept.take_back(found.more)
+        else:
+            progress.arm("federated, private" if ledger else "federated, no privacy", record(state))
+            checkpoints.save(state, pool.kept, num_lines={METRICS: 1, CLIENTS: 0})
         rounds = federated_rounds(
             state,
             pool=pool,
@@ -127,8 +148,7 @@ def run_rounds(
             if federation.method.personal:
                 keepers = (pool.kept.personal.get(client) for client in range(e.num_clients))
                 personal[:] = islice(filter(None, keepers), MOST_SCORED)
-            if ledger:
-                spent.update(ledger.spent_all(diagnostics.cohort))
+            spent.update(spent_in_rounds(ledger, diagnostics.cohort, state.round_index))
             row = record(state, diagnostics)
             participations.update(diagnostics.trained)
             asked = client_rows(
@@ -139,9 +159,22 @@ def run_rounds(
                 participations=participations,
                 seconds=pool.seconds if e.data.public else None,
             )
-            append_lines(folder / "clients.jsonl", asked)
+            append_lines(folder / CLIENTS, asked)
+            num_asked += len(diagnostics.cohort)
+            checkpoints.save(state, pool.kept, num_lines={METRICS: len(rows), CLIENTS: num_asked})
             progress.round_done(row, num_clients=len(diagnostics.cohort))
-    return state, rows
+    return state, rows, checkpoints.seconds()
+
+
+def spent_in_rounds(ledger: PrivacyLedger | None, clients: Iterable[int], num_rounds: int) -> dict[int, float]:
+    """Return the epsilon of clients after so many rounds; nothing without privacy.
+
+    What a killed process reserved of later rounds counts from there on: seeded, it will be the same release. Under
+    randomness of the operating system it was another one, and counts at once.
+    """
+    if ledger is None:
+        return {}
+    return ledger.spent_all(clients, num_rounds=num_rounds if ledger.is_seeded else None)
 
 
 def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
@@ -149,23 +182,32 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
     tracking = federation.experiment.tracking
     folder = run_dir / "baselines"
     if tracking.run_no_privacy and federation.mechanism is not None:
-        (folder / "no_privacy").mkdir(parents=True)
+        (folder / "no_privacy").mkdir(parents=True, exist_ok=True)
         run_rounds(federation.without_privacy(), folder / "no_privacy", ledger=None, progress=progress)
-    if tracking.run_alone:
-        folder.mkdir(exist_ok=True)
-        progress.alone()
-        ledger = create_ledger(federation, folder / f"alone-{LEDGER}")
-        with closing(make_pool(with_other_noise(federation), ledger)) as pool:
-            evaluator = evaluator_of(federation)
-            states = train_alone(federation, pool, client_done=progress.client_done)
-            accuracies = [evaluator.score(state)[0].accuracy for state in states]
-        spent = ledger.spent_all(range(len(accuracies))) if ledger else {}
-        clients = [
-            {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id)}
-            for client_id, accuracy in enumerate(accuracies)
-        ]
-        write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
-        progress.alone_done(accuracies)
+    if tracking.run_alone and not (folder / "alone.json").exists():
+        run_alone(federation, folder, progress=progress)
+
+
+def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> None:
+    """Train each client alone; what was cut off begins again, and its charges stay."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"alone-{LEDGER}"
+    if path.exists() and federation.experiment.privacy.randomness == "os":
+        progress.say("the clients alone were cut off, and their noise cannot be drawn again: they are left out")
+        return
+    progress.alone()
+    ledger = open_ledger(federation, path) if path.exists() else create_ledger(federation, path)
+    with closing(make_pool(with_other_noise(federation), ledger)) as pool:
+        evaluator = evaluator_of(federation)
+        states = train_alone(federation, pool, client_done=progress.client_done)
+        accuracies = [evaluator.score(state)[0].accuracy for state in states]
+    spent = ledger.spent_all(range(len(accuracies))) if ledger else {}
+    clients = [
+        {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id)}
+        for client_id, accuracy in enumerate(accuracies)
+    ]
+    write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
+    progress.alone_done(accuracies)
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:
@@ -175,6 +217,8 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
     else:
         statement = privacy_statement(run_dir / LEDGER, list(range(federation.experiment.num_clients)))
     write_json(run_dir / "privacy.json", statement)
+    for leftover in ("adapter", "adapter.partial"):
+        shutil.rmtree(run_dir / leftover, ignore_errors=True)
     export_adapter(
         sharing_base(federation.model),
         state.adapter,
@@ -190,10 +234,23 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
 
 def create_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
     """Create the ledger of a run; None without privacy."""
+    return _ledger(federation, path, PrivacyLedger.create)
+
+
+def open_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
+    """Open the ledger of a run that goes on; None without privacy.
+
+    Raises:
+        InputError: it is missing, was changed, or is another run's.
+    """
+    return _ledger(federation, path, PrivacyLedger.open)
+
+
+def _ledger(federation: Federation, path: Path, make: Callable[..., PrivacyLedger]) -> PrivacyLedger | None:
     if federation.budget is None:
         return None
     privacy = federation.experiment.privacy
-    return PrivacyLedger.create(
+    return make(
         path,
         federation.budget,
         accountant=privacy.accountant,

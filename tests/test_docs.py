@@ -33,7 +33,9 @@ from simulations.cli import expand
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("simulate", "plan", "compare", "report", "statement", "methods", "adapters", "bench", "federation")
+COMMANDS = (
+    *("simulate", "resume", "plan", "compare", "report", "statement", "methods", "adapters", "bench", "federation"),
+)
 HOUSES = {"server": server.cli.COMMANDS, "client": client.cli.COMMANDS}  # with commands of their own
 TINY = [
     *("simulate", "experiment=tiny", "num_rounds=1", "num_clients=2", "cohort_size=2", "trainer.num_steps=1"),

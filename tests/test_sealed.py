@@ -230,7 +230,7 @@ def in_place(folder: Path, tensors: Groups, facts: dict[str, str]) -> None:
     """Mutant: writes into the folder itself."""
     files = {group: sealed._file(group, slots) for group, slots in tensors.items()}
     folder.mkdir(exist_ok=True)
-    for name, data in [*files.values(), (sealed.MANIFEST, sealed._manifest(files, facts))]:
+    for name, data in [*files.values(), (sealed.MANIFEST, sealed._manifest(list(files), files, facts))]:
         (folder / name).unlink(missing_ok=True)
         sealed._write(folder / name, data)
 

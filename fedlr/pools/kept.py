@@ -52,9 +52,13 @@ class Kept:
         """Take back what `of` gave."""
         self.personal[client], self._memory[client] = dict(personal), dict(memory)
 
-    def clients(self) -> list[int]:
-        """Return who keeps anything, ascending."""
-        return sorted({c for of_clients in (self.personal, self._memory) for c, own in of_clients.items() if own})
+    def tensors(self) -> dict[str, dict[Slot, Tensor]]:
+        """Return all of it, for one disk: as few tensors as there are slots and shapes, a row a client."""
+        return {"personal": stacked(self.personal), "memory": stacked(self._memory)}
+
+    def take_back(self, tensors: Mapping[str, Mapping[Slot, Tensor]]) -> None:
+        """Take back what `tensors` gave."""
+        self.personal, self._memory = unstacked(tensors["personal"]), unstacked(tensors["memory"])
 
     def fingerprint(self, clients: Sequence[int]) -> str:
         """Return the SHA-256 of what these clients keep."""
@@ -68,3 +72,35 @@ class Kept:
         for place, client in enumerate(clients):
             for slot, rows in inputs.memory.items():
                 self._memory.setdefault(client, {})[slot] = rows[place].to("cpu", copy=True)
+
+
+CLIENT_IDS = "client_ids"
+
+
+def stacked(by_client: Mapping[int, Mapping[Slot, Tensor]]) -> dict[Slot, Tensor]:
+    """Return the tensors of clients with a row a client, beside the (C,) ids of the clients that have them.
+
+    >>> found = stacked({3: {Slot("layer", "lora_A"): torch.ones(2)}, 5: {Slot("layer", "lora_A"): torch.zeros(2)}})
+    >>> [(tuple(slot), tuple(tensor.shape)) for slot, tensor in found.items()]
+    [(('0 layer', 'lora_A'), (2, 2)), (('0 layer', 'client_ids'), (2,))]
+    """
+    alike: dict[tuple[Slot, torch.Size, torch.dtype], dict[int, Tensor]] = {}
+    for client, own in by_client.items():
+        for slot, tensor in own.items():
+            alike.setdefault((slot, tensor.shape, tensor.dtype), {})[client] = tensor
+    found = {}
+    for number, ((slot, _, _), rows) in enumerate(alike.items()):
+        found[Slot(f"{number} {slot.path}", slot.role)] = torch.stack(list(rows.values()))
+        found[Slot(f"{number} {slot.path}", CLIENT_IDS)] = torch.tensor(list(rows))
+    return found
+
+
+def unstacked(tensors: Mapping[Slot, Tensor]) -> dict[int, dict[Slot, Tensor]]:
+    """Return what `stacked` was given."""
+    found: dict[int, dict[Slot, Tensor]] = {}
+    for slot, rows in tensors.items():
+        if slot.role != CLIENT_IDS:
+            path = slot.path.partition(" ")[2]
+            for client, row in zip(tensors[Slot(slot.path, CLIENT_IDS)].tolist(), rows, strict=True):
+                found.setdefault(client, {})[Slot(path, slot.role)] = row.clone()
+    return found

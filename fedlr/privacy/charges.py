@@ -96,9 +96,20 @@ class Charges:
         """Return one client's charges by round."""
         return self.by_client.get(client_id, {})
 
-    def epsilon(self, client_id: int, header: Header, *, more: tuple[Mechanism, int] | None = None) -> float:
-        """Return what a client has spent at the budget's delta, or would have after some more steps."""
-        taken = [(charge.mechanism, charge.steps) for charge in self.of(client_id).values()]
+    def epsilon(
+        self,
+        client_id: int,
+        header: Header,
+        *,
+        more: tuple[Mechanism, int] | None = None,
+        num_rounds: int | None = None,
+    ) -> float:
+        """Return what a client has spent at the budget's delta, or would have after some more steps.
+
+        With `num_rounds` only rounds below it count.
+        """
+        rounds = self.of(client_id).items()
+        taken = [(c.mechanism, c.steps) for number, c in rounds if num_rounds is None or number < num_rounds]
         return _epsilon(_totals([*taken, more] if more else taken), header.delta, header.accountant)
 
 

@@ -188,10 +188,13 @@ class PrivacyLedger:
         """Return the client's epsilon so far, at the budget's delta; 0.0 for one that never reserved."""
         return self.spent_all([client_id])[client_id]
 
-    def spent_all(self, client_ids: Iterable[int]) -> dict[int, float]:
-        """Return what `spent` does for each client, by one lock and one reading of the file."""
+    def spent_all(self, client_ids: Iterable[int], *, num_rounds: int | None = None) -> dict[int, float]:
+        """Return what `spent` does for each client, by one lock and one reading of the file.
+
+        With `num_rounds` it is what the rounds below that cost: less than was spent, where a later one is reserved.
+        """
         with self._lock():
-            return {client: self._charges.epsilon(client, self._header) for client in client_ids}
+            return {c: self._charges.epsilon(c, self._header, num_rounds=num_rounds) for c in client_ids}
 
     def participations(self, client_id: int) -> int:
         """Return for how many rounds the client was charged."""
@@ -213,6 +216,21 @@ class PrivacyLedger:
         """Return the hash of the last row: whoever keeps it elsewhere can tell an older copy of the file."""
         with self._lock():
             return self._tail.head
+
+    def require(self, head: str) -> None:
+        """Refuse an older copy of the file: one that does not hold a row which was its last once.
+
+        Raises:
+            InputError: no row has this hash.
+        """
+        with self._lock() as file:
+            data = chain.read_from(file, 0, name=self.path.name)
+        rows, _, _ = chain.parse(data, chain.Tail(), name=self.path.name)
+        if head not in {chain.GENESIS, *(row["hash"] for row in rows)}:
+            raise InputError(
+                f"Expected a row with hash {head[:12]} in {self.path}, got {len(rows)} rows without it: it is an older "
+                "copy of the ledger, and forgets what was spent since; put the newest back"
+            )
 
     def _is_settled(self, round_index: int, client_id: int, steps_taken: int) -> bool:
         """Return whether a repeated reservation was settled before; raise where nothing is to be settled."""

@@ -17,6 +17,7 @@ from simulations.simulate import create_ledger, run_rounds
 # What a run without privacy leaves behind; a private one also its ledger.
 RUN_FILES = {
     "adapter",
+    "checkpoints",
     "clients.jsonl",
     "config.yaml",
     "metrics.jsonl",
@@ -61,7 +62,7 @@ def rounds(f: Federation, folder: Path) -> tuple[str, list[dict[str, Any]], list
     folder.mkdir(parents=True)
     ledger = create_ledger(f, folder / LEDGER)
     with torch_threads(1):
-        state, _ = run_rounds(f, folder, ledger=ledger, progress=quiet(f.experiment))
+        state, *_ = run_rounds(f, folder, ledger=ledger, progress=quiet(f.experiment))
     return state.adapter.fingerprint(), lines(folder / "metrics.jsonl"), lines(folder / "clients.jsonl")
 
 

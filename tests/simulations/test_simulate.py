@@ -146,7 +146,8 @@ KILLER = """
     import os, signal, sys, time
     from pathlib import Path
     from fedlr.assembly import torch_threads
-    from simulations.simulate import run
+    from fedlr.run_dir import LEDGER
+    from simulations.simulate import create_ledger, run
     from tests.simulations.small_runs import SMALL, federation, quiet
 
     def lines(path):
@@ -166,7 +167,7 @@ KILLER = """
         child = os.fork()
         if child == 0:
             with torch_threads(1):
-                run(f, folder, progress=quiet(f.experiment))
+                run(f, folder, ledger=create_ledger(f, folder / LEDGER), progress=quiet(f.experiment))
             os._exit(0)
         while not reached(folder):
             time.sleep(0.0005)

@@ -1,0 +1,82 @@
+"""A run that was killed, finished: exactly as if nothing had happened, or not at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlr.assembly import torch_threads
+from fedlr.checkpoint import Checkpoint, latest_checkpoint
+from fedlr.errors import InputError
+from fedlr.experiment import Experiment
+from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.report import write_report
+from fedlr.run_dir import CHECKPOINTS, LEDGER, recorded_experiment, sole_writer
+from simulations.checkpoints import about_experiment, about_federation, require_same
+from simulations.federation import Federation, assemble
+from simulations.progress import Progress
+from simulations.simulate import open_ledger, run
+
+
+def resume(run_dir: Path, *, say: Callable[[str], None]) -> None:
+    """Finish a run from its latest checkpoint.
+
+    Guarantees: with seeded randomness the adapter and all lines are those of a run that nobody killed, times apart, and
+        the ledger charges the same. Under randomness of the operating system the clients of a round that was reserved
+        and not saved are refused in it, and stay charged.
+
+    Raises:
+        InputError: the run is finished, or a process is still at it; there is no intact checkpoint; the configuration,
+            the versions, the data or the base model are not those it began with; the ledger is missing, was changed, or
+            is older than the checkpoint. Nothing is changed then.
+    """
+    with sole_writer(run_dir):
+        if (run_dir / "summary.json").exists():
+            if (run_dir / "report.html").exists():
+                raise InputError(f"Expected a run that was cut off, got {run_dir}, which is finished")
+            write_report(run_dir)
+            return
+        experiment = recorded_experiment(run_dir)
+        if experiment.runtime.kind != "local":
+            raise InputError(
+                f"Expected a run of runtime=local, got runtime={experiment.runtime.kind}: a server goes on with "
+                "`fedlr server run --run-dir RUN_DIR`"
+            )
+        checkpoint = required_checkpoint(run_dir, experiment, say=say)
+        with torch_threads(1):
+            federation = assemble(experiment, seed=checkpoint.facts["seed"], say=say)
+            require_same(checkpoint.facts, about_federation(federation))
+            ledger = open_ledger(federation, run_dir / LEDGER)
+            if ledger:
+                ledger.require(checkpoint.facts["ledger_head"])
+                say_refusals(federation, ledger, checkpoint, say=say)
+            run(federation, run_dir, ledger=ledger, progress=Progress(experiment, say=say))
+
+
+def required_checkpoint(run_dir: Path, experiment: Experiment, *, say: Callable[[str], None]) -> Checkpoint:
+    """Return the checkpoint that a run goes on from, of the same configuration and versions.
+
+    Raises:
+        InputError: there is none, or it is another run's.
+    """
+    checkpoint = latest_checkpoint(run_dir / CHECKPOINTS, say=lambda line: None)
+    if checkpoint is None:
+        why = (
+            "tracking.checkpoint_every is null" if experiment.tracking.checkpoint_every is None else "none was written"
+        )
+        raise InputError(f"Expected a checkpoint in {run_dir / CHECKPOINTS}, got none ({why}): start the run anew")
+    require_same(checkpoint.facts, about_experiment(experiment))
+    return checkpoint
+
+
+def say_refusals(
+    federation: Federation, ledger: PrivacyLedger, checkpoint: Checkpoint, *, say: Callable[[str], None]
+) -> None:
+    """Say who was charged for rounds that were lost and cannot be repeated."""
+    if ledger.is_seeded:
+        return
+    clients = range(federation.experiment.num_clients)
+    before, spent = ledger.spent_all(clients, num_rounds=checkpoint.state.round_index), ledger.spent_all(clients)
+    if lost := sum(before[client] != spent[client] for client in clients):
+        say(
+            f"note: {lost} clients were charged for rounds that were lost; noise of the operating system cannot be "
+            "drawn again, so they stay charged and are refused in those rounds (already_reserved)"
+        )
