@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from client.policy import Policy, PolicyRefusal, check_request, check_terms
-from client.replies import Kept, Replies
+from client.replies import Kept, Replies, last_heads
 from client.settings import Settings
 from client.trainee import Trainee
 from fedlr.adapter import AdapterState, Block, ClientUpdate
@@ -43,7 +43,8 @@ class Device:
         say: the device's own log; what it is told never leaves.
 
     Raises:
-        InputError: the ledger is missing (which is not an unspent budget), was changed, or belongs to other settings.
+        InputError: the ledger is missing (which is not an unspent budget), was changed, belongs to other settings, or
+            is an older copy of itself: it lacks a row that was its last when an update was released.
     """
 
     def __init__(self, settings: Settings, *, say: Callable[[str], None]) -> None:
@@ -53,6 +54,9 @@ class Device:
         self._trainee: Trainee | None = None
         self._pool: tuple[object, FusedPool | LocalPool] | None = None
         self._charges = None if self._ledger is None else OwnCharges(self._ledger)
+        if self._ledger is not None:
+            for head in last_heads(settings.experiments_dir):
+                self._ledger.require(head)
 
     def answer(self, record: RecordDict) -> RecordDict:
         """Answer one request.

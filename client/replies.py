@@ -8,7 +8,7 @@ counted once. Each is a sealed folder (`fedlr.sealed`), whole or absent:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,14 @@ class Replies:
 
     def _rounds(self) -> list[Path]:
         return [self._folder / name for name in sealed_names(self._folder) if name.startswith("round-")]
+
+
+def last_heads(experiments_dir: Path) -> Iterator[str]:
+    """Yield the ledger's head as it was when each experiment's last update was released."""
+    for experiment_id in sealed_names(experiments_dir):
+        kept = Replies(experiments_dir, experiment_id).latest()
+        if kept is not None and kept.reply.facts.ledger_head is not None:
+            yield kept.reply.facts.ledger_head
 
 
 def _read(folder: Path) -> Kept:

@@ -3,11 +3,16 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlr.commands import USAGE_ERROR, Command, command, quiet_flower
 from fedlr.errors import InputError
+
+if TYPE_CHECKING:
+    from server.run import Run
 
 # By name: the module and the function in it; only the one asked for is imported.
 COMMANDS = {
@@ -74,17 +79,27 @@ def run(arguments: list[str]) -> None:
     if experiment.runtime.kind != "superlink":
         raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
     check_sections(experiment)
-    from server.app import serve
-    from server.link import LinkLost, flower_run
+    from fedlr.run_dir import sole_writer
     from server.run import Run
 
+    with ExitStack() as held:
+        if run_dir is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(sole_writer(run_dir))
+        finish(Run(experiment, run_dir, say=lambda line: print(line, flush=True)))
+
+
+def finish(this: "Run") -> None:
+    """Ask for all rounds, in one Flower run after another where the SuperLink loses them, and leave the results."""
+    from server.app import serve
+    from server.link import LinkLost, flower_run
+
     quiet_flower()
-    this = Run(experiment, run_dir, say=lambda line: print(line, flush=True))
-    failures = 0
+    deployment, failures = this.experiment.deployment, 0
     while not this.is_done:
         done = this.progress.state.round_index
         try:
-            with flower_run(experiment.deployment) as grid:
+            with flower_run(deployment) as grid:
                 serve(this, grid)
         except LinkLost as error:
             failures = 0 if this.progress.state.round_index > done else failures + 1

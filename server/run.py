@@ -26,7 +26,16 @@ from fedlr.privacy.reported import reported_statement
 from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
-from fedlr.run_dir import IDENTITY, append_lines, create_run_dir, new_identity, read_json, write_json, write_origin
+from fedlr.run_dir import (
+    IDENTITY,
+    append_lines,
+    create_run_dir,
+    cut_lines,
+    new_identity,
+    read_json,
+    write_json,
+    write_origin,
+)
 from server.federation import Served, assemble
 
 CHECKPOINTS, ADAPTERS = "checkpoints", "adapters"
@@ -179,8 +188,8 @@ class Run:
             return None
         progress = Progress.of(checkpoint.state, checkpoint.facts)
         done = progress.state.round_index
-        take_back(self.run_dir / METRICS, lambda row: int(row["rounds_completed"]) <= done)
-        take_back(self.run_dir / CLIENTS, lambda row: int(row["round_index"]) < done)
+        cut_lines(self.run_dir / METRICS, lambda row: int(row["rounds_completed"]) <= done)
+        cut_lines(self.run_dir / CLIENTS, lambda row: int(row["round_index"]) < done)
         self.say(f"going on after round {done} of {self.experiment.num_rounds} in {self.run_dir}")
         return progress
 
@@ -251,20 +260,3 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
                 f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "
                 "another directory, or the same configuration"
             )
-
-
-def take_back(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Drop the lines of a file that belong to a round without a checkpoint, and one that was cut in two."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if keep(row):
-            kept.append(line + "\n")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)

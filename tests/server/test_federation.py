@@ -40,7 +40,7 @@ def simulated(folder: Path, *overrides: str) -> Any:
     folder.mkdir()
     with torch_threads(1):
         f = assemble(e, seed=e.seed or 0)
-        state, _ = run_rounds(f, folder, ledger=create_ledger(f, folder / LEDGER), progress=quiet(e))
+        state, *_ = run_rounds(f, folder, ledger=create_ledger(f, folder / LEDGER), progress=quiet(e))
     return state
 
 
@@ -239,6 +239,16 @@ def test_a_released_update_is_sent_again_byte_for_byte_and_costs_nothing(tmp_pat
     assert f.charges() == spent
     assert first.facts == again.facts
     assert all(torch.equal(first.tensors[slot], again.tensors[slot]) for slot in first.tensors)
+
+
+def test_an_older_copy_of_the_ledger_is_refused_at_the_start(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4"), tmp_path)
+    ledger = f.devices[0]._settings.ledger_path
+    fresh = ledger.read_bytes()
+    f.finish()
+    ledger.write_bytes(fresh)
+    with pytest.raises(InputError, match="older copy"):
+        f.restart(0)
 
 
 def test_seeded_noise_never_hides_two_different_tasks(tmp_path: Path) -> None:
