@@ -152,6 +152,7 @@ class Device:
             refused=reason,
             # Rounded up: the last digits of an accountant differ between machines.
             epsilon=None if spent is None else math.ceil(spent * 1e6) / 1e6 if math.isfinite(spent) else spent,
+            delta=None if self._ledger is None else self._settings.privacy.delta,
             ledger_head=None if self._ledger is None else self._ledger.head(),
         )
 

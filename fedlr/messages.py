@@ -128,6 +128,7 @@ class ReplyFacts(Section):
     refused: RefusalReason | None
     # By the device's own ledger, over its life; None: no privacy.
     epsilon: Annotated[float, Field(ge=0, le=LARGEST_EPSILON)] | None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None
     ledger_head: Sha256 | None
 
 

@@ -26,7 +26,7 @@ class Asked:
     round_index: int
     task_sha256: str
     expected: Mapping[Slot, Tensor]  # of the shapes and dtypes that must come back
-    is_private: bool = False  # then an update comes with what its sender has spent
+    delta: float | None = None  # of the budget; then an update comes with what its sender has spent, at this or less
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def answer_of(record: RecordDict, asked: Asked, *, weight: float) -> Answer:
         if reply.tensors:  # a refusal that brings any is no refusal, and what else it says is not believed
             return Answer(Dropout(client, "rejected", "malformed"))
         return Answer(Dropout(client, "refused", facts.refused), facts)
-    if asked.is_private and (facts.epsilon is None or facts.ledger_head is None):
+    if asked.delta is not None and not is_stated(facts, asked.delta):
         return Answer(Dropout(client, "rejected", "no_statement"))
     return Answer(ClientUpdate(client, reply.tensors, weight, facts.round_index), facts)
+
+
+def is_stated(facts: ReplyFacts, delta: float) -> bool:
+    """Return whether a device says what it has spent, at a delta that is not larger than this one."""
+    return None not in (facts.epsilon, facts.ledger_head) and facts.delta is not None and facts.delta <= delta

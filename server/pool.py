@@ -14,7 +14,7 @@ from fedlr.adapter import AdapterState, ClientUpdate, narrowed
 from fedlr.messages import Request
 from fedlr.rounds import Dropout, RoundTask
 from fedlr.terms import Terms
-from server.gate import Answer, Asked, answer_of
+from server.gate import Answer, Asked, answer_of, is_stated
 from server.nodes import Nodes
 
 TRAIN = "train"
@@ -33,6 +33,7 @@ class GridPool:
         deadline_s: for one attempt of a round.
         quorum: how many clients of a cohort must be reachable before anybody is asked.
         poll_s: between two looks for replies.
+        delta: of the experiment's budget; None without privacy.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class GridPool:
         deadline_s: float,
         quorum: int,
         poll_s: float,
+        delta: float | None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._grid, self._nodes, self._terms, self._enrolled, self._ranks = grid, nodes, terms, enrolled, ranks
-        self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
+        self._deadline_s, self._quorum, self._poll_s, self._delta, self._say = deadline_s, quorum, poll_s, delta, say
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
         self.epsilon: dict[int, float] = {}  # by client, as it last said of its own ledger
@@ -112,8 +114,7 @@ class GridPool:
         expected = self._enrolled.select(task.shared)
         if self._ranks is not None:
             expected = dict(narrowed(expected, self._ranks[client]))
-        is_private = self._terms.mechanism is not None
-        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, is_private)
+        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, self._delta)
 
     def _take(self, reply: Message, node_id: int, asked: Asked) -> ClientUpdate | Dropout:
         client = asked.client_id
@@ -125,6 +126,7 @@ class GridPool:
         if (facts := answer.facts) is not None:
             # Only who says so itself is given the adapter again.
             (self._has_adapter.discard if facts.refused == "not_enrolled" else self._has_adapter.add)(client)
-            if asked.is_private and facts.epsilon is not None and facts.ledger_head is not None:
+            stated = asked.delta is not None and is_stated(facts, asked.delta)
+            if stated and facts.epsilon is not None and facts.ledger_head is not None:
                 self.epsilon[client], self.ledger_heads[client] = facts.epsilon, facts.ledger_head
         return answer.outcome

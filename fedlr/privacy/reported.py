@@ -46,12 +46,12 @@ def reported_statement(
     """
     if mechanism is None:
         return no_privacy_statement(num_clients)
-    largest = max(epsilon.values(), default=0.0)
+    largest = max(epsilon.values(), default=math.inf)  # of nobody there is nothing to say
     is_private, silent = math.isfinite(largest), num_clients - len(epsilon)
+    rounded_up = math.ceil(largest * 1000) / 1000 if is_private else math.inf
     claim = (
-        f"each client that took part reports epsilon <= {math.ceil(largest * 1000) / 1000 if is_private else 'inf'} at "
-        f"its own delta (asked: {delta}), max over {len(epsilon)} clients, for {UNIT} ({RELATION}), by its own ledger "
-        f"over its whole life; this server cannot check it, and {silent} of {num_clients} clients reported nothing"
+        f"each client whose update was used reports epsilon <= {rounded_up} at delta <= {delta}, max over "
+        f"{len(epsilon)} clients, for {UNIT} ({RELATION}), by its own ledger over its whole life; this server cannot check it, and {silent} of {num_clients} clients reported nothing"
     )
     seeded = f"Not for release, {SIMULATION}. Simulated: " if randomness == "seeded" else ""
     return {

@@ -47,6 +47,7 @@ class Honest:
             task_sha256=task.fingerprint(),
             refused=None,
             epsilon=1.25,
+            delta=1e-5,
             ledger_head="ab" * 32,
         )
         tensors = {slot: t + step for slot, t in task.broadcast.items() if in_block(slot, task.shared)}

@@ -5,6 +5,7 @@ abandoned round, or goes on with lines of a round that was never committed; a po
 below quorum, or takes an enrolled adapter for granted; seeded noise used for two different tasks.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from fedlr.assembly import torch_threads
 from fedlr.errors import InputError
 from fedlr.experiment import compose_experiment
 from fedlr.messages import Reply, Request
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.privacy.reported import reported_statement
 from fedlr.rounds import RoundTask
 from fedlr.run_dir import LEDGER
 from fedlr.wire import RecordDict
@@ -249,6 +252,31 @@ def test_an_older_copy_of_the_ledger_is_refused_at_the_start(tmp_path: Path) -> 
     ledger.write_bytes(fresh)
     with pytest.raises(InputError, match="older copy"):
         f.restart(0)
+
+
+def test_an_update_that_does_not_say_what_was_spent_is_not_used(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4"), tmp_path)
+    answer, silent = f.devices[3].answer, {"epsilon": None, "delta": None, "ledger_head": None}
+    changes = iter([{}, silent, {"delta": 1e-3}])
+
+    def changed(record: RecordDict) -> RecordDict:
+        reply = Reply.read(answer(record))
+        return replace(reply, facts=reply.facts.model_copy(update=next(changes))).record()
+
+    f.grid.answers[3] = changed
+    done = f.finish()
+    fates = [row["reason"] for row in lines(done.run_dir / "clients.jsonl") if row["client_id"] == 3]
+    assert fates == [None, "no_statement", "no_statement"]
+    done.leave_behind()
+    stated = json.loads((done.run_dir / "privacy.json").read_text())
+    assert stated["num_clients_that_reported"] == 4 and stated["reported_by_clients"] and not stated["for_release"]
+
+
+def test_of_nobody_nothing_is_stated() -> None:
+    mechanism = Mechanism(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, divisor=1.0)
+    stated = reported_statement(1e-5, {}, {}, num_clients=3, randomness="os", mechanism=mechanism)
+    assert not stated["differential_privacy"] and not stated["for_release"]
+    assert "3 of 3 clients reported nothing" in stated["statement"]
 
 
 def test_seeded_noise_never_hides_two_different_tasks(tmp_path: Path) -> None:

@@ -46,7 +46,15 @@ MEGABYTE = 2**20
 
 def pool_over(grid: DirectGrid, *, deadline_s: float = 60.0, module: ModuleType = server.pool) -> GridPool:
     pool: GridPool = module.GridPool(
-        grid, grid, terms=TERMS, enrolled=adapter(), deadline_s=deadline_s, quorum=1, poll_s=0.001, say=print
+        grid,
+        grid,
+        terms=TERMS,
+        enrolled=adapter(),
+        deadline_s=deadline_s,
+        quorum=1,
+        poll_s=0.001,
+        delta=None,
+        say=print,
     )
     return pool
 

@@ -79,6 +79,7 @@ def federation(
         round_deadline_s=deadline_s,
         max_attempts=1,
         poll_s=0.1,
+        rehearsal=True,
     )
     with (folder / "devices.log").open("wb") as log:
         command = [sys.executable, "-m", "tests.server.hostile_devices", str(folder)]
@@ -100,6 +101,7 @@ def federation(
                 deadline_s=deadline_s,
                 quorum=len(plan),
                 poll_s=0.1,
+                delta=None,
                 say=print,
             )
             yield pool

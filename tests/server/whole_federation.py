@@ -78,6 +78,7 @@ class Federation:
             deadline_s=self.deadline_s,
             quorum=e.deployment.min_updates,
             poll_s=0.001,
+            delta=e.privacy.delta if e.privacy.epsilon is not None else None,
             say=self.said.append,
         )
 
