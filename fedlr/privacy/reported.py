@@ -51,7 +51,8 @@ def reported_statement(
     rounded_up = math.ceil(largest * 1000) / 1000 if is_private else math.inf
     claim = (
         f"each client whose update was used reports epsilon <= {rounded_up} at delta <= {delta}, max over "
-        f"{len(epsilon)} clients, for {UNIT} ({RELATION}), by its own ledger over its whole life; this server cannot check it, and {silent} of {num_clients} clients reported nothing"
+        f"{len(epsilon)} clients, for {UNIT} ({RELATION}), by its own ledger over its whole life; this server cannot "
+        f"check it, and {silent} of {num_clients} clients reported nothing"
     )
     seeded = f"Not for release, {SIMULATION}. Simulated: " if randomness == "seeded" else ""
     return {
