@@ -1,9 +1,10 @@
 """A run that is killed, at any moment of any round, is resumed as if nothing had happened (R-F1, R-F2, R-F6, R-F7).
 
 Mutants this file kills (`MUTANTS`): a checkpoint without what the clients keep, lines of later rounds that stay, a
-resumed run that forgets who took part, one that begins with the first adapter.
+resumed run that forgets who took part.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -291,6 +292,47 @@ def test_noise_of_the_operating_system_is_not_drawn_again(tmp_path: Path) -> Non
     statement = json.loads((run_dir / "privacy.json").read_text(encoding="utf-8"))
     assert metrics[-1]["epsilon_max"] == statement["epsilon"]["maximum"]
     assert metrics[-1]["loss"] == metrics[-2]["loss"]
+
+
+def test_clients_alone_that_were_cut_off_are_left_out_if_their_noise_cannot_be_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*args: Any, **options: Any) -> Any:
+        raise Cut
+
+    e = experiment(f"tracking.output_dir={tmp_path}", "tracking.run_alone=true", "privacy.randomness=os", "seed=null")
+    with monkeypatch.context() as patch:
+        patch.setattr(simulations.simulate, "train_alone", dies)
+        with pytest.raises(Cut):
+            simulate(e, say=lambda line: None)
+    monkeypatch.undo()  # the report is drawn
+    said: list[str] = []
+    resume(only_run(tmp_path), say=said.append)
+    assert any("left out" in line for line in said)
+    assert (only_run(tmp_path) / "report.html").stat().st_size > 10_000
+    assert not (only_run(tmp_path) / "baselines" / "alone.json").exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes, real = [], os.write
+
+    def full(file: int, data: bytes) -> int:
+        writes.append(None)
+        if len(writes) > 3:  # the start was saved: its adapter and its manifest
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, data)
+
+    e = experiment(f"tracking.output_dir={tmp_path}", "privacy=none")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(InputError, match=r"round-00001, got: No space left on device; what was written before"):
+            simulate(e, say=lambda line: None)
+    run_dir = only_run(tmp_path)
+    assert [path.name for path in (run_dir / CHECKPOINTS).iterdir()] == ["round-00000"]
+    quietly(run_dir)
+    assert (run_dir / "summary.json").exists()
 
 
 def no_memory(kept: Kept) -> dict[str, dict[Any, Any]]:
