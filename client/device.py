@@ -7,6 +7,7 @@ word. A round that was released is sent again from disk; one that was charged an
 fresh noise (or, with seeded randomness, computed again to the bit, which releases nothing new).
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -53,7 +54,6 @@ class Device:
         self._ledger = settings.open_ledger()
         self._trainee: Trainee | None = None
         self._pool: tuple[object, FusedPool | LocalPool] | None = None
-        self._charges = None if self._ledger is None else OwnCharges(self._ledger)
         if self._ledger is not None:
             for head in last_heads(settings.experiments_dir):
                 self._ledger.require(head)
@@ -135,7 +135,8 @@ class Device:
         key = (trainee.terms.sha256(), client_id, enrolled.fingerprint())
         if self._pool is None or self._pool[0] != key:
             self.close()
-            charges = None if trainee.terms.mechanism is None else self._charges
+            ledger = None if trainee.terms.mechanism is None else self._ledger
+            charges = None if ledger is None else OwnCharges(ledger, trainee.terms.sha256())
             self._pool = key, trainee.pool(client_id, enrolled, block, charges)
         return self._pool[1]
 
@@ -164,10 +165,13 @@ def limits_of(policy: Policy) -> Limits:
 
 
 class OwnCharges:
-    """The device's ledger as a pool asks for it: rounds are numbered over the life of the ledger, whoever asks."""
+    """The device's ledger as a pool asks for it: rounds are numbered over the life of the ledger, whoever asks.
 
-    def __init__(self, ledger: PrivacyLedger) -> None:
-        self._ledger = ledger
+    `terms_sha256` is part of every task: the same request under other steps is another computation.
+    """
+
+    def __init__(self, ledger: PrivacyLedger, terms_sha256: str) -> None:
+        self._ledger, self._terms_sha256 = ledger, terms_sha256
         self._round = 0
 
     def reserve(
@@ -180,6 +184,8 @@ class OwnCharges:
     ) -> Mapping[int, Refusal | None]:
         """Charge a round, or refuse; with seeded noise a round that is computed again is the one it was."""
         (client,) = client_ids
+        if task is not None:
+            task = hashlib.sha256(f"{self._terms_sha256} {task}".encode()).hexdigest()
         before = self._ledger.round_of(OWN, task) if task is not None and self._ledger.is_seeded else None
         self._round = self._ledger.participations(OWN) if before is None else before
         return {client: self._ledger.reserve(self._round, mechanism, num_steps, [OWN], task)[OWN]}

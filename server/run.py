@@ -6,6 +6,7 @@ devices that had released their part of it send the same again.
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,19 +28,22 @@ from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
 from fedlr.run_dir import (
+    CHECKPOINTS,
+    CLIENTS,
     IDENTITY,
+    METRICS,
     append_lines,
     create_run_dir,
     cut_lines,
     new_identity,
     read_json,
+    sync_file,
     write_json,
     write_origin,
 )
 from server.federation import Served, assemble
 
-CHECKPOINTS, ADAPTERS = "checkpoints", "adapters"
-METRICS, CLIENTS = "metrics.jsonl", "clients.jsonl"
+ADAPTERS = "adapters"
 
 
 @dataclass
@@ -150,6 +154,8 @@ class Run:
             mechanism=served.mechanism,
         )
         write_json(self.run_dir / "privacy.json", statement)
+        for name in ("adapter", "adapter.partial"):  # of a process that was killed here
+            shutil.rmtree(self.run_dir / name, ignore_errors=True)
         export_adapter(
             sharing_base(served.model),
             state.adapter,
@@ -205,6 +211,8 @@ class Run:
         partial = folder / f".round-{state.round_index:05d}.partial"
         save_file(tensors, partial)
         partial.replace(folder / f"round-{state.round_index:05d}.safetensors")
+        for name in (METRICS, CLIENTS):
+            sync_file(self.run_dir / name)
         save_checkpoint(self.run_dir / CHECKPOINTS, state, done.facts())
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
         self.say(

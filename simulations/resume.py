@@ -37,8 +37,8 @@ def resume(run_dir: Path, *, say: Callable[[str], None]) -> None:
         experiment = recorded_experiment(run_dir)
         if experiment.runtime.kind != "local":
             raise InputError(
-                f"Expected a run of runtime=local, got runtime={experiment.runtime.kind}: a server goes on with "
-                "`fedlr server run --run-dir RUN_DIR`"
+                f"Expected a run of runtime=local, got runtime={experiment.runtime.kind}: `fedlr server run "
+                "--run-dir RUN_DIR` goes on with a run of devices, and Flower's simulation begins again"
             )
         checkpoint = required_checkpoint(run_dir, experiment, say=say)
         with torch_threads(1):

@@ -392,3 +392,18 @@ def test_a_task_has_one_fingerprint_and_any_change_another(tmp_path: Path) -> No
         replace(task, personal=frozenset({"lora_A"})),
     ]
     assert len({one.fingerprint() for one in [task, replace(task), *others]}) == 6
+
+
+def test_the_same_request_under_other_terms_is_another_computation_and_is_charged(tmp_path: Path) -> None:
+    f = Federation(experiment("cohort_size=4", "num_rounds=1"), tmp_path, spare=9.0)
+    requests: list[RecordDict] = []
+    answer = f.devices[0].answer
+    f.grid.answers[0] = lambda record: (requests.append(record), answer(record))[1]
+    f.finish()
+    asked = Request.read(requests[0])
+    trainer = asked.terms.trainer.model_copy(update={"num_steps": 1})
+    others = {"experiment_id": "0" * 32}, {"experiment_id": "1" * 32, "trainer": trainer}
+    for number, changes in enumerate(others):
+        other = replace(asked, terms=asked.terms.model_copy(update=changes))
+        assert Reply.read(answer(other.record())).facts.refused is None
+        assert f.charges()[0] == 2 + number
