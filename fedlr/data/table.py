@@ -71,6 +71,7 @@ def load_table(
     on_bad_row: str = "refuse",
     split: str = "train",
     label_groups: Mapping[str, Sequence[str]] | None = None,
+    fetched_by: str | None = None,
 ) -> LabelledText:
     """Load labelled texts from a .csv, .tsv, .jsonl, .json (one object a line) or .parquet file, or from the
     Hub.
@@ -79,6 +80,7 @@ def load_table(
     `owner/name:configuration`, of which `split` is read. `labels` fixes the label names and their order.
     `label_groups` gives new names to groups of labels, in place of `labels`: {film: [movie], other: [amazon, nyt]}.
     `on_bad_row` is "refuse", or "drop", which leaves bad rows out and counts them in `num_dropped`.
+    `fetched_by` is the command that fetches the file, told where it is missing.
 
     Raises:
         InputError: which names the file, the row and what to change.
@@ -93,7 +95,7 @@ def load_table(
         raise InputError(f"Expected different columns for text, label and group, got {columns}")
     known = list(group_of) or labels
     allowed = None if known is None else _allowed_labels(known)
-    source, table = _read(os.fspath(path), columns, encoding=encoding, split=split)
+    source, table = _read(os.fspath(path), columns, encoding=encoding, split=split, fetched_by=fetched_by)
     cleaned, num_dropped = _cleaned(source, table, allowed=allowed, drop=on_bad_row == "drop")
     texts = tuple(text for text, _, _ in cleaned)
     names = [group_of.get(name, name) for _, name, _ in cleaned]
@@ -161,7 +163,7 @@ def _allowed_labels(labels: Sequence[str | int | bool]) -> tuple[str, ...]:
     return names
 
 
-def _read(path: str, columns: Sequence[str], *, encoding: str, split: str) -> tuple[str, Rows]:
+def _read(path: str, columns: Sequence[str], *, encoding: str, split: str, fetched_by: str | None) -> tuple[str, Rows]:
     """Find out what `path` is and read it; also return the name by which messages call it."""
     file = Path(os.path.expanduser(path))
     suffix = file.suffix.lower()
@@ -176,7 +178,7 @@ def _read(path: str, columns: Sequence[str], *, encoding: str, split: str) -> tu
             raise InputError(f"{path!r} is not a regular file: expected a {', '.join(SUFFIXES)} file")
         return path, read_rows(file, columns, encoding=encoding)
     if suffix in _FILE_SUFFIXES or path.startswith((".", "~", "/")) or path.count("/") > 1:
-        raise InputError(_missing_file(path, file))
+        raise InputError(_missing_file(path, file) + (f"; fetch it with: {fetched_by}" if fetched_by else ""))
     return path, read_hub(path, columns, split=split)
 
 
