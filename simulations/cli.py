@@ -51,7 +51,8 @@ def command(function: Callable[[list[str]], None]) -> Command:
 def simulate(arguments: list[str]) -> None:
     """Run an experiment: fedlr simulate experiment=NAME [KEY=VALUE ...] [-m KEY=V1,V2 ...]
 
-    experiments: demo (real text, minutes), tiny (seconds), fedsvd_paper (a GPU and a hub).
+    experiments: demo (real text, minutes), study (for sweeps over methods and seeds), tiny (seconds), fedsvd_paper (a
+    GPU and a hub).
     -m, --multirun runs every combination of comma-separated values and ends with one table.
     """
     jobs = expand(arguments)
@@ -103,24 +104,21 @@ def plan(arguments: list[str]) -> None:
 
 @command
 def compare(arguments: list[str]) -> None:
-    """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--out FILE.html]
+    """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--against METHOD] [--out FILE.html]
 
+    --against METHOD pairs the runs of that method with all others by seed, data and privacy, and adds the mean
+    difference of every arm with its paired 95 % interval, as a table and a picture.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
     """
     from fedlr.report import comparison_table, write_comparison
 
-    out = free_name(Path(COMPARISON))
-    if "--out" in arguments:
-        place = arguments.index("--out")
-        if place + 1 == len(arguments):
-            raise InputError("Expected a file name after --out, got none")
-        out = new_page(arguments.pop(place + 1))
-        arguments.pop(place)
+    against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
+    out = free_name(Path(COMPARISON)) if named is None else new_page(named)
     if len(arguments) < 2:
         raise InputError(f"Expected two or more run directories, got {len(arguments)}")
     run_dirs = [existing_run(argument) for argument in arguments]
-    print(comparison_table(run_dirs))
-    print(f"comparison in {write_comparison(run_dirs, out)}")
+    print(comparison_table(run_dirs, against=against))
+    print(f"comparison in {write_comparison(run_dirs, out, against=against)}")
 
 
 @command
@@ -220,6 +218,21 @@ def check_output_dir(experiment: "Experiment") -> None:
         raise InputError(f"Expected tracking.output_dir to be a folder, got {wanted!r}: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"Expected tracking.output_dir to be writable, got {wanted!r}: {place} is not")
+
+
+def option(arguments: list[str], name: str, what: str) -> str | None:
+    """Take an option and its value out of the arguments and return the value, None without it.
+
+    >>> option(words := ["a", "--out", "b.html"], "--out", "a file name"), words
+    ('b.html', ['a'])
+    """
+    if name not in arguments:
+        return None
+    place = arguments.index(name)
+    if place + 1 == len(arguments):
+        raise InputError(f"Expected {what} after {name}, got none")
+    arguments.pop(place)
+    return arguments.pop(place)
 
 
 def shared_folder(run_dirs: Sequence[Path]) -> Path:

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from fedlr.errors import InputError
 from fedlr.report.comparison_arms import Arm, accuracy_text, arms_of, group_name
+from fedlr.report.comparison_forest import forest
+from fedlr.report.comparison_pairs import PairedArm, paired_arms
 from fedlr.report.comparison_pictures import accuracy_of_each_run, costs, final_accuracy
 from fedlr.report.layout import gallery, page, paragraph, section, table
 from fedlr.report.run_files import Run, read_run
-from fedlr.report.wording import bytes_text, epsilon_text, percent, seconds_text, seed_text, short
+from fedlr.report.wording import bytes_text, epsilon_text, percent, seconds_text, seed_text, short, signed
 
 HEADER = (
     "method",
@@ -37,18 +40,23 @@ ARM_HEADER = (
 TEXT_COLUMNS = 2
 
 
-def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+def write_comparison(run_dirs: Sequence[Path], out: Path, *, against: str | None = None) -> Path:
     """Write a page that compares runs, from the files of their directories alone, and return its path.
 
+    With a method to compare `against`, its runs are paired by seed with those of every other arm.
+
     Raises:
-        InputError: no directory is given, or a required file is missing or broken; the message names it.
+        InputError: no directory is given, a required file is missing or broken, or a pair is incomplete; the message
+            names it.
     """
     runs = _read(run_dirs)
+    pairs = [] if against is None else paired_arms(runs, against=against)
     arms = arms_of(runs)
     over_seeds = table(_LONG_ARM_HEADER, list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
     body = [
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
         *(paragraph(text, kind="warning") for text in differences(runs)),
+        *([_paired_section(pairs, against)] if against is not None else []),
         section("Pictures", [gallery([final_accuracy(arms), accuracy_of_each_run(arms), costs(arms)])]),
         *([section("Over seeds", [over_seeds, _OVER])] if _has_seeds(arms) else []),
         section("All runs", [table(_LONG_HEADER, [_row(run) for run in runs], text_columns=TEXT_COLUMNS), _NOTE]),
@@ -58,13 +66,19 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def comparison_table(run_dirs: Sequence[Path]) -> str:
-    """Return the same tables as aligned plain text: one run a line, and one arm a line where any has several seeds."""
+def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None) -> str:
+    """Return the same tables as aligned plain text: one run a line, and one arm a line where any has several seeds.
+
+    With a method to compare `against`, a last table has the paired differences.
+    """
     runs = _read(run_dirs)
-    text, arms = _aligned([HEADER, *map(_row, runs)]), arms_of(runs)
-    if not _has_seeds(arms):
-        return text
-    return f"{text}\n\n{_aligned([ARM_HEADER, *map(_arm_row, arms)])}"
+    tables = [_aligned([HEADER, *map(_row, runs)])]
+    if _has_seeds(arms := arms_of(runs)):
+        tables.append(_aligned([ARM_HEADER, *map(_arm_row, arms)]))
+    if against is not None:
+        pairs = paired_arms(runs, against=against)
+        tables.append(_aligned([_paired_header(against), *map(_paired_row, pairs)], text_columns=3))
+    return "\n\n".join(tables)
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -112,7 +126,39 @@ _OVER = paragraph(
     "none. It says how sure the mean of one arm is: intervals that overlap do not show that two arms are alike.",
     kind="muted",
 )
+_PAIRED = paragraph(
+    "A pair shares seed, data, clients, cohorts, starting weights and budget; arms differ in the method and in what "
+    "their label tells. The difference of final accuracy is in percentage points, its 95\u00a0% interval is Student's "
+    "t over the pairs. Intervals are not corrected for their number: of twenty rows without effect one excludes zero.",
+    kind="muted",
+)
 _NOTE = paragraph("Epsilon is rounded up. Bytes are of all clients together.", kind="muted")
+
+
+def _paired_header(against: str) -> list[str]:
+    return [f"against {against}", "task", "privacy", "pairs", against, "arm", "difference", "95 % interval"]
+
+
+def _paired_row(arm: PairedArm) -> list[str]:
+    """Return means over the pairs, in percent and in percentage points."""
+    interval = arm.interval
+    low, high = interval.ends
+    return [
+        arm.label,
+        arm.task or "same",
+        arm.privacy,
+        str(interval.num_values),
+        percent(fmean(arm.reference)),
+        percent(fmean(arm.own)),
+        signed(interval.mean),
+        "none" if interval.half_width is None else f"{signed(low)} to {signed(high)}",
+    ]
+
+
+def _paired_section(pairs: Sequence[PairedArm], against: str) -> str:
+    rows = [_paired_row(arm) for arm in pairs]
+    shown = table(_paired_header(against), rows, text_columns=3)
+    return section(f"Against {against}, pair by pair", [gallery([forest(pairs, against=against)]), shown, _PAIRED])
 
 
 def _has_seeds(arms: Sequence[Arm]) -> bool:
@@ -166,14 +212,14 @@ def _arm_row(arm: Arm) -> list[str]:
     ]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]], *, text_columns: int = TEXT_COLUMNS) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(_cells(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(_cells(row, widths, text_columns)).rstrip() for row in rows)
 
 
-def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+def _cells(row: Sequence[str], widths: Sequence[int], text_columns: int) -> list[str]:
     pairs = list(zip(row, widths, strict=True))
-    return [c.ljust(w) for c, w in pairs[:TEXT_COLUMNS]] + [c.rjust(w) for c, w in pairs[TEXT_COLUMNS:]]
+    return [c.ljust(w) for c, w in pairs[:text_columns]] + [c.rjust(w) for c, w in pairs[text_columns:]]
 
 
 def _scope(runs: Sequence[Run]) -> str:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from statistics import fmean, stdev
 
 import yaml
@@ -13,6 +14,10 @@ from fedlr.report.wording import percent, short
 
 CONFIDENCE = 0.95
 NOT_PART_OF_AN_ARM = ("seed", "name", "tracking")  # chance, and where a run is written
+# How a run was computed, where that changes no number.
+CHANGE_NOTHING = frozenset(
+    ("data.fetched_by", *(f"runtime.{key}" for key in "num_workers num_processes memory_gb cache_dir offline".split()))
+)
 MOST_SETTINGS = 3  # told in a label
 
 
@@ -62,7 +67,7 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     grouped: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
     settings: dict[tuple[str, str, str], Mapping[str, str]] = {}
     for run in runs:
-        told = _settings(run)
+        told = settings_of(run)
         key = (group_name(run), run.summary.method, repr(sorted(told.items())))
         grouped[key].append(run)
         settings[key] = told
@@ -130,12 +135,13 @@ def accuracy_text(interval: Interval) -> str:
     return f"{percent(interval.mean)[:-2]} ± {percent(interval.half_width)}"
 
 
-def _settings(run: Run) -> dict[str, str]:
+def settings_of(run: Run) -> dict[str, str]:
+    """Return what makes a run but chance and place: the configuration, flat, and the size of the federation."""
     summary = run.summary
     told = {name: str(getattr(summary, name)) for name in ("num_rounds", "num_clients", "cohort_size")}
     parsed = yaml.safe_load(run.config)
     kept = {k: v for k, v in parsed.items() if k not in NOT_PART_OF_AN_ARM} if isinstance(parsed, dict) else {}
-    return _flat(kept) | told
+    return {key: value for key, value in _flat(kept).items() if key not in CHANGE_NOTHING} | told
 
 
 def _flat(tree: Mapping[object, object], prefix: str = "") -> dict[str, str]:
@@ -147,7 +153,18 @@ def _flat(tree: Mapping[object, object], prefix: str = "") -> dict[str, str]:
 
 def _label(method: str, settings: Mapping[str, str], namesakes: Sequence[Mapping[str, str]]) -> str:
     keys = sorted({key for told in namesakes for key in told})
-    apart = [key for key in keys if len({told.get(key) for told in namesakes}) > 1]
-    told = [f"{key}={settings.get(key, 'absent')}" for key in apart[:MOST_SETTINGS]]
-    more = [f"{len(apart) - MOST_SETTINGS} more"] if len(apart) > MOST_SETTINGS else []
-    return f"{method} ({', '.join([*told, *more])})" if told else method
+    return label_of(method, settings, [key for key in keys if len({told.get(key) for told in namesakes}) > 1])
+
+
+def label_of(method: str, settings: Mapping[str, str], apart: Sequence[str]) -> str:
+    """Return a method with the settings that set it apart; other data are told by the name of their file.
+
+    >>> label_of("fedsvd", {"data.path": ".assets/mail.csv", "seed": "1"}, ["data.labels", "data.path", "seed"])
+    'fedsvd (data=mail, seed=1)'
+    """
+    is_other_file = "data.path" in apart and "data.path" in settings
+    file = [f"data={PurePath(settings['data.path']).stem}"] if is_other_file else []
+    rest = [key for key in apart if not (file and key.startswith("data.")) or key == "data.label_column"]
+    told = [*file, *(f"{key}={settings.get(key, 'absent')}" for key in rest)]
+    more = [f"{len(told) - MOST_SETTINGS} more"] if len(told) > MOST_SETTINGS else []
+    return f"{method} ({', '.join([*told[:MOST_SETTINGS], *more])})" if told else method

@@ -19,7 +19,16 @@ def points(difference: float) -> str:
     >>> points(-0.051)
     '−5.1 points'
     """
-    return f"{100 * difference:+.1f} points".replace("-", "−") if math.isfinite(difference) else "not a number"
+    return f"{signed(difference)} points" if math.isfinite(difference) else "not a number"
+
+
+def signed(difference: float) -> str:
+    """Return a difference of two shares in percentage points, with its sign and without the unit.
+
+    >>> signed(-0.0512), signed(0.1)
+    ('−5.1', '+10.0')
+    """
+    return f"{100 * difference:+.1f}".replace("-", "−") if math.isfinite(difference) else "not a number"
 
 
 def count(number: int, noun: str) -> str:

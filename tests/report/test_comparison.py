@@ -135,7 +135,7 @@ def test_another_setting_is_another_arm_that_names_it(tmp_path: Path) -> None:
 
 def test_settings_that_say_where_a_run_is_written_do_not_split_an_arm(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{seed}", num_rounds=3, seed=seed) for seed in (1, 2)]
-    configured(runs[0], "tracking:\n  output_dir: elsewhere\n")
+    configured(runs[0], "tracking:\n  output_dir: elsewhere\nruntime:\n  num_workers: 7\n  cache_dir: here\n")
     (runs[1] / "config.yaml").write_text((runs[1] / "config.yaml").read_text().replace("sentiment_hospitals", "other"))
     assert [arm.num_seeds for arm in arms_of([read_run(run) for run in runs])] == [2]
 

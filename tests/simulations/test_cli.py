@@ -229,6 +229,20 @@ def test_runs_are_compared_without_overwriting_anything(finished: Path, copied: 
     assert "'mine.html', which exists" in capsys.readouterr().err
 
 
+def test_a_sweep_is_compared_with_one_of_its_methods_pair_by_pair(here: Path, capsys) -> None:
+    assert cli.simulate([*TINY, "-m", "seed=1,2", "privacy.epsilon=3,6", "method=fedsvd,ffa_lora"]) == 0
+    run_dirs = sorted(str(path) for path in (here / "outputs" / "tiny").iterdir() if path.is_dir())
+    capsys.readouterr()
+    assert cli.compare([*run_dirs, "--against", "fedsvd", "--out", "paired.html"]) == 0
+    rows = capsys.readouterr().out.partition("against fedsvd")[2].splitlines()[1:-1]
+    assert [row.split()[:6] for row in rows] == [["ffa_lora", "same", "dp,", "ε", "≤", eps] for eps in ("3", "6")]
+    assert 'id="paired"' in (here / "paired.html").read_text()
+    assert cli.compare([*run_dirs[1:], "--against", "fedsvd"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "no fedsvd for ffa_lora, seed 1, dp, ε ≤ 3" in told.err and told.err.count("\n") == 1
+    assert not (here / "comparison.html").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "words", "fragment"),
     [
@@ -236,6 +250,7 @@ def test_runs_are_compared_without_overwriting_anything(finished: Path, copied: 
         (cli.compare, ["here"], "two or more run directories, got 1"),
         (cli.compare, ["a", "b"], "run directory (outputs/NAME/TIME), got 'a'"),
         (cli.compare, [".", ".", "--out"], "file name after --out"),
+        (cli.compare, [".", ".", "--against"], "a method after --against"),
         (cli.compare, [".", ".", "--out", "no/such/page.html"], "'no/such/page.html'"),
         (cli.compare, [".", "."], "config.yaml"),
         (cli.report, [], "one run directory, got 0"),
