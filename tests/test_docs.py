@@ -69,8 +69,11 @@ def check_command(line: str) -> None:
         assert name in COMMANDS, line
     words = [word for word in words if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", word)]
     if name in ("simulate", "plan", "federation", "server"):
+        composed: set[str] = set()  # of a sweep, every value once: not every combination
         for overrides in expand(words):
-            compose_experiment(overrides)
+            if not composed.issuperset(overrides):
+                compose_experiment(overrides)
+                composed |= set(overrides)
 
 
 def cells(text: str) -> dict[str, list[str]]:
