@@ -33,7 +33,7 @@ def forest(pairs: Sequence[PairedArm], *, against: str) -> Picture:
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x")
             axes.margins(x=0.08)
-        panels[0].set_yticks(range(len(labels)), [fill(label, LABEL_WIDTH) for label in labels])
+        panels[0].set_yticks(range(len(labels)), [fill(label, LABEL_WIDTH, break_long_words=False) for label in labels])
         panels[0].set_ylim(len(labels) - 0.5, -0.5)
         for index, group in enumerate(groups):
             panels[0].plot([], [], linewidth=4, alpha=0.5, color=colour(SERIES[index % len(SERIES)]), label=group)

@@ -148,9 +148,9 @@ def _missing(sides: _Sides) -> list[str]:
 
 
 def _arms_of_task(sides: _Sides, *, task: str) -> list[PairedArm]:
-    namesakes = [arm[0] for arm in sides.arms]
+    namesakes, apart = [arm[0] for arm in sides.arms], _differing([told.arm for told in sides.references])
     return [
-        _paired(arm, partners, task=task, label=_label(arm[0], partners[0], namesakes))
+        _paired(arm, partners, task=task, label=_label(arm[0], partners[0], namesakes, apart))
         for arm, partners in zip(sides.arms, sides.partners, strict=True)
     ]
 
@@ -190,11 +190,13 @@ def _told(run: Run) -> _Told:
     )
 
 
-def _label(told: _Told, partner: _Told, namesakes: Sequence[_Told]) -> str:
-    """Return the method, with what else it differs in from its partner and from arms of the same method."""
+def _label(told: _Told, partner: _Told, namesakes: Sequence[_Told], apart: Iterable[str]) -> str:
+    """Return the method, with what it differs in from its partner, and its partners and namesakes from each other."""
     same = [one.arm for one in namesakes if one.run.summary.method == told.run.summary.method]
     differ = {key for key in _differing([told.arm, partner.arm]) if not _is_method(key)}
-    return label_of(told.run.summary.method, told.arm, sorted(differ | _differing(same)))
+    return label_of(
+        told.run.summary.method, told.arm, sorted(differ | set(apart) | set(filter(_is_method, _differing(same))))
+    )
 
 
 def _task_names(tasks: Mapping[str, _Told]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -173,7 +174,7 @@ def _paint_rows(
 
 def _name_rows(axes: Axes, arms: Sequence[Arm]) -> None:
     labels = _ordered(arm.label for arm in arms)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), [fill(label, 34, break_long_words=False) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.margins(x=0.06)
     axes.grid(axis="x")

@@ -91,10 +91,9 @@ def test_what_sets_an_arm_apart_from_its_partner_is_told(tmp_path: Path) -> None
     matched = [run(tmp_path, "ffa_lora", s, 0.7, extra=(clip + rate).format(0.058, 3.0)) for s in (0, 1)]
     plain = [run(tmp_path, "ffa_lora", s, 0.7, extra=(clip + rate).format(0.1, 1.0)) for s in (0, 1)]
     reference = [run(tmp_path, "fedsvd", s, 0.7, extra=(clip + rate).format(0.1, 1.0)) for s in (0, 1)]
-    settings = "privacy.max_grad_norm={}, trainer.optimizer.lr={}"
     assert [arm.label for arm in arms(matched + plain + reference)] == [
-        f"ffa_lora ({settings.format(0.058, 3.0)})",
-        f"ffa_lora ({settings.format(0.1, 1.0)})",
+        "ffa_lora",
+        "ffa_lora (privacy.max_grad_norm=0.058, trainer.optimizer.lr=3.0)",
     ]
 
 
