@@ -20,7 +20,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_objects,
+    push_object_contents_from_iterable,
+)
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
@@ -128,7 +132,7 @@ def deliver(connection: Connection, reply: Message) -> None:
         tree = get_object_tree(reply)
         objects = get_all_nested_objects(reply)
         wanted, session = connection.send(remove_content_from_message(reply), tree, 0.0)
-        for part in iterate_object_tree(tree):
-            if part.object_id in wanted:
-                wanted.discard(part.object_id)
-                connection.push_object(run_id, session, part.object_id, objects[part.object_id].deflate())
+        push_object_contents_from_iterable(
+            ((name, objects[name].deflate()) for name in sorted(wanted & objects.keys())),
+            lambda name, content: connection.push_object(run_id, session, name, content),
+        )

@@ -114,6 +114,7 @@ class Rehearsal:
         self.superlink_address, self.address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
         self._overrides, self._spare = list(overrides), spare
         self.processes: dict[str, Watched] = {}
+        self._told = 0  # bytes of the server's log
         self.settings: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -147,8 +148,9 @@ class Rehearsal:
             time.sleep(POLL_S)
 
     def step(self) -> bool:
-        """Start again what has ended; return whether the run is done."""
+        """Start again what has ended, pass on what the server said; return whether the run is done."""
         server = self.processes[SERVER]
+        self._pass_on(server.log)
         if server.code == 0:
             return True
         if server.code == 2:
@@ -212,6 +214,14 @@ class Rehearsal:
     def _launch(self, name: str, command: Sequence[str]) -> None:
         self.processes[name] = Watched(name, command, self.logs / f"{name}.log")
         self.processes[name].start()
+
+    def _pass_on(self, log: Path) -> None:
+        with log.open("rb") as file:
+            file.seek(self._told)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._told += len(whole + newline)
+        for line in whole.decode(errors="replace").splitlines():
+            self.say(line)
 
     def _end(self, name: str) -> str:
         lines = (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()

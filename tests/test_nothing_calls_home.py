@@ -2,8 +2,8 @@
 
 Two witnesses watch every process from its first moment. An audit hook, through `sitecustomize`, sees what Python does,
 names that are looked up included, and forbids it; it is blind to libraries that go to the system themselves (uvloop,
-gRPC), so strace, where there is one that may watch, reads what reaches the kernel. No variable that tells a library to be quiet is set
-here: our commands must see to that themselves.
+gRPC), so strace, where there is one that may watch, reads what reaches the kernel. Variables that tell a library to be
+quiet are taken from our own processes: each command must see to that itself.
 
 Mutants this file kills: each line of `CONTROLS`, and a program that is started without a witness.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+import simulations.rehearsal
 from tests.server.live_superlink import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,9 @@ def hook(event, values):
         tell("asks", event, str(host))
         raise PermissionError(f"{event}: {host}")
 
+if "fedlr" in sys.orig_argv:  # ours; what Flower's own program is told is in deploy/fedlr.env
+    for key in os.environ.keys() & set(os.environ["QUIETENED"].split()):
+        del os.environ[key]
 tell("began", sys.orig_argv[1:])
 sys.addaudithook(hook)
 """
@@ -104,8 +108,9 @@ def watched(folder: Path, command: Sequence[str], *, ends_with: int | None = 0) 
     told, calls = folder / "told.jsonl", folder / "calls.txt"
     environment = {key: value for key, value in os.environ.items() if not TOLD_TO_BE_QUIET.fullmatch(key)}
     environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "WITNESS": str(told)}
+    environment["QUIETENED"] = " ".join(simulations.rehearsal.QUIET)
     environment |= {"OMP_NUM_THREADS": "1", "HOME": str(folder), "FLWR_HOME": str(folder / "flwr")}
-    trace = [STRACE, "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(calls)]
+    trace = [str(STRACE), "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(calls)]
     done = subprocess.run(
         [*(trace if STRACE else []), *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
     )
