@@ -1,14 +1,11 @@
 """`fedlr client ...`: what an edge engineer types."""
 
-import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
-from fedlr.commands import USAGE_ERROR, Command, command, quiet_flower
+from fedlr.commands import command, dispatch, quiet_flower
 from fedlr.errors import InputError
 
-# By name: the module and the function in it; only the one asked for is imported.
 COMMANDS = {
     "key": ("client.key", "key"),
     "init": ("client.ledger_command", "init"),
@@ -29,16 +26,7 @@ def client(arguments: Sequence[str]) -> int:
 
     Each takes --help.
     """
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print(client.__doc__)
-        return 0
-    if name not in COMMANDS:
-        print(f"fedlr client: Expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
-        return USAGE_ERROR
-    module, function = COMMANDS[name]
-    chosen: Command = getattr(import_module(module), function)
-    return chosen(rest)
+    return dispatch("client", client.__doc__, COMMANDS, arguments)
 
 
 @command

@@ -5,8 +5,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib import import_module
 from typing import NoReturn
 
 from fedlr.errors import InputError
@@ -39,6 +40,23 @@ def command(function: Callable[[list[str]], None]) -> Command:
         return 0
 
     return run
+
+
+def dispatch(house: str, doc: str | None, commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> int:
+    """Call the command that the first word names, of `commands`: by name, its module and the function in it.
+
+    Only the one asked for is imported. Without a word, or with --help, `doc` is printed.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(doc)
+        return 0
+    if name not in commands:
+        print(f"fedlr {house}: Expected one of {', '.join(commands)}, got {name!r}", file=sys.stderr)
+        return USAGE_ERROR
+    module, function = commands[name]
+    chosen: Command = getattr(import_module(module), function)
+    return chosen(rest)
 
 
 def quiet_libraries() -> None:

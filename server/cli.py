@@ -1,20 +1,17 @@
 """`fedlr server ...`: what an operator types."""
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlr.commands import USAGE_ERROR, Command, command, quiet_flower
+from fedlr.commands import command, dispatch, quiet_flower
 from fedlr.errors import InputError
 
 if TYPE_CHECKING:
     from server.run import Run
 
-# By name: the module and the function in it; only the one asked for is imported.
 COMMANDS = {
     "certificate": ("server.certificates", "certificate"),
     "enrol": ("server.enrol", "enrol"),
@@ -45,16 +42,7 @@ def server(arguments: Sequence[str]) -> int:
 
     Each takes --help.
     """
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print(server.__doc__)
-        return 0
-    if name not in COMMANDS:
-        print(f"fedlr server: Expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
-        return USAGE_ERROR
-    module, function = COMMANDS[name]
-    chosen: Command = getattr(import_module(module), function)
-    return chosen(rest)
+    return dispatch("server", server.__doc__, COMMANDS, arguments)
 
 
 @command
