@@ -20,6 +20,7 @@ from fedlr.models import AdaptedModel, BaseModel
 from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import Charges, LocalPool
 from fedlr.privacy.mechanism import check_delta
+from fedlr.side import SideWeights
 from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.terms import Terms
 from fedlr.tuners.attach import attach
@@ -34,6 +35,7 @@ class Trainee:
     model: AdaptedModel
     working: nn.Module
     share: Share
+    side: SideWeights  # one, as the pools that follow each other merge into the same weights
 
     @classmethod
     def prepare(cls, settings: Settings, terms: Terms, *, say: Callable[[str], None]) -> "Trainee":
@@ -58,7 +60,7 @@ class Trainee:
                 check_delta(settings.privacy.delta, len(data))
             tokenised = tokenise(data, base.tokenizer, max_length=terms.max_length)
             working, (tokenised,) = working_model(runtime_of(settings), model, [tokenised], say=say)
-        return cls(settings, terms, model, working, Share.whole(tokenised))
+        return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working))
 
     def pool(
         self, client_id: int, enrolled: AdapterState, block: Block, ledger: Charges | None
@@ -80,11 +82,13 @@ class Trainee:
             "randomness": SeededRandomness(terms.seed) if is_seeded else OsRandomness(),
             "weights": {client_id: 1.0},  # the server's to choose
             "num_workers": self.settings.runtime.num_workers,
+            "side": self.side,
         }
         share = {client_id: self.share}
         if trainer.engine == "opacus":
             return LocalPool(self.working, share, grad_sample_mode=trainer.grad_sample_mode, **common)
-        ranks = terms.adapter.ranks(client_id + 1)
+        given = terms.adapter.client_ranks
+        ranks = None if given is None else {client_id: given[client_id % len(given)]}
         return FusedPool(self.working, share, ranks=ranks, check_parity=trainer.check_parity, **common)
 
 

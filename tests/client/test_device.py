@@ -1,0 +1,88 @@
+"""A device against what a server may ask twice: nothing is released that its ledger does not hold, and nothing lingers.
+
+Mutants these tests reject: a reply from disk with an old ledger's epsilon; side products that stay in the base of the
+next pool; a list of ranks as long as the client's number.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.device import Device
+from client.trainee import Trainee
+from fedlr.adapter import LORA_B, AdapterState, LoraFactors, read_adapter
+from fedlr.messages import Reply, Request
+from fedlr.models import BaseModel
+from fedlr.rounds import RoundTask
+from fedlr.terms import Terms
+from fedlr.tuners.attach import attach
+from tests.client.device_files import device_settings, terms_tree, tiny
+
+def given(terms: Terms) -> AdapterState:
+    return read_adapter(attach(fresh(), terms.adapter, seed=terms.seed))
+
+
+def fresh() -> BaseModel:
+    return tiny.__wrapped__()
+
+
+def request(client_id: int = 0, round_index: int = 0, **changes: Any) -> Request:
+    """Ask for lora_B under the sane terms, with changes by dotted key with __ for a dot."""
+    tree = terms_tree({key.replace("__", "."): value for key, value in changes.items()})
+    terms = Terms.read(json.dumps(tree))
+    adapter = given(terms)
+    block = frozenset({LORA_B})
+    task = RoundTask(round_index, adapter.select(block), block)
+    return Request(terms, client_id, task, adapter.fingerprint(), adapter.scale, adapter)
+
+
+def answer(device: Device, asked: Request) -> Reply:
+    return Reply.read(device.answer(asked.record()))
+
+
+def test_an_update_from_disk_comes_with_what_the_ledger_says_now(tmp_path: Path) -> None:
+    device = Device(device_settings(tmp_path / "device", privacy__epsilon=50.0), say=lambda line: None)
+    first, elsewhere = request(), request(experiment_id="f" * 32)
+    sent, later, again = (answer(device, asked) for asked in (first, elsewhere, first))
+    assert all(torch.equal(sent.tensors[slot], tensor) for slot, tensor in again.tensors.items())
+    assert (again.facts.epsilon, again.facts.ledger_head) == (later.facts.epsilon, later.facts.ledger_head)
+    assert (sent.facts.epsilon or 0.0) < (later.facts.epsilon or 0.0)
+
+
+def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
+    settings, asked = device_settings(tmp_path / "device"), request()
+    trainee = Trainee.prepare(settings, asked.terms, say=lambda line: None)
+    assert asked.enrolled is not None
+    plain = {name: tensor.clone() for name, tensor in trainee.working.state_dict().items()}
+    layers = asked.enrolled.factors()
+    side = {path: LoraFactors(layer.lora_A, torch.ones_like(layer.lora_B)) for path, layer in layers.items()}
+    for client_id, folded in ((0, side), (1, {})):
+        pool = trainee.pool(client_id, asked.enrolled, asked.task.block, Free())
+        list(pool.train(replace(asked.task, side=folded), [client_id]))
+        pool.close()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in trainee.working.state_dict().items())
+
+
+def test_a_client_number_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(adapter__client_ranks=[1, 2])
+    trainee = Trainee.prepare(device_settings(tmp_path / "device"), asked.terms, say=lambda line: None)
+    monkeypatch.setattr("fedlr.adapter_config.AdapterConfig.ranks", None)  # which lists the ranks of all clients
+    assert asked.enrolled is not None
+    pool = trainee.pool(2**32 - 1, asked.enrolled, asked.task.block, Free())
+    (update,) = pool.train(asked.task, [2**32 - 1])
+    pool.close()
+    assert {tensor.shape[1] for tensor in update.tensors.values()} == {2}
+
+
+class Free:
+    """Charges nothing: these tests are of the model."""
+
+    def reserve(self, round_index: int, mechanism: Any, num_steps: int, client_ids: Any, task: Any = None) -> Any:
+        return dict.fromkeys(client_ids)
+
+    def settle_all(self, round_index: int, steps_taken: Any) -> None:
+        pass
