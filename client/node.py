@@ -2,13 +2,14 @@
 
 It speaks Flower's Fleet interface itself. There is no second process that starts a third for every message, no port is
 opened, and no code is ever fetched: what runs is what is installed here. The calls below Flower's public ones are
-pinned by tests/client/test_node.py.
+pinned by tests/server/test_live_federation.py and tests/server/test_gate_live.py.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,6 +35,7 @@ from client.device import Device
 from client.settings import Settings
 from fedlr.errors import InputError
 from fedlr.node_key import load_node_key
+from fedlr.run_dir import write_text
 
 NODE_ID = "node_id"  # in the state folder: by it a session that a killed process left behind is ended
 # How long to wait between two questions to the server: short while an experiment goes on, long when nothing does.
@@ -63,12 +65,18 @@ def connected(settings: Settings) -> Iterator[Connection]:
     key = load_node_key(settings.server.private_key)
     certificates = load_root_certificates(settings.server.root_certificates)
     remembered = settings.state_dir / NODE_ID
-    last = int(remembered.read_text()) if remembered.exists() else None
+    last = last_node_id(remembered)
     found_id = check_connection(settings.server.address, certificates, key, last_node_id=last)
-    remembered.write_text(str(found_id))
+    write_text(remembered, str(found_id))
     with http_request_response(settings.server.address, False, certificates, (key, key.public_key())) as found:
         node_id, receive, send, _, _, pull_object, push_object, confirm = found
         yield Connection(node_id, receive, send, pull_object, push_object, confirm)
+
+
+def last_node_id(path: Path) -> int | None:
+    """Return the node that this device was last; None where nobody knows, or the file is not whole."""
+    text = path.read_text() if path.exists() else ""
+    return int(text) if text.isdecimal() else None
 
 
 def serve(settings: Settings, device: Device, *, say: Callable[[str], None]) -> None:
@@ -84,7 +92,7 @@ def serve(settings: Settings, device: Device, *, say: Callable[[str], None]) -> 
 
 
 def step(connection: Connection, device: Device, *, say: Callable[[str], None]) -> bool:
-    """Take one message and answer it; return whether there was one."""
+    """Take one message and answer it; return whether one was answered."""
     try:
         received = connection.receive()
         if received is None:
@@ -94,11 +102,14 @@ def step(connection: Connection, device: Device, *, say: Callable[[str], None]) 
         TaskIdentity.run_id, TaskIdentity.node_id = message.metadata.run_id, connection.node_id
         TaskIdentity.task_id = 0
         deliver(connection, answer(device, message, say=say))
+        return True
     except RunNotRunningException:
         say("the run is over at the server; what was released stays on disk and is sent when it is asked again")
     except httpx.HTTPError as error:
         say(f"the server could not be reached in the middle of a message ({type(error).__name__})")
-    return True
+    except Exception as error:  # a message that cannot be put together
+        say(f"a message could not be taken: {type(error).__name__}: {error}")
+    return False  # whoever refuses, or sends what is no message, is not asked again at once
 
 
 def answer(device: Device, message: Message, *, say: Callable[[str], None]) -> Message:

@@ -3,7 +3,8 @@
 Flower would install the app from a bundle and start it in a process of its own; here the process that holds the method
 and its checkpoints is the app, so nothing is installed at run time and no code travels. The bundle that Flower insists
 on holds names only. Everything here speaks to the SuperLink's Control and Runtime interfaces, which belong on the
-server's own machine (docs/operator.md); the calls below Flower's public ones are pinned by tests/server/test_link.py.
+server's own machine (docs/operator.md); the calls below Flower's public ones are pinned by
+tests/server/test_live_federation.py.
 """
 
 import hashlib

@@ -22,6 +22,7 @@ from fedlr.terms import Terms
 from fedlr.tuners.attach import attach
 from tests.client.device_files import device_settings, terms_tree, tiny
 
+
 def given(terms: Terms) -> AdapterState:
     return read_adapter(attach(fresh(), terms.adapter, seed=terms.seed))
 

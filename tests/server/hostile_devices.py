@@ -120,14 +120,14 @@ class Puppet:
             return CLASSES[self.kind][1](honest, random.Random(1000 * self.number + self.num_asked))
         return honest.record()
 
-    def deliver(self, connection: Connection, reply: Message, *, seconds: float) -> None:
+    def deliver(self, connection: Connection, reply: Message) -> None:
         if self.kind in OBJECTS:
             upload(connection, reply, OBJECTS[self.kind](reply))
         elif self.kind == SILENT:  # it dies in the middle of its upload
             content = Part("RecordDict", [], b"{}")
             upload(connection, reply, message_of(reply, [content]), only=1)
         else:
-            DELIVER(connection, reply, seconds=0.0)
+            DELIVER(connection, reply)
 
 
 DELIVER = client.node.deliver
