@@ -74,7 +74,10 @@ def run(arguments: list[str]) -> None:
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(sole_writer(run_dir))
-        finish(Run(experiment, run_dir, say=lambda line: print(line, flush=True)))
+        this = Run(experiment, run_dir, say=lambda line: print(line, flush=True))
+        if run_dir is None:
+            held.enter_context(sole_writer(this.run_dir))
+        finish(this)
 
 
 def finish(this: "Run") -> None:

@@ -86,13 +86,16 @@ class Run:
         say: told one line at a time.
 
     Raises:
-        InputError: the experiment cannot run, or the directory holds another one.
+        InputError: the experiment cannot run, or the directory holds another one, or one that began with another base
+            model, start or noise, or whose lines were lost.
     """
 
     def __init__(self, experiment: Experiment, run_dir: Path | None, *, say: Callable[[str], None]) -> None:
         found = None if run_dir is None or not (run_dir / IDENTITY).exists() else read_json(run_dir / IDENTITY)
         if run_dir is not None and found is not None:
             check_same(experiment, run_dir)
+        elif run_dir is not None and (run_dir / METRICS).exists():
+            raise InputError(f"Expected a new directory, or one of a server's run, got {run_dir} of another run")
         identity = found or new_identity(randbits(32) if experiment.seed is None else experiment.seed)
         self.say, self.experiment = say, experiment
         self.served: Served = assemble(
@@ -185,19 +188,44 @@ class Run:
         for name in (METRICS, CLIENTS):
             (self.run_dir / name).unlink(missing_ok=True)
         self._record(progress, None)
-        save_checkpoint(self.run_dir / CHECKPOINTS, progress.state, progress.facts())
+        self._commit(progress)
         return progress
 
     def _resumed(self) -> Progress | None:
         checkpoint = latest_checkpoint(self.run_dir / CHECKPOINTS, say=self.say)
         if checkpoint is None:
             return None
+        for what, found in self._about().items():
+            if checkpoint.facts[what] != found:
+                raise InputError(
+                    f"Expected {what} {checkpoint.facts[what][:12]} of the run in {self.run_dir}, got {found[:12]}: "
+                    "the base model, or a package, is another than when it began; put it back, or begin anew elsewhere"
+                )
         progress = Progress.of(checkpoint.state, checkpoint.facts)
         done = progress.state.round_index
-        cut_lines(self.run_dir / METRICS, lambda row: int(row["rounds_completed"]) <= done)
+        rows = cut_lines(self.run_dir / METRICS, lambda row: int(row["rounds_completed"]) <= done)
+        if len(rows) != done + 1:
+            raise InputError(
+                f"Expected {done + 1} lines of {done} rounds in {self.run_dir / METRICS}, got {len(rows)}: lines were "
+                "lost or changed, so the run cannot go on"
+            )
         cut_lines(self.run_dir / CLIENTS, lambda row: int(row["round_index"]) < done)
         self.say(f"going on after round {done} of {self.experiment.num_rounds} in {self.run_dir}")
         return progress
+
+    def _about(self) -> dict[str, str]:
+        """Return what devices are asked for and given, which must not change while the run lasts."""
+        return {
+            "terms_sha256": self.served.terms.sha256(),
+            "start_sha256": self.served.start.adapter.fingerprint(),
+        }
+
+    def _commit(self, progress: Progress) -> None:
+        """Write the checkpoint, after the lines that belong to it."""
+        for name in (METRICS, CLIENTS):
+            sync_file(self.run_dir / name)
+        facts = {**progress.facts(), **self._about()}
+        save_checkpoint(self.run_dir / CHECKPOINTS, progress.state, facts)
 
     def _finished(self, state: ServerState, diagnostics: RoundDiagnostics) -> None:
         done = self.progress
@@ -211,9 +239,7 @@ class Run:
         partial = folder / f".round-{state.round_index:05d}.partial"
         save_file(tensors, partial)
         partial.replace(folder / f"round-{state.round_index:05d}.safetensors")
-        for name in (METRICS, CLIENTS):
-            sync_file(self.run_dir / name)
-        save_checkpoint(self.run_dir / CHECKPOINTS, state, done.facts())
+        self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
         self.say(
             f"  round {state.round_index}/{self.experiment.num_rounds}  accuracy {row['accuracy']:.3f}   "

@@ -1,0 +1,86 @@
+"""What a server goes on with is what it began with, and a start more harms no result.
+
+Mutants these tests reject: a server that goes on with another base model, another start or lost lines; one that takes a
+simulation's directory for an empty one; one that cannot leave its results behind a second time.
+"""
+
+from pathlib import Path
+
+import pytest
+
+import server.cli
+import server.run as run_module
+from fedlr.errors import InputError
+from fedlr.run_dir import sole_writer
+from server.run import Run
+from tests.server.test_federation import Killed, killed_at
+from tests.server.whole_federation import SMALL, Federation, experiment
+
+
+def test_a_server_that_dies_while_it_leaves_results_behind_leaves_them_at_the_next_start(tmp_path: Path) -> None:
+    f = Federation(experiment("num_rounds=1"), tmp_path)
+    run = f.finish()
+    with killed_at(run_module, "summarise"), pytest.raises(Killed):
+        run.leave_behind()
+    again = f.start()
+    again.leave_behind()
+    assert again.is_done
+    assert (run.run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("what", ["terms_sha256", "start_sha256"])
+def test_a_run_does_not_go_on_with_another_base_or_start_than_it_began_with(what: str, tmp_path: Path) -> None:
+    f = Federation(experiment("num_rounds=1"), tmp_path)
+    f.finish()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    original = Run._about
+    Run._about = lambda self: {**original(self), what: "0" * 64}  # type: ignore[method-assign]
+    try:
+        with pytest.raises(InputError, match=what):
+            f.start()
+    finally:
+        Run._about = original  # type: ignore[method-assign]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_server_whose_model_changed_between_two_starts_says_so(tmp_path: Path) -> None:
+    f = Federation(experiment("num_rounds=1"), tmp_path)
+    f.start()
+    assemble_served = run_module.assemble
+    other = experiment("num_rounds=1", "model.hidden_size=24")
+    run_module.assemble = lambda e, **given: assemble_served(other, **given)
+    try:
+        with pytest.raises(InputError, match="another than when it began"):
+            f.start()
+    finally:
+        run_module.assemble = assemble_served
+
+
+def test_a_server_whose_lines_were_lost_says_so(tmp_path: Path) -> None:
+    f = Federation(experiment("num_rounds=1"), tmp_path)
+    metrics = f.finish().run_dir / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match="2 lines of 1 rounds .*, got 1"):
+        f.start()
+
+
+def test_a_server_takes_no_directory_of_a_simulation(tmp_path: Path) -> None:
+    f = Federation(experiment("num_rounds=1"), tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="of another run"):
+        f.start()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_server_holds_the_directory_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Path] = []
+
+    def finish(this: Run) -> None:
+        with pytest.raises(InputError, match="which one is"), sole_writer(this.run_dir):
+            pass
+        held.append(this.run_dir)
+
+    monkeypatch.setattr(server.cli, "finish", finish)
+    assert server.cli.run([*SMALL, "deployment.rehearsal=true", f"tracking.output_dir={tmp_path}"]) == 0
+    assert len(held) == 1
