@@ -7,6 +7,9 @@ ledger are touched:
     noise_multiplier, max_grad_norm         bounds on both sides: noise below float32's grain would be none
     mechanism = null                        refused unless the device has no budget and says so, and the other way round
     mechanism against trainer               one sample rate, one divisor: what is accounted is what is done
+    grad_sample_mode = ghost                refused under a mechanism: its clip bound holds up to rounding, which
+                                            tensors of a server's can make as large as they like
+    check_parity                            not done under a mechanism (`client.trainee`)
     randomness                              the device's own: "seeded", which can be subtracted, only if it says so
     divisor, learning rate, betas ...       finite and bounded: post-processing, but it would waste the budget
     optimizer, after_noise, client_rule     names of a fixed set, compared as text before anything is imported or
@@ -155,6 +158,9 @@ def _check_privacy(terms: Terms, settings: Settings) -> None:
         _refuse("mechanism", mechanism.model_dump(), "null, as this device has no budget (privacy.epsilon)")
     if terms.randomness != privacy.randomness:
         _refuse("randomness", terms.randomness, f"{privacy.randomness} (privacy.randomness)")
+    if trainer.engine == "opacus" and trainer.grad_sample_mode == "ghost":
+        why = "hooks or loop, as ghost sums another pass than it measured: tensors of a server's can make it exceed C"
+        _refuse("trainer.grad_sample_mode", "ghost", why)
     for key in ("sample_rate", "divisor"):
         accounted, done = getattr(mechanism, key), getattr(trainer, key)
         if accounted != done:

@@ -102,6 +102,7 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "os.system as client rule": {"client_rule": section("os.system", command="true")},
     "a rule with a text": {"client_rule": section(f"{RULES}preconditioned.LoraPlus", ratio=2.0, optimizer="os.system")},
     "a rule of text": {"client_rule": "fedlr.client_rules.proximal.FedProx"},
+    "a clipping whose bound rounds away": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "ghost"},
     "another clipping": {"trainer.grad_sample_mode": "none"},
     "another engine": {"trainer.engine": "hostile.engine"},
     "a start that reads the data": {"adapter.init_lora_weights": "eva"},

@@ -1,7 +1,7 @@
 """A device against what a server may ask twice: nothing is released that its ledger does not hold, and nothing lingers.
 
-Mutants these tests reject: a reply from disk with an old ledger's epsilon; side products that stay in the base of the
-next pool; a list of ranks as long as the client's number.
+Mutants these tests reject: a check on private rows that a server can make fail; a reply from disk with an old ledger's
+epsilon; side products that stay in the base of the next pool; a list of ranks as long as the client's number.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 from client.device import Device
 from client.trainee import Trainee
-from fedlr.adapter import LORA_B, AdapterState, LoraFactors, read_adapter
+from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, read_adapter
 from fedlr.messages import Reply, Request
 from fedlr.models import BaseModel
 from fedlr.rounds import RoundTask
@@ -54,6 +54,17 @@ def test_an_update_from_disk_comes_with_what_the_ledger_says_now(tmp_path: Path)
     assert (sent.facts.epsilon or 0.0) < (later.facts.epsilon or 0.0)
 
 
+def test_a_server_cannot_learn_from_a_check_whether_a_row_was_drawn(tmp_path: Path) -> None:
+    settings = device_settings(tmp_path / "device", privacy__epsilon=50.0, policy__max_sample_rate=1.0)
+    both = {"trainer__sample_rate": 1.0, "mechanism__sample_rate": 1.0, "trainer__check_parity": True}
+    asked, generator = request(**both), torch.Generator().manual_seed(1)
+    assert asked.enrolled is not None
+    huge = {s: 30 * torch.randn(t.shape, generator=generator) for s, t in asked.enrolled.tensors.items()}
+    task = replace(asked.task, broadcast=huge, block=frozenset({LORA_A, LORA_B}))  # float32 rounds here as it likes
+    reply = answer(Device(settings, say=lambda line: None), replace(asked, task=task))
+    assert reply.facts.refused is None
+
+
 def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
     settings, asked = device_settings(tmp_path / "device"), request()
     trainee = Trainee.prepare(settings, asked.terms, say=lambda line: None)
@@ -76,6 +87,7 @@ def test_a_client_number_costs_no_memory(tmp_path: Path, monkeypatch: pytest.Mon
     pool = trainee.pool(2**32 - 1, asked.enrolled, asked.task.block, Free())
     (update,) = pool.train(asked.task, [2**32 - 1])
     pool.close()
+    assert isinstance(update, ClientUpdate)
     assert {tensor.shape[1] for tensor in update.tensors.values()} == {2}
 
 

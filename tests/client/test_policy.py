@@ -206,7 +206,7 @@ SANE: Mapping[str, Mapping[str, Any]] = {
     "SCAFFOLD": {"client_rule": section(f"{RULES}scaffold.ScaffoldClient", lr=0.5, optimizer="torch.optim.SGD")},
     "all layers": {"adapter.target_modules": "all-linear"},
     "the last layer, by rank": {"adapter.layers": [5], "adapter.client_ranks": [1, 2]},
-    "Opacus": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "ghost"},
+    "Opacus": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "hooks"},
 }
 
 

@@ -12,6 +12,7 @@ import server.cli
 import server.run as run_module
 from fedlr.errors import InputError
 from fedlr.run_dir import sole_writer
+from server.federation import assemble
 from server.run import Run
 from tests.server.test_federation import Killed, killed_at
 from tests.server.whole_federation import SMALL, Federation, experiment
@@ -43,17 +44,15 @@ def test_a_run_does_not_go_on_with_another_base_or_start_than_it_began_with(what
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_a_server_whose_model_changed_between_two_starts_says_so(tmp_path: Path) -> None:
+def test_a_server_whose_model_changed_between_two_starts_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     f = Federation(experiment("num_rounds=1"), tmp_path)
     f.start()
-    assemble_served = run_module.assemble
     other = experiment("num_rounds=1", "model.hidden_size=24")
-    run_module.assemble = lambda e, **given: assemble_served(other, **given)
-    try:
-        with pytest.raises(InputError, match="another than when it began"):
-            f.start()
-    finally:
-        run_module.assemble = assemble_served
+    monkeypatch.setattr(run_module, "assemble", lambda e, **given: assemble(other, **given))
+    with pytest.raises(InputError, match="another than when it began"):
+        f.start()
 
 
 def test_a_server_whose_lines_were_lost_says_so(tmp_path: Path) -> None:
