@@ -1,7 +1,7 @@
 """What a device trains with: the resident base model with its adapter, and its own examples, ready for one round."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,10 @@ class Trainee:
             raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
         is_seeded = terms.randomness == "seeded"
         training = local_training(trainer, rule)
+        if terms.mechanism is not None:
+            # Each row by itself: tensors or a learning rate of a server's can make a row's gradient hang by more than C
+            # on how wide the rows beside it are, as float32 rounds.
+            training = replace(training, token_budget=1)
         common: dict[str, Any] = {
             "enrolled": enrolled,
             "training": training,

@@ -19,6 +19,7 @@ from fedlr.messages import Reply, Request
 from fedlr.models import BaseModel
 from fedlr.rounds import RoundTask
 from fedlr.terms import Terms
+from fedlr.training.fused import FusedGradients
 from fedlr.tuners.attach import attach
 from tests.client.device_files import device_settings, terms_tree, tiny
 
@@ -63,6 +64,17 @@ def test_a_server_cannot_learn_from_a_check_whether_a_row_was_drawn(tmp_path: Pa
     task = replace(asked.task, broadcast=huge, block=frozenset({LORA_A, LORA_B}))  # float32 rounds here as it likes
     reply = answer(Device(settings, say=lambda line: None), replace(asked, task=task))
     assert reply.facts.refused is None
+
+
+def test_under_a_mechanism_every_row_is_computed_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = FusedGradients.clipped_sums
+    monkeypatch.setattr(
+        FusedGradients, "clipped_sums", lambda self, x, y, **g: (sizes.append(len(y)), original(self, x, y, **g))[1]
+    )
+    device = Device(device_settings(tmp_path / "device"), say=lambda line: None)
+    assert answer(device, request()).facts.refused is None
+    assert len(sizes) > 2 and set(sizes) == {1}  # two steps of some eight rows
 
 
 def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
