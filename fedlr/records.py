@@ -11,6 +11,8 @@ from fedlr.evaluate import Evaluation
 from fedlr.experiment import Experiment
 from fedlr.rounds import RoundDiagnostics, ServerState
 
+NEVER_ASKED = ("offline", "not_sent")
+
 
 def metrics_row(
     state: ServerState,
@@ -79,7 +81,7 @@ def client_rows(
             "client_id": client_id,
             "status": dropout.status if dropout else "trained",
             "reason": dropout.reason if dropout else None,
-            "num_steps": 0 if refused else num_steps,
+            "num_steps": 0 if refused or (dropout and dropout.reason in NEVER_ASKED) else num_steps,
             "participations": participations[client_id],
             "epsilon": spent.get(client_id),
             "seconds": None if seconds is None else 0.0 if refused else seconds[client_id],
