@@ -57,7 +57,7 @@ def test_an_update_from_disk_comes_with_what_the_ledger_says_now(tmp_path: Path)
 
 def test_a_server_cannot_learn_from_a_check_whether_a_row_was_drawn(tmp_path: Path) -> None:
     settings = device_settings(tmp_path / "device", privacy__epsilon=50.0, policy__max_sample_rate=1.0)
-    both = {"trainer__sample_rate": 1.0, "mechanism__sample_rate": 1.0, "trainer__check_parity": True}
+    both: dict[str, Any] = {"trainer__sample_rate": 1.0, "mechanism__sample_rate": 1.0, "trainer__check_parity": True}
     asked, generator = request(**both), torch.Generator().manual_seed(1)
     assert asked.enrolled is not None
     huge = {s: 30 * torch.randn(t.shape, generator=generator) for s, t in asked.enrolled.tensors.items()}
@@ -69,9 +69,12 @@ def test_a_server_cannot_learn_from_a_check_whether_a_row_was_drawn(tmp_path: Pa
 def test_under_a_mechanism_every_row_is_computed_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     original = FusedGradients.clipped_sums
-    monkeypatch.setattr(
-        FusedGradients, "clipped_sums", lambda self, x, y, **g: (sizes.append(len(y)), original(self, x, y, **g))[1]
-    )
+
+    def counted(self: FusedGradients, inputs: Any, labels: Any, **given: Any) -> Any:
+        sizes.append(len(labels))
+        return original(self, inputs, labels, **given)
+
+    monkeypatch.setattr(FusedGradients, "clipped_sums", counted)
     device = Device(device_settings(tmp_path / "device"), say=lambda line: None)
     assert answer(device, request()).facts.refused is None
     assert len(sizes) > 2 and set(sizes) == {1}  # two steps of some eight rows
