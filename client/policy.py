@@ -156,6 +156,8 @@ def _check_privacy(terms: Terms, settings: Settings) -> None:
         return
     if privacy.epsilon is None:
         _refuse("mechanism", mechanism.model_dump(), "null, as this device has no budget (privacy.epsilon)")
+    if privacy.delta > mechanism.delta:  # its updates would not be used, and charged for nothing
+        _refuse("mechanism.delta", mechanism.delta, f"{privacy.delta:g} or more (privacy.delta)")
     if terms.randomness != privacy.randomness:
         _refuse("randomness", terms.randomness, f"{privacy.randomness} (privacy.randomness)")
     if trainer.engine == "opacus" and trainer.grad_sample_mode == "ghost":

@@ -22,12 +22,14 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class MechanismTerms(Section):
-    """What noise a private step adds, and to what; see `fedlr.privacy.mechanism.Mechanism`."""
+    """What noise a private step adds, and to what (`fedlr.privacy.mechanism.Mechanism`); and at which delta, or a
+    smaller one, a device says what it has spent."""
 
     noise_multiplier: PositiveFloat
     max_grad_norm: PositiveFloat
     sample_rate: Rate
     divisor: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Terms(Section):
@@ -71,7 +73,7 @@ class Terms(Section):
             adapter=e.adapter,
             trainer=e.trainer,
             client_rule=None if rule is None else Target.model_validate(rule),
-            mechanism=None if mechanism is None else MechanismTerms.model_validate(vars(mechanism)),
+            mechanism=None if mechanism is None else MechanismTerms(**vars(mechanism), delta=e.privacy.delta),
             randomness=e.privacy.randomness,
         )
 
@@ -99,7 +101,7 @@ class Terms(Section):
 
     def private_steps(self) -> Mechanism | None:
         """Return the mechanism of every step; None without privacy."""
-        return None if self.mechanism is None else Mechanism(**self.mechanism.model_dump())
+        return None if self.mechanism is None else Mechanism(**self.mechanism.model_dump(exclude={"delta"}))
 
     def section(self) -> dict[str, Any]:
         """Return the terms as plain values."""

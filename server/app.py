@@ -50,7 +50,6 @@ def serve(run: Run, grid: Grid) -> None:
         deadline_s=e.deployment.round_deadline_s,
         quorum=e.deployment.min_updates,
         poll_s=e.deployment.poll_s,
-        delta=e.privacy.delta if e.privacy.epsilon is not None else None,
         say=run.say,
     )
     run.rounds(pool)

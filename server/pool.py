@@ -33,7 +33,6 @@ class GridPool:
         deadline_s: for one attempt of a round.
         quorum: how many clients of a cohort must be reachable before anybody is asked.
         poll_s: between two looks for replies.
-        delta: of the experiment's budget; None without privacy.
     """
 
     def __init__(
@@ -47,11 +46,10 @@ class GridPool:
         deadline_s: float,
         quorum: int,
         poll_s: float,
-        delta: float | None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._grid, self._nodes, self._terms, self._enrolled, self._ranks = grid, nodes, terms, enrolled, ranks
-        self._deadline_s, self._quorum, self._poll_s, self._delta, self._say = deadline_s, quorum, poll_s, delta, say
+        self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
         self.epsilon: dict[int, float] = {}  # by client, as it last said of its own ledger
@@ -114,7 +112,8 @@ class GridPool:
         expected = self._enrolled.select(task.shared)
         if self._ranks is not None:
             expected = dict(narrowed(expected, self._ranks[client]))
-        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, self._delta)
+        delta = None if self._terms.mechanism is None else self._terms.mechanism.delta
+        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, delta)
 
     def _take(self, reply: Message, node_id: int, asked: Asked) -> ClientUpdate | Dropout:
         client = asked.client_id

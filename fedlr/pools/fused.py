@@ -87,10 +87,11 @@ class FusedPool:
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
-        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
-        yield from refused
+        # What does not fit is an error here, before anybody is charged.
         adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
         self._side.merge(adapter)
+        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
+        yield from refused
         size = group_size(adapter.select(task.block), self._memory_gb, has_rule=self._training.rule.changes)
         for start in range(0, len(admitted), size):
             yield from self._train_group(task, adapter, admitted[start : start + size])

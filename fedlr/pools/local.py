@@ -164,10 +164,11 @@ class LocalPool:
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay; yield as they finish."""
-        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
-        yield from refused
+        # What does not fit is an error here, before anybody is charged.
         adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
         self._side.merge(adapter)
+        admitted, refused = self._accounts.reserve(task, cohort, self.kept)
+        yield from refused
         for future in as_completed([self._threads.submit(self._train_one, task, adapter, c) for c in admitted]):
             yield future.result()
 

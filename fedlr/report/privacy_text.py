@@ -39,7 +39,15 @@ def headline(run: Run) -> tuple[str, str]:
     if not math.isfinite(summary.epsilon_max):
         return "no differential privacy", "epsilon is infinite: no noise was added"
     delta = "no delta stated" if summary.delta is None else f"delta = {short(summary.delta)}"
-    return f"ε = {epsilon_text(summary.epsilon_max)}", f"max over clients, at {delta}"
+    whom = f"as {reported} report" if (reported := reporting(run)) else "max over clients"
+    return f"ε = {epsilon_text(summary.epsilon_max)}", f"{whom}, at {delta}"
+
+
+def reporting(run: Run) -> str:
+    """Return of how many clients a server knows what they say of their own ledgers; "" where the ledger is here."""
+    if run.statement.get("reported_by_clients") is not True:
+        return ""
+    return f"{run.statement.get('num_clients_that_reported')} of {run.summary.num_clients} clients"
 
 
 def meaning(run: Run) -> list[str]:
@@ -63,6 +71,11 @@ def meaning(run: Run) -> list[str]:
             f"{epsilon_text(last.epsilon_median)} for the median client and "
             f"{epsilon_text(last.epsilon_min)} for the one that spent least. The first number is the one to "
             "quote: it is neither a mean nor a sum over clients, and each client vouches for its own."
+        )
+    if reported := reporting(run):
+        sentences.append(
+            f"These are the words of {reported} about ledgers of their own, which this server cannot check; a client "
+            "that was asked and never heard may have spent as much."
         )
     return sentences
 

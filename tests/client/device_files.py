@@ -92,7 +92,7 @@ TERMS: Mapping[str, Any] = {
         "token_budget": 1024,
     },
     "client_rule": None,
-    "mechanism": {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.2, "divisor": 8.0},
+    "mechanism": {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.2, "divisor": 8.0, "delta": 1e-5},
     "randomness": "os",
 }
 

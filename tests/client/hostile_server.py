@@ -53,6 +53,8 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "a divisor of zero": noise("divisor", 0.0),
     "a divisor without an end": noise("divisor", 1e300),
     "no mechanism at all": {"mechanism": None},
+    "a smaller delta than the device's ledger has": {"mechanism.delta": 1e-9},
+    "a delta that is no probability": {"mechanism.delta": 2.0},
     "a mechanism without its noise": {"mechanism.noise_multiplier": ...},
     "noise from a seed": {"randomness": "seeded"},
     "noise from somewhere else": {"randomness": "server"},

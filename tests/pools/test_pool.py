@@ -126,12 +126,12 @@ def test_a_client_that_fails_is_an_error_that_stays_charged_and_hangs_nothing(tm
 
 
 def test_an_interrupt_leaves_a_readable_ledger_and_no_thread(tmp_path: Path) -> None:
-    f = federation()
+    f, before = federation(), set(threading.enumerate())
     ledger = create_ledger(f, tmp_path / "ledger.jsonl")
     with pytest.raises(KeyboardInterrupt), closing(pool_of(pool_module, f, ledger, num_workers=2)) as pool:
         for _ in pool.train(first_task(f), [0, 1, 2, 3]):
             raise KeyboardInterrupt
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("client")]
+    assert not set(threading.enumerate()) - before
     reopened = open_ledger(tmp_path / "ledger.jsonl", f)
     assert len({reopened.spent(client) for client in range(4)}) == 1  # trained or not, charged in full
     with pytest.raises(RuntimeError, match="shutdown"):

@@ -29,8 +29,14 @@ from fedlr.wire import RecordDict
 from server.run import Run
 from simulations.federation import assemble
 from simulations.simulate import create_ledger, run_rounds
-from tests.server.whole_federation import SMALL, Federation, experiment, lines
+from tests.server.whole_federation import SMALL, Federation, close_all, experiment, lines
 from tests.simulations.small_runs import quiet
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    yield
+    close_all()
 
 
 class Killed(BaseException):

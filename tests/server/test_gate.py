@@ -53,7 +53,6 @@ def pool_over(grid: DirectGrid, *, deadline_s: float = 60.0, module: ModuleType 
         deadline_s=deadline_s,
         quorum=1,
         poll_s=0.001,
-        delta=None,
         say=print,
     )
     return pool

@@ -101,7 +101,6 @@ def federation(
                 deadline_s=deadline_s,
                 quorum=len(plan),
                 poll_s=0.1,
-                delta=None,
                 say=print,
             )
             yield pool

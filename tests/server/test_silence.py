@@ -95,9 +95,7 @@ def test_no_word_of_what_goes_wrong_on_a_device_leaves_it(
         assert Reply.read(sent).facts.refused in ("device_error", "policy") and not Reply.read(sent).tensors
         shared = enrolled()
         grid = DirectGrid({0: lambda record, sent=sent: sent})
-        pool = GridPool(
-            grid, grid, terms=TERMS, enrolled=shared, deadline_s=60, quorum=1, poll_s=0.01, delta=1e-5, say=print
-        )
+        pool = GridPool(grid, grid, terms=TERMS, enrolled=shared, deadline_s=60, quorum=1, poll_s=0.01, say=print)
         task = RoundTask(0, dict(shared.tensors), frozenset({LORA_B}))
         (dropout,) = pool.train(task, [0])
         assert isinstance(dropout, Dropout) and dropout.status == "refused"

@@ -24,6 +24,16 @@ SMALL = (
 )
 
 
+MADE: list["Federation"] = []
+
+
+def close_all() -> None:
+    """End the threads of every device."""
+    while MADE:
+        for device in MADE.pop().devices:
+            device.close()
+
+
 def experiment(*overrides: str) -> Experiment:
     return compose_experiment([*SMALL, "runtime=flower", *overrides])
 
@@ -39,6 +49,7 @@ class Federation:
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        MADE.append(self)
         self.folder.mkdir(exist_ok=True)
         authority = self.folder / "ca.crt"
         authority.write_text("")
@@ -78,7 +89,6 @@ class Federation:
             deadline_s=self.deadline_s,
             quorum=e.deployment.min_updates,
             poll_s=0.001,
-            delta=e.privacy.delta if e.privacy.epsilon is not None else None,
             say=self.said.append,
         )
 

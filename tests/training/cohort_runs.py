@@ -128,6 +128,7 @@ class CohortBench:
         if mechanism == "default":
             mechanism = Mechanism(SIGMA, BOUND, sample_rate, DIVISOR)
         self.stack = shipped.Stack.of(starts or [self.start] * len(clients), ranks=ranks)
+        before = set(threading.enumerate())
         with worker_threads(self.num_workers) as threads:
             self.num_steps = cohort.train_cohort(
                 self.sums,
@@ -140,7 +141,7 @@ class CohortBench:
                 client_ids=list(range(len(clients)) if client_ids is None else client_ids),
                 round_index=round_index,
             )
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
+        assert not set(threading.enumerate()) - before
         return [release.view_as(self.stack.theta) for release in kept]
 
 
