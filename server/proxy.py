@@ -72,7 +72,7 @@ def proxy(arguments: list[str]) -> None:
         burst=int(max(defaults.burst, 2 * chosen.requests_per_second)),
     )
     door = Door(chosen.listen, chosen.certificate, chosen.key, chosen.superlink, chosen.superlink_ca)
-    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()) as runner:
         runner.run(serve(door, limits, say=lambda line: print(line, flush=True)))
 
 
@@ -99,6 +99,7 @@ async def serve(door: Door, limits: Limits, *, say: Callable[[str], None]) -> No
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=5,
             access_log=False,
+            log_config=None,  # the default one would close every handler of this process
             log_level="error",
             server_header=False,
             proxy_headers=False,
