@@ -24,6 +24,7 @@ from simulations import cli
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 NEEDED = {
+    "runtime=superlink": ["deployment.rehearsal=true"],
     "data=table": ["data.path=reviews.csv"],
     "model=pretrained": ["model.name_or_path=./encoder"],
     "adapter=tuner": ["adapter.system=randlora"],

@@ -133,7 +133,8 @@ def test_the_servers_rules_are_what_they_are_called(monkeypatch: pytest.MonkeyPa
 def test_a_round_of_the_server_is_measured_with_every_client_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = aggregate.Shape(num_clients=30, num_layers=1, features=192, rank=4)
     found = aggregate.measure_round("aggregate-mean", shape, seed=0)
-    assert 0 < found["above_mb"] < 200 < found["before_mb"] and 0 < found["aggregation_error"] < 1
+    # 0 where an earlier test of this process needed more: what is read is the peak.
+    assert 0 <= found["above_mb"] < 200 < found["before_mb"] and 0 < found["aggregation_error"] < 1
     train = aggregate.Streamed.train
     monkeypatch.setattr(aggregate.Streamed, "train", lambda pool, task, cohort: train(pool, task, cohort[1:]))
     with pytest.raises(RuntimeError, match="30 clients in the mean, got 29"):
