@@ -12,9 +12,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.device import Device
-from client.offline import go_offline
 from client.settings import load_settings
+from fedlr.commands import quiet_libraries
 from fedlr.errors import InputError
+from fedlr.offline import go_offline
 from fedlr.wire import to_record
 
 PARTITION = "partition_id"  # in the answer to a query
@@ -51,5 +52,6 @@ def settings_path(context: Context) -> Path:
 @cache
 def resident(path: Path) -> Device:
     """Return the device of these settings: one a process, for as long as it lives."""
-    go_offline()
+    quiet_libraries()
+    go_offline(True)
     return Device(load_settings(path), say=lambda line: print(f"{path.stem}: {line}", flush=True))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fedlr.commands import command, dispatch, quiet_flower
 from fedlr.errors import InputError
+from fedlr.offline import go_offline
 
 COMMANDS = {
     "key": ("client.key", "key"),
@@ -38,9 +39,7 @@ def run(arguments: list[str]) -> None:
     """
     if len(arguments) != 1:
         raise InputError(f"Expected one file, such as client.yaml, got {len(arguments)} arguments")
-    from client.offline import go_offline
-
-    go_offline()  # before whatever reads the environment once
+    go_offline(True)  # before whatever reads the environment once
     from client.device import Device  # heavy: torch and all that
     from client.node import serve
     from client.settings import load_settings

@@ -16,11 +16,11 @@ from client.device_checks import (
     terms_text,
 )
 from client.findings import Finding, found
-from client.offline import go_offline
 from client.server_checks import server_findings
 from client.settings import Settings, load_settings
-from fedlr.commands import USAGE_ERROR, Options
+from fedlr.commands import USAGE_ERROR, Options, quiet_libraries
 from fedlr.errors import InputError
+from fedlr.offline import go_offline
 from fedlr.terms import Terms
 
 
@@ -44,7 +44,8 @@ def doctor(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"fedlr client doctor: {error}", file=sys.stderr)
         return USAGE_ERROR
-    go_offline()
+    quiet_libraries()
+    go_offline(True)
     try:
         settings = load_settings(chosen.settings)
         terms = None if chosen.terms is None else read_terms(chosen.terms)

@@ -8,21 +8,27 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedlr.errors import InputError
+from fedlr.offline import go_offline
+
+if TYPE_CHECKING:
+    from fedlr.experiment import Experiment
 
 Command = Callable[[Sequence[str]], int]
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
-def command(function: Callable[[list[str]], None]) -> Command:
-    """Make `fedlr HOUSE NAME ...` out of a function NAME of a module of HOUSE.
+def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> Command:
+    """Make `fedlr HOUSE NAME ...` out of a function NAME of a module of HOUSE; of simulations it is `fedlr NAME ...`.
 
-    --help prints its docstring; an InputError is one line and exit code 2, an interrupt is 130.
+    --help prints its docstring; an InputError is one line and exit code 2, an interrupt is 130, with the line
+    `interrupted` if there is one.
     """
-    name = f"fedlr {function.__module__.partition('.')[0]} {function.__name__}"
+    house = function.__module__.partition(".")[0]
+    name = f"fedlr {function.__name__}" if house == "simulations" else f"fedlr {house} {function.__name__}"
 
     @wraps(function)
     def run(arguments: Sequence[str]) -> int:
@@ -36,6 +42,8 @@ def command(function: Callable[[list[str]], None]) -> Command:
             print(f"{name}: {error}", file=sys.stderr)
             return USAGE_ERROR
         except KeyboardInterrupt:
+            if interrupted:
+                print(f"\n{interrupted}", file=sys.stderr)
             return INTERRUPTED
         return 0
 
@@ -57,6 +65,18 @@ def dispatch(house: str, doc: str | None, commands: Mapping[str, tuple[str, str]
     module, function = commands[name]
     chosen: Command = getattr(import_module(module), function)
     return chosen(rest)
+
+
+def ready(overrides: Sequence[str]) -> "Experiment":
+    """Compose an experiment and check all that needs neither data nor model; tell hub libraries if it is offline."""
+    from fedlr.experiment import compose_experiment
+
+    experiment = compose_experiment(overrides)
+    go_offline(experiment.runtime.offline)
+    from fedlr.build import check_sections  # imports hub libraries, which read the environment once
+
+    check_sections(experiment)
+    return experiment
 
 
 def quiet_libraries() -> None:

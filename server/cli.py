@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlr.commands import command, dispatch, quiet_flower
+from fedlr.commands import command, dispatch, quiet_flower, ready
 from fedlr.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,14 +59,10 @@ def run(arguments: list[str]) -> None:
             raise InputError("Expected a directory after --run-dir, got none")
         run_dir = Path(arguments.pop(place + 1))
         arguments.pop(place)
-    from fedlr.build import check_sections
-    from fedlr.experiment import compose_experiment
-
     chosen = [] if any(word.startswith("runtime=") for word in arguments) else ["runtime=superlink"]
-    experiment = compose_experiment([*chosen, *arguments])
+    experiment = ready([*chosen, *arguments])
     if experiment.runtime.kind != "superlink":
         raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
-    check_sections(experiment)
     from fedlr.run_dir import sole_writer
     from server.run import Run
 

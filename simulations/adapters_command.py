@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.errors import InputError
-from simulations.cli import command, go_offline, say
+from fedlr.offline import go_offline
+from simulations.cli import command, say
 
 if TYPE_CHECKING:
     from fedlr.tuners import Tuner

@@ -8,43 +8,22 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlr.commands import quiet_libraries
+from fedlr.commands import command as any_command
+from fedlr.commands import ready
 from fedlr.errors import InputError
+from fedlr.offline import go_offline
 
 if TYPE_CHECKING:
     from fedlr.experiment import Experiment
 
 MULTIRUN = ("-m", "--multirun")
 COMPARISON = "comparison.html"
-Command = Callable[[Sequence[str]], int]
-
-
-def command(function: Callable[[list[str]], None]) -> Command:
-    """Make a command out of a function: bad input is one line and exit code 2, an interrupt is 130."""
-
-    @wraps(function)
-    def run(arguments: Sequence[str]) -> int:
-        arguments = list(arguments)
-        if {"-h", "--help"} & set(arguments):
-            print(function.__doc__)
-            return 0
-        try:
-            quiet_libraries()
-            function(arguments)
-        except InputError as error:
-            print(f"fedlr {function.__name__}: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("\nstopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint", file=sys.stderr)
-            return 130
-        return 0
-
-    return run
+command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint")
 
 
 @command
@@ -185,27 +164,6 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
         for o in overrides
     ]
     return [list(combination) for combination in itertools.product(*choices)]
-
-
-def ready(overrides: Sequence[str]) -> "Experiment":
-    """Compose an experiment and check all that needs neither data nor model; tell hub libraries if it is offline."""
-    from fedlr.experiment import compose_experiment
-
-    experiment = compose_experiment(overrides)
-    go_offline(experiment.runtime.offline)
-    from fedlr.build import check_sections  # imports hub libraries, which read the environment once
-
-    check_sections(experiment)
-    return experiment
-
-
-def go_offline(offline: bool) -> None:
-    """Tell the hub libraries, loaded or not, whether they may use the network."""
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[variable] = str(int(offline))
-    for name in ("huggingface_hub.constants", "datasets.config"):
-        if name in sys.modules:
-            sys.modules[name].HF_HUB_OFFLINE = offline  # type: ignore[attr-defined]
 
 
 def check_output_dir(experiment: "Experiment") -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fedlr.commands import command
+from fedlr.commands import command, ready
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, compose_experiment
 from fedlr.run_dir import create_run_dir, read_json
-from simulations.cli import ready, say
+from simulations.cli import say
 from simulations.rehearsal import Rehearsal
 
 TIMEOUT_S = 1800.0

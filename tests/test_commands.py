@@ -1,7 +1,10 @@
 """A command is a line on bad input, never a traceback."""
 
+import os
+
 import pytest
 
+import server.cli
 from fedlr.commands import Options, command
 from fedlr.errors import InputError
 
@@ -35,3 +38,10 @@ def test_a_command_answers_with_an_exit_code_and_one_line(arguments, code, out, 
     printed = capsys.readouterr()
     assert printed.out == out
     assert printed.err == (err and f"fedlr tests {err}")
+
+
+def test_a_server_asks_no_hub_unless_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+    assert server.cli.run(["experiment=tiny", "runtime=local"]) == 2  # it serves devices only, and has composed by then
+    assert (os.environ["HF_HUB_OFFLINE"], os.environ["HF_DATASETS_OFFLINE"]) == ("1", "1")

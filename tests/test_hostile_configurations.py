@@ -302,7 +302,7 @@ def test_a_misspelt_key_is_found_before_the_heavy_libraries_load() -> None:
 def test_hub_libraries_that_are_loaded_already_are_told_to_stay_offline(here: Path) -> None:
     import huggingface_hub
 
-    from simulations.cli import go_offline
+    from fedlr.offline import go_offline
 
     try:
         go_offline(False)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlr.errors import InputError
-from simulations.cli import command, go_offline, say
+from fedlr.offline import go_offline
+from simulations.cli import command, say
 
 DEFAULT_FOLDER = Path("outputs/bench")
 ALL, DOCUMENT = "all", "docs"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.certificates import write_certificates
+from simulations.rehearsal import free_port as free_port
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -37,13 +38,6 @@ class Running:
     @property
     def address(self) -> str:
         return f"localhost:{self.port}"
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def trusting(ca: Path) -> ssl.SSLContext:
