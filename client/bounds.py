@@ -33,6 +33,7 @@ RuleName = Literal[
     "fedlr.client_rules.preconditioned.ScaledGradient",
     "fedlr.client_rules.proximal.FedProx",
     "fedlr.client_rules.scaffold.ScaffoldClient",
+    "fedlr.client_rules.tail.TailPenalty",
 ]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 RULES: tuple[RuleName, ...] = get_args(RuleName)

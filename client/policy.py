@@ -23,6 +23,7 @@ ledger are touched:
     name                                    printable, as it is shown and logged
     round_index                             below num_rounds
     block, personal                         roles of the system; the head only if terms say it trains; something is sent
+    rank                                    of this client, at most adapter.rank
     broadcast, enrolled, side, control      known roles, finite values, shapes of the rank, bounded numbers of values
     scale                                   the one that the terms give
 
@@ -120,6 +121,8 @@ def check_request(request: Request, settings: Settings) -> None:
             "personal", sorted(task.personal), "roles of the adapter, and less than all that trains", root="request"
         )
     most, rank = policy.max_trained_values, terms.adapter.rank
+    if max(task.ranks.values(), default=0) > rank:
+        _refuse("rank", max(task.ranks.values()), f"at most {rank} (adapter.rank)", root="request")
     enrolled = {} if request.enrolled is None else request.enrolled.tensors
     _check_tensors(task.broadcast, "broadcast", roles, most=most, rank=rank)
     _check_tensors(enrolled, "enrolled", roles | {SHIPPED}, most=most, rank=rank)

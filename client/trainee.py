@@ -91,11 +91,9 @@ class Trainee:
         share = {client_id: self.share}
         if trainer.engine == "opacus":
             return LocalPool(self.working, share, grad_sample_mode=trainer.grad_sample_mode, **common)
-        given = terms.adapter.client_ranks
-        ranks = None if given is None else {client_id: given[client_id % len(given)]}
         # A check on private rows fails or not with what was drawn, and tensors of a server's can make it fail.
         check_parity = trainer.check_parity and terms.mechanism is None
-        return FusedPool(self.working, share, ranks=ranks, check_parity=check_parity, **common)
+        return FusedPool(self.working, share, check_parity=check_parity, **common)
 
 
 def check_model(base: BaseModel, settings: Settings, terms: Terms) -> None:

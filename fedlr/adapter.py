@@ -24,6 +24,7 @@ ROLES = (LORA_A, LORA_B, HEAD)
 SHIPPED = "shipped"  # of frozen parts that clients are given once; no block trains it
 LAYOUT = "fedlr_layout"  # the attribute of a model whose adapter is another system's than LoRA (fedlr.tuners.attach)
 ADAPTER_NAME = "default"
+RANKS = "ranks"  # in a server's memory: of each client that it pruned, by Slot(client id, RANKS)
 
 
 class Slot(NamedTuple):
@@ -162,13 +163,15 @@ def side_tensors(side: Mapping[str, LoraFactors]) -> dict[Slot, Tensor]:
 class ClientUpdate:
     """What one client returns from one round: the trained block less what is personal, as values, not as a difference.
 
-    `weight` is set by the server's rule, never by the client's word (uniform unless sizes are declared public).
+    `weight` is set by the server's rule, never by the client's word (uniform unless sizes are declared public), and so
+    is `rank`, that of a client whose factors are zero beyond it (None: the adapter's).
     """
 
     client_id: int
     tensors: Mapping[Slot, Tensor]
     weight: float
     base_round: int
+    rank: int | None = None
 
 
 def adapter_parameters(model: nn.Module) -> dict[Slot, nn.Parameter]:

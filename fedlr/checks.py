@@ -68,8 +68,11 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             )
         if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
-        if experiment.trainer.engine != "fused":
-            raise InputError(f"Expected trainer.engine=fused for adapter.client_ranks, got {experiment.trainer.engine}")
+    if (experiment.adapter.client_ranks is not None or method.prunes) and experiment.trainer.engine != "fused":
+        raise InputError(
+            "Expected trainer.engine=fused for clients of different ranks (adapter.client_ranks, hetlora), got "
+            f"{experiment.trainer.engine}"
+        )
 
 
 def check_aggregate(start: ServerState, method: Method, experiment: Experiment, *, weights: Sequence[float]) -> None:

@@ -26,6 +26,12 @@ class LocalPoint:
     frozen: Mapping[Slot, Tensor]  # (...), every other tensor of the adapter
     control: Mapping[Slot, Tensor]  # (...), what the server sent as "control"; empty where it sends none
     memory: Mapping[Slot, Tensor] = field(default_factory=dict)  # (C, ...), kept from earlier rounds; zero at first
+    ranks: Tensor | None = None  # (C,), beyond which a client's factors are zero; None: all have the adapter's
+
+
+def factor(point: LocalPoint, slot: Slot) -> Tensor:
+    """Return a LoRA factor: (C, ...) where it trains, (...) where it is frozen."""
+    return point.values[slot] if slot in point.values else point.frozen[slot]
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,13 @@ class RuleInputs:
     frozen: Mapping[Slot, Tensor] = field(default_factory=dict)
     control: Mapping[Slot, Tensor] = field(default_factory=dict)
     memory: dict[Slot, Tensor] = field(default_factory=dict)
+    ranks: Tensor | None = None
 
     def at(
         self, step: int, num_steps: int, *, values: Mapping[Slot, Tensor], start: Mapping[Slot, Tensor]
     ) -> LocalPoint:
         """Return where the clients stand before a step."""
-        return LocalPoint(step, num_steps, values, start, self.frozen, self.control, self.memory)
+        return LocalPoint(step, num_steps, values, start, self.frozen, self.control, self.memory, self.ranks)
 
 
 class ClientRule:

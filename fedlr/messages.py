@@ -45,6 +45,7 @@ class RequestFacts(Section):
     round_index: Annotated[int, Field(ge=0, lt=2**32)]
     block: list[str | tuple[str, str]]
     personal: list[str]
+    rank: Annotated[int, Field(ge=1, lt=2**16)] | None  # the client's, where it is not the adapter's
     scale: float
     enrolled_sha256: Sha256
     nonce: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -80,6 +81,7 @@ class Request:
             "round_index": task.round_index,
             "block": sorted(task.block, key=str),
             "personal": sorted(task.personal),
+            "rank": task.ranks.get(self.client_id),
             "scale": self.scale,
             "enrolled_sha256": self.enrolled_sha256,
             "nonce": token_hex(16),
@@ -114,6 +116,7 @@ class Request:
             personal=frozenset(facts.personal),
             side=_side(groups[SIDE]),
             control=groups[CONTROL],
+            ranks={} if facts.rank is None else {facts.client_id: facts.rank},
         )
         return cls(Terms.read(facts.terms), facts.client_id, task, facts.enrolled_sha256, facts.scale, enrolled)
 

@@ -70,6 +70,11 @@ class Method:
     mixed_ranks: bool = False
     client: ClientRule = ClientRule()
 
+    @property
+    def prunes(self) -> bool:
+        """Whether the server may lower the rank of a client (`fedlr.aggregate.pruning`)."""
+        return bool(getattr(self.aggregate, "prunes", False))
+
     def __post_init__(self) -> None:
         roles = set(self.block_schedule.roles)
         if isinstance(self.personal, str) or not set(self.personal) < roles:

@@ -83,6 +83,7 @@ def client_rows(
             "reason": dropout.reason if dropout else None,
             "num_steps": 0 if refused or (dropout and dropout.reason in NEVER_ASKED) else num_steps,
             "participations": participations[client_id],
+            "rank": diagnostics.ranks.get(client_id),
             "epsilon": spent.get(client_id),
             "seconds": None if seconds is None else 0.0 if refused else seconds[client_id],
         }

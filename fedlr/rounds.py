@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedlr.adapter import (
     HEAD,
+    RANKS,
     AdapterState,
     Block,
     ClientUpdate,
@@ -52,6 +53,7 @@ class RoundTask:
 
     `broadcast` overlays the adapter that each client was given when it enrolled; `block` is what it trains, and returns
     but for its `personal` roles. `side` is merged into the base, `control` is for the method's rule of the clients.
+    `ranks` has the rank of each client that is asked, and nothing where all have the adapter's.
     """
 
     round_index: int
@@ -60,6 +62,7 @@ class RoundTask:
     personal: frozenset[str] = frozenset()
     side: Mapping[str, LoraFactors] = field(default_factory=dict)
     control: Mapping[Slot, Tensor] = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def shared(self) -> Block:
@@ -68,7 +71,7 @@ class RoundTask:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all that is asked: two tasks that have it in common are one computation."""
-        asked = (self.round_index, sorted(self.block, key=str), sorted(self.personal))
+        asked = (self.round_index, sorted(self.block, key=str), sorted(self.personal), sorted(self.ranks.items()))
         digest = hashlib.sha256(repr(asked).encode())
         for group in (self.broadcast, side_tensors(self.side), self.control):
             digest.update(AdapterState(group, scale=1.0).fingerprint().encode())
@@ -111,6 +114,7 @@ class RoundDiagnostics:
     train_s: float
     aggregate_s: float
     aggregation_error_sd: Mapping[str, float] = field(default_factory=dict)  # by layer: 0.0 where the error is exact
+    ranks: Mapping[int, int] = field(default_factory=dict)  # by client of the cohort; empty: all have the adapter's
 
 
 def initial_state(adapter: AdapterState, method: Method) -> ServerState:
@@ -118,8 +122,10 @@ def initial_state(adapter: AdapterState, method: Method) -> ServerState:
     return ServerState(method.finalise(adapter))
 
 
-def task_of(state: ServerState, method: Method, *, train_head: bool = False) -> RoundTask:
-    """Return what the next round asks of its clients."""
+def task_of(
+    state: ServerState, method: Method, *, train_head: bool = False, ranks: Mapping[int, int] | None = None
+) -> RoundTask:
+    """Return what the next round asks of its clients; `ranks` by client id, None: all have the adapter's."""
     block = method.block_schedule(state.round_index, state.adapter) | (frozenset({HEAD}) if train_head else frozenset())
     return RoundTask(
         round_index=state.round_index,
@@ -128,7 +134,24 @@ def task_of(state: ServerState, method: Method, *, train_head: bool = False) -> 
         personal=frozenset(method.personal),
         side=state.adapter.side,
         control=state.adapter.memory.get(CONTROL, {}),
+        ranks=ranks or {},
     )
+
+
+def ranks_now(adapter: AdapterState, cohort: Sequence[int], given: Sequence[int] | None) -> Mapping[int, int]:
+    """Return the rank of each client of a cohort: what the server pruned it to, or else what it was given.
+
+    Args:
+        given: by client id; None: the adapter's for all.
+
+    Returns:
+        An empty mapping where all have the adapter's.
+    """
+    pruned = {int(slot.path): int(rank) for slot, rank in adapter.memory.get(RANKS, {}).items()}
+    if given is None and not pruned:
+        return {}
+    most = max(len(layer.lora_A) for layer in adapter.factors().values())
+    return {client: pruned.get(client, most if given is None else given[client]) for client in cohort}
 
 
 def run_round(
@@ -146,11 +169,11 @@ def run_round(
     cohort. A client of smaller rank (`ranks`, by client id; None: all have the adapter's) has zeros beyond it here. A
     round in which no client returned a usable update leaves the adapter as it was and still counts as a round.
     """
-    task = task_of(state, method, train_head=train_head)
+    task = task_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
 
     started = time.perf_counter()
-    answers = Answers(pool, task, cohort, expected=expected, ranks=ranks)
+    answers = Answers(pool, task, cohort, expected=expected)
     updates, ideal = iter(answers), Ideal(state.adapter)
     first = next(updates, None)
     if first is None:
@@ -170,10 +193,11 @@ def run_round(
         aggregation_error=aggregation_error(ideal, aggregated) if answers.trained else {},
         aggregation_error_sd=aggregation_error_sd(ideal, aggregated) if answers.trained else {},
         singular_values=singular_values(adapter),
-        bytes_up=_total(answers.trained, ranks, lambda rank: num_bytes(narrowed(expected, rank).values())),
-        bytes_down=_total(cohort, ranks, task.num_bytes),
+        bytes_up=_total(answers.trained, task, lambda rank: num_bytes(narrowed(expected, rank).values())),
+        bytes_down=_total(cohort, task, task.num_bytes),
         train_s=answers.train_s,
         aggregate_s=time.perf_counter() - started - answers.train_s,
+        ranks=task.ranks,
     )
     return ServerState(adapter, state.round_index + 1), diagnostics
 
@@ -195,13 +219,12 @@ class Answers:
         cohort: Sequence[int],
         *,
         expected: Mapping[Slot, Tensor],
-        ranks: Sequence[int] | None = None,
     ) -> None:
         self.trained: list[int] = []  # ascending
         self.dropouts: list[Dropout] = []
         self.train_s = 0.0  # spent waiting for the pool
         self._outcomes = iter(pool.train(task, cohort))
-        self._task, self._cohort, self._expected, self._ranks = task, cohort, expected, ranks
+        self._task, self._cohort, self._expected = task, cohort, expected
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         asked, waiting = frozenset(self._cohort), deque(sorted(self._cohort))
@@ -223,7 +246,7 @@ class Answers:
                 self.dropouts.append(Dropout(outcome.client_id, "rejected", reason))
             else:
                 over.add(outcome.client_id)
-                held[outcome.client_id] = outcome if self._ranks is None else widened(outcome, self._expected)
+                held[outcome.client_id] = self._as_wide(outcome)
             del outcome  # the next one trains while this would still be held
             while waiting and (waiting[0] in over or (waiting[0] in heard and len(held) > MOST_HELD)):
                 client = waiting.popleft()
@@ -237,7 +260,11 @@ class Answers:
             yield held.pop(client)
 
     def _expected_of(self, client: int) -> Mapping[Slot, Tensor]:
-        return narrowed(self._expected, rank_of(client, self._ranks))
+        return narrowed(self._expected, self._task.ranks.get(client))
+
+    def _as_wide(self, update: ClientUpdate) -> ClientUpdate:
+        rank = self._task.ranks.get(update.client_id)
+        return update if rank is None else replace(widened(update, self._expected), rank=rank)
 
     def _next(self) -> ClientUpdate | Dropout | None:
         started = time.perf_counter()
@@ -247,14 +274,9 @@ class Answers:
             self.train_s += time.perf_counter() - started
 
 
-def rank_of(client: int, ranks: Sequence[int] | None) -> int | None:
-    """Return a client's rank; None: the adapter's."""
-    return None if ranks is None else ranks[client]
-
-
-def _total(clients: Sequence[int], ranks: Sequence[int] | None, size: Callable[[int | None], int]) -> int:
+def _total(clients: Sequence[int], task: RoundTask, size: Callable[[int | None], int]) -> int:
     """Return the sizes of all clients together; those of one rank have one size, which is taken once."""
-    counts = Counter(rank_of(client, ranks) for client in clients)
+    counts = Counter(task.ranks.get(client) for client in clients)
     return sum(count * size(rank) for rank, count in counts.items())
 
 

@@ -46,7 +46,6 @@ def serve(run: Run, grid: Grid) -> None:
         nodes,
         terms=terms,
         enrolled=run.served.start.adapter,
-        ranks=e.adapter.ranks(e.num_clients),
         deadline_s=e.deployment.round_deadline_s,
         quorum=e.deployment.min_updates,
         poll_s=e.deployment.poll_s,

@@ -6,6 +6,7 @@ round, and its message expires with it. A client is known by its registered key,
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -29,7 +30,6 @@ class GridPool:
         nodes: who is reachable.
         terms: of the experiment; every request carries them.
         enrolled: the adapter every client is given once.
-        ranks: of each client; None: all have the adapter's.
         deadline_s: for one attempt of a round.
         quorum: how many clients of a cohort must be reachable before anybody is asked.
         poll_s: between two looks for replies.
@@ -42,13 +42,12 @@ class GridPool:
         *,
         terms: Terms,
         enrolled: AdapterState,
-        ranks: Sequence[int] | None = None,
         deadline_s: float,
         quorum: int,
         poll_s: float,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._grid, self._nodes, self._terms, self._enrolled, self._ranks = grid, nodes, terms, enrolled, ranks
+        self._grid, self._nodes, self._terms, self._enrolled = grid, nodes, terms, enrolled
         self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
@@ -61,16 +60,17 @@ class GridPool:
         nodes = self._wait(cohort, deadline)
         absent = [client for client in cohort if client not in nodes]
         yield from (Dropout(client, "rejected", "offline") for client in absent)
-        task_sha256 = task.fingerprint()
+        alike = None if task.ranks else task.fingerprint()
         waiting: dict[str, tuple[int, Asked]] = {}  # by message: the node that was asked, and what
         for client in cohort:
             if client in nodes:
                 ttl = max(LEAST_TTL_S, deadline - time.monotonic())
-                message_id = self._push(task, client, nodes[client], ttl)
+                own = task if not task.ranks else replace(task, ranks={client: task.ranks[client]})
+                message_id = self._push(own, client, nodes[client], ttl)
                 if message_id is None:
                     yield Dropout(client, "rejected", "not_sent")
                 else:
-                    waiting[message_id] = nodes[client], self._asked(task, client, task_sha256)
+                    waiting[message_id] = nodes[client], self._asked(own, client, alike or own.fingerprint())
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 found = waiting.pop(reply.metadata.reply_to_message_id, None)
@@ -109,9 +109,7 @@ class GridPool:
         return next(iter(self._grid.push_messages([message])), None)
 
     def _asked(self, task: RoundTask, client: int, task_sha256: str) -> Asked:
-        expected = self._enrolled.select(task.shared)
-        if self._ranks is not None:
-            expected = dict(narrowed(expected, self._ranks[client]))
+        expected = dict(narrowed(self._enrolled.select(task.shared), task.ranks.get(client)))
         delta = None if self._terms.mechanism is None else self._terms.mechanism.delta
         return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, delta)
 

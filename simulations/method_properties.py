@@ -147,7 +147,7 @@ def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Prop
 class MadeUpClients:
     """A ClientPool whose clients add random numbers to what they should have trained: the same in every process."""
 
-    def __init__(self, *, weights: Sequence[float] = WEIGHTS, ranks: Sequence[int] | None = None) -> None:
+    def __init__(self, *, weights: Sequence[float] = WEIGHTS) -> None:
         generator = torch.Generator().manual_seed(0)
         tensors: dict[Slot, Tensor] = {}
         for path, (out_features, in_features) in LAYERS.items():
@@ -156,7 +156,7 @@ class MadeUpClients:
             tensors[Slot(path, LORA_B)] = torch.zeros(out_features, RANK)
         self.adapter = AdapterState(tensors, scale=1.0)
         self.rounds: list[list[ClientUpdate]] = []
-        self._weights, self._ranks = weights, ranks
+        self._weights = weights
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         """Yield one update a client."""
@@ -165,7 +165,7 @@ class MadeUpClients:
         for client in cohort:
             generator = torch.Generator().manual_seed(1 + 100 * task.round_index + client)
             trained = {slot: t + SPREAD * torch.randn(t.shape, generator=generator) for slot, t in start.items()}
-            own = dict(narrowed(trained, None if self._ranks is None else self._ranks[client]))
+            own = dict(narrowed(trained, task.ranks.get(client)))
             self.rounds[-1].append(ClientUpdate(client, own, self._weights[client], task.round_index))
             yield self.rounds[-1][-1]
 
@@ -229,7 +229,7 @@ def _roles(block: Block, path: str) -> tuple[str, ...]:
 
 
 def _mixed_error(method: Method, *, num_rounds: int = 3) -> float:
-    pool = MadeUpClients(ranks=MIXED_RANKS)
+    pool = MadeUpClients()
     state: ServerState = initial_state(pool.adapter, method)
     errors = [0.0]
     for _ in range(num_rounds):

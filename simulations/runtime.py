@@ -47,7 +47,6 @@ def pool_here(federation: Federation, ledger: Charges | None) -> FusedPool | Loc
     return FusedPool(
         federation.working,
         federation.clients,
-        ranks=federation.ranks,
         memory_gb=e.runtime.memory_gb,
         check_parity=e.trainer.check_parity,
         **common,

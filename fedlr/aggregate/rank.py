@@ -58,7 +58,7 @@ def norm_weighted_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -
     Biased: as FedIT's, the product of the means is not the mean of the products; and rows that few clients have are
     diluted by the zeros of the others.
 
-    Not here: HetLoRA's self-pruning of ranks and its penalty on the tail of the factors; a client's rank is fixed.
+    HetLoRA's pruning of ranks is `fedlr.aggregate.pruning.SelfPruning`, which averages with this.
 
     What is noised under DP: whatever the block trains, on the client. Norms are those of the noised factors, so they
     reveal nothing new; with much noise they measure the noise. A client that scales its update up scales its own weight

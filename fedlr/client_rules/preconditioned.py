@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlr.adapter import LORA_A, LORA_B, Slot
-from fedlr.client_rule import ClientRule, LocalPoint
+from fedlr.client_rule import ClientRule, LocalPoint, factor
 from fedlr.client_rules.scaffold import check_positive, check_sgd
 
 
@@ -78,10 +78,10 @@ class ScaledGradient(ClientRule):
 
     def _scaled(self, slot: Slot, value: Tensor, point: LocalPoint) -> Tensor:
         if slot.role == LORA_B:
-            lora_A = _factor(point, Slot(slot.path, LORA_A))
+            lora_A = factor(point, Slot(slot.path, LORA_A))
             return value @ self._inverse(lora_A @ lora_A.mT).to(value)
         if slot.role == LORA_A:
-            lora_B = _factor(point, Slot(slot.path, LORA_B))
+            lora_B = factor(point, Slot(slot.path, LORA_B))
             return self._inverse(lora_B.mT @ lora_B).to(value) @ value
         return value
 
@@ -89,8 +89,3 @@ class ScaledGradient(ClientRule):
         identity_RR = torch.eye(gram_RR.shape[-1], dtype=torch.float64, device=gram_RR.device)
         inverse_RR: Tensor = torch.linalg.inv_ex(gram_RR.double() + self.reg * identity_RR).inverse
         return inverse_RR
-
-
-def _factor(point: LocalPoint, slot: Slot) -> Tensor:
-    """Return a factor: (C, ...) where it trains, (...) where it is frozen."""
-    return point.values[slot] if slot in point.values else point.frozen[slot]

@@ -49,6 +49,8 @@ def needs_more_of_clients(method: Method) -> str | None:
         return f"clients keep their {', '.join(method.personal)} from round to round"
     if method.folds:
         return "clients merge what the server folds away into their base model"
+    if method.prunes:
+        return "the server lowers the ranks of clients"
     if method.client.changes:
         return f"clients apply the rule {type(method.client).__name__} in every step"
     return None

@@ -49,7 +49,6 @@ class FusedPool:
         randomness: sampling and noise streams.
         weights: aggregation weight of each client, by the server's rule.
         num_workers: threads.
-        ranks: of each client; None: all have the adapter's.
         side: what merges a folded product into the model; None: made here.
         memory_gb: for the clients that train at once; None: as for `LARGEST_GROUP` of them.
         check_parity: compare the first batch with Opacus.
@@ -67,7 +66,6 @@ class FusedPool:
         randomness: Randomness,
         weights: ByClient[float],
         num_workers: int,
-        ranks: ByClient[int] | None = None,
         side: SideWeights | None = None,
         memory_gb: float | None = None,
         check_parity: bool = True,
@@ -75,7 +73,7 @@ class FusedPool:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
         self._accounts = Accounts(ledger, mechanism, training, enrolled=enrolled, randomness=randomness)
-        self._memory_gb, self._ranks = memory_gb, ranks
+        self._memory_gb = memory_gb
         self._side, self.kept = side or SideWeights(model), Kept()
         self._device = next(model.parameters()).device
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rows", initializer=_one_thread)
@@ -103,7 +101,7 @@ class FusedPool:
     def _train_group(self, task: RoundTask, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:
         started = time.perf_counter()
         starts = [self.kept.start(client, task, adapter) for client in group]
-        ranks = None if self._ranks is None else [self._ranks[client] for client in group]
+        ranks = [task.ranks[client] for client in group] if task.ranks else None
         stack = Stack.of(starts, ranks=ranks, device=self._device)
         inputs = self.kept.inputs(group, task, adapter, rule=self._training.rule, device=self._device)
         sums = GroupSums(self._workers, adapter, task.block, self._parity)

@@ -42,7 +42,8 @@ class Kept:
             zeros = {slot: torch.zeros_like(tensor) for slot, tensor in adapter.select(task.block).items()}
             rows = [{**zeros, **self._memory.get(client, {})} for client in clients]
             memory = {slot: torch.stack([row[slot] for row in rows]).to(device) for slot in zeros}
-        return RuleInputs(frozen, control, memory)
+        ranks = torch.tensor([task.ranks[client] for client in clients]) if task.ranks else None
+        return RuleInputs(frozen, control, memory, ranks)
 
     def of(self, client: int) -> tuple[dict[Slot, Tensor], dict[Slot, Tensor]]:
         """Return a client's personal tensors and memory, for its disk."""

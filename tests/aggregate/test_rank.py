@@ -307,7 +307,7 @@ def test_the_method_of_the_file_takes_clients_of_any_rank_and_folds_nothing(fede
     adapter, updates = federation(*BOTH)
     mixed = [of_rank(update, 1 + update.client_id % 3) for update in updates]
     after = method.finalise(method.aggregate(method.finalise(adapter), iter(mixed)))
-    rule = {"flexlora": svd_redistribution, "hetlora": norm_weighted_mean}[name]
+    rule = {"flexlora": svd_redistribution, "hetlora": norm_weighted_mean}[name]  # ranks go into the memory
     assert after.fingerprint() == rule(adapter, mixed).fingerprint() and not after.side
     assert method.mixed_ranks and not method.folds and method.name == name
     assert method.broadcast(after, method.block_schedule(0, after)).keys() == updates[0].tensors.keys()

@@ -156,6 +156,7 @@ REQUESTS: Mapping[str, tuple[Mapping[str, Any], Mapping[Slot, torch.Tensor]]] = 
     "ten thousand blocks": ({"block": [[f"layer.{n}", LORA_B] for n in range(10_001)]}, {}),
     "nothing to send": ({"personal": [LORA_B]}, {}),
     "something personal nobody knows": ({"personal": ["data"]}, {}),
+    "a rank above the adapter's": ({"rank": 3}, {}),
     "another scale": ({"scale": 1e9}, {}),
     "a scale that is no number": ({"scale": NAN}, {}),
     "another adapter than it says": ({"enrolled_sha256": "0" * 64}, {}),

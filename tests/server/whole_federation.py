@@ -85,7 +85,6 @@ class Federation:
             self.grid,
             terms=run.served.terms,
             enrolled=run.served.start.adapter,
-            ranks=e.adapter.ranks(e.num_clients),
             deadline_s=self.deadline_s,
             quorum=e.deployment.min_updates,
             poll_s=0.001,

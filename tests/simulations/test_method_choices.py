@@ -4,8 +4,9 @@ Both pools are compared, because they share no training code. Mutants killed: a 
 that never runs; a memory that is forgotten, or another client's; a side that a pool leaves out.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,14 +18,14 @@ import fedlr.pools.fused as fused_pool
 import fedlr.pools.kept as kept_module
 import fedlr.pools.local as local_pool
 import simulations.runtime as runtime
-from fedlr.adapter import LORA_A, LORA_B, LoraFactors, Slot, within
+from fedlr.adapter import LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot, within
 from fedlr.assembly import torch_threads
 from fedlr.build import build_method
 from fedlr.checks import check_method
 from fedlr.errors import InputError
 from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import LocalPool
-from fedlr.rounds import ServerState, run_round
+from fedlr.rounds import ClientPool, Dropout, RoundTask, ServerState, run_round
 from simulations.alone import train_alone
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
@@ -202,7 +203,8 @@ def test_clients_of_smaller_rank_send_smaller_tensors_and_train_them_alone(tmp_p
     f = federation(*MIXED)
     assert f.ranks == (1, 2, 4, 1)
     with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
-        updates = {update.client_id: update for update in pool.train(f.task(), [0, 1, 2])}
+        asked = replace(f.task(), ranks=dict(enumerate(f.ranks)))
+        updates = {update.client_id: update for update in pool.train(asked, [0, 1, 2])}
         for client, update in updates.items():
             for slot, tensor in update.tensors.items():
                 assert tensor.shape == within(f.start.adapter.tensors[slot], slot, f.ranks[client]).shape
@@ -218,10 +220,21 @@ def test_bytes_are_those_of_each_clients_rank(tmp_path: Path) -> None:
     assert four.bytes_up == 4 * one.bytes_up and four.bytes_down == 4 * one.bytes_down
 
 
+@dataclass
+class OfRankOne:
+    """Clients that train with rank 1 whatever they are asked."""
+
+    pool: ClientPool
+
+    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+        return self.pool.train(replace(task, ranks=dict.fromkeys(cohort, 1)), cohort)
+
+
 def test_an_update_of_another_rank_is_rejected(tmp_path: Path) -> None:
     f = federation(*MIXED)
     with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
-        _, diagnostics = run_round(f.start, [0, 1], pool=pool, method=f.method, ranks=(4, 2, 4, 1))
+        stubborn = OfRankOne(pool)
+        _, diagnostics = run_round(f.start, [0, 1], pool=stubborn, method=f.method, ranks=(4, 1, 4, 1))
     assert [(drop.client_id, drop.reason) for drop in diagnostics.dropouts] == [(0, "wrong_shape")]
 
 
@@ -236,7 +249,7 @@ def test_an_update_of_another_rank_is_rejected(tmp_path: Path) -> None:
         (("method=scaffold", "trainer=sgd", "runtime.num_processes=2"), "runtime.num_processes=1 for method=scaffold"),
         (("method=la_lora", OPACUS), "trainer.engine=fused for method=la_lora"),
         (("method=fedsvd", "adapter.client_ranks=[1,2]"), "a method that aggregates mixed ranks"),
-        (("method=flora", "adapter.client_ranks=[1,2]", OPACUS), "trainer.engine=fused for adapter.client_ranks"),
+        (("method=flora", "adapter.client_ranks=[1,2]", OPACUS), "trainer.engine=fused for clients of different ranks"),
         (("method=rolora", "+method.personal=[lora_B]"), "fedlr.method.Always with method.personal"),
         (
             ("method=hetlora", "+method.personal=[lora_B]", "adapter.client_ranks=[1,2]"),
