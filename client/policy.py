@@ -180,7 +180,7 @@ def _check_adapter(terms: Terms, policy: Policy) -> None:
     names = ([] if targets == "all-linear" else None) if isinstance(targets, str) else targets
     if names is None or len(names) > MOST_NAMES or not all(map(MODULE_NAME.fullmatch, names)):
         _refuse("adapter.target_modules", targets, "a list of names, or all-linear, as patterns may run for ever")
-    for key in ("layers", "client_ranks"):
+    for key in ("layers", "client_ranks", "client_memory_mb"):
         if len(value := getattr(adapter, key) or []) > MOST_NAMES:
             _refuse(f"adapter.{key}", value, f"at most {MOST_NAMES} numbers")
     if adapter.sizes and adapter.system == LORA:

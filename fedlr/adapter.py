@@ -251,6 +251,11 @@ def train_only(model: nn.Module, block: Block) -> dict[Slot, nn.Parameter]:
     return trained
 
 
+def num_sides(adapter: AdapterState) -> int:
+    """Return D + K of all layers together: the numbers of one rank."""
+    return sum(len(layer.lora_B) + layer.lora_A.shape[1] for layer in adapter.factors().values())
+
+
 def num_values(tensors: Iterable[Tensor]) -> int:
     """Return how many numbers the tensors hold together."""
     return sum(math.prod(t.shape) for t in tensors)

@@ -5,10 +5,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from fedlr.errors import InputError
+
 # Of peft 0.21.2, those that leave the base model alone and read no examples; tests/test_experiment.py tries them all.
 INITIALISERS = (True, False, "gaussian", "orthogonal")
 INFORMED = ("principal", "activations")  # ours, fedlr/informed.py: they read the base model, and nobody's examples
 READ_EXAMPLES = ("eva", "corda", "lora_ga")
+# Of a trained number: itself, where it started, its sum, its noise, two moments, and three of a rule after the noise.
+BYTES_A_NUMBER = 9 * 4
 CHANGE_THE_BASE = ("pissa", "olora", "loftq")  # pissa_niter_N too
 
 
@@ -18,6 +22,7 @@ class AdapterConfig(BaseModel):
     `target_modules` is a list of module names, one regular expression for whole paths, or "all-linear"; `layers`
     restricts a list to those encoder layers (None: all). `client_ranks` gives client k the rank number k of the list,
     which is repeated as often as there are clients (None: all have `rank`); the scale is that of `rank` for all.
+    `client_memory_mb` gives them megabytes instead, of which the ranks follow (`ranks`).
     `init_lora_weights` is PEFT's, as far as an exported adapter opens on the plain base model, and nobody's examples
     are read before there is any noise; `principal` and `activations` are ours (`fedlr.informed`).
     `system` is a name of `fedlr.tuners`, and `sizes` what that system has besides rank and alpha, by PEFT's names.
@@ -33,12 +38,33 @@ class AdapterConfig(BaseModel):
     use_rslora: bool = False
     train_head: bool = False
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = None
+    client_memory_mb: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     system: str = "lora"
     sizes: dict[str, Any] | None = None
 
-    def ranks(self, num_clients: int) -> tuple[int, ...] | None:
-        """Return the rank of each client; None: all have the adapter's."""
+    @property
+    def has_client_ranks(self) -> bool:
+        """Whether clients have ranks of their own."""
+        return self.client_ranks is not None or self.client_memory_mb is not None
+
+    def ranks(self, num_clients: int, *, sides: int) -> tuple[int, ...] | None:
+        """Return the rank of each client; None: all have the adapter's.
+
+        Args:
+            sides: D + K, in_features and out_features, of all adapted layers together.
+
+        Raises:
+            InputError: if the memory of a client is less than what training one rank takes.
+        """
         given = self.client_ranks
+        if self.client_memory_mb is not None:
+            a_rank_mb = sides * BYTES_A_NUMBER / 1e6
+            if (least := min(self.client_memory_mb)) < a_rank_mb:
+                raise InputError(
+                    f"Expected adapter.client_memory_mb of at least {a_rank_mb:.3g}, what one rank takes on "
+                    f"{sides:,} rows and columns, got {least:g}"
+                )
+            given = [min(self.rank, int(memory_mb / a_rank_mb)) for memory_mb in self.client_memory_mb]
         return None if given is None else tuple(given[client % len(given)] for client in range(num_clients))
 
     @field_validator("client_ranks")
@@ -63,6 +89,13 @@ class AdapterConfig(BaseModel):
         elif name in READ_EXAMPLES:
             why = f" ({name} reads examples before there is any noise)"
         raise ValueError(f"principal, activations, true, false, gaussian or orthogonal{why}")
+
+    @field_validator("client_memory_mb")
+    @classmethod
+    def _says_the_ranks_alone(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if value is not None and (not value or info.data.get("client_ranks") is not None):
+            raise ValueError("null, or megabytes with adapter.client_ranks=null: the one gives the other")
+        return value
 
     @field_validator("target_modules")
     @classmethod

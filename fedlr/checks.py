@@ -54,21 +54,21 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
         raise InputError(
             f"Expected method.block_schedule=fedlr.method.Always with method.personal, got another for method={name}"
         )
-    if method.personal and experiment.adapter.client_ranks is not None:
+    if method.personal and (experiment.adapter.has_client_ranks or method.prunes):
         raise InputError(f"Expected adapter.client_ranks=null with method.personal, got ranks for method={name}")
     rule.active(0, frozenset(method.block_schedule.roles))  # raises where the rule needs another block
     if rule.alternates and experiment.trainer.engine != "fused":
         raise InputError(f"Expected trainer.engine=fused for method={name}, got {experiment.trainer.engine}")
     if rule.alternates and experiment.trainer.num_steps < 2:
         raise InputError(f"Expected trainer.num_steps >= 2 for method={name}, which trains its factors in turn, got 1")
-    if experiment.adapter.client_ranks is not None:
+    if experiment.adapter.has_client_ranks:
         if not method.mixed_ranks:
             raise InputError(
                 f"Expected a method that aggregates mixed ranks for adapter.client_ranks, such as flexlora, got {name}"
             )
         if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
-    if (experiment.adapter.client_ranks is not None or method.prunes) and experiment.trainer.engine != "fused":
+    if (experiment.adapter.has_client_ranks or method.prunes) and experiment.trainer.engine != "fused":
         raise InputError(
             "Expected trainer.engine=fused for clients of different ranks (adapter.client_ranks, hetlora), got "
             f"{experiment.trainer.engine}"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedlr.adapter import (
     HEAD,
-    RANKS,
     AdapterState,
     Block,
     ClientUpdate,
@@ -30,6 +29,7 @@ from fedlr.adapter import (
 )
 from fedlr.aggregate.diagnostics import aggregation_error, aggregation_error_sd, singular_values
 from fedlr.aggregate.ideal import Ideal
+from fedlr.aggregate.pruning import ranks_now
 from fedlr.client_rule import CONTROL
 from fedlr.cohorts import cohorts
 from fedlr.errors import InputError
@@ -136,22 +136,6 @@ def task_of(
         control=state.adapter.memory.get(CONTROL, {}),
         ranks=ranks or {},
     )
-
-
-def ranks_now(adapter: AdapterState, cohort: Sequence[int], given: Sequence[int] | None) -> Mapping[int, int]:
-    """Return the rank of each client of a cohort: what the server pruned it to, or else what it was given.
-
-    Args:
-        given: by client id; None: the adapter's for all.
-
-    Returns:
-        An empty mapping where all have the adapter's.
-    """
-    pruned = {int(slot.path): int(rank) for slot, rank in adapter.memory.get(RANKS, {}).items()}
-    if given is None and not pruned:
-        return {}
-    most = max(len(layer.lora_A) for layer in adapter.factors().values())
-    return {client: pruned.get(client, most if given is None else given[client]) for client in cohort}
 
 
 def run_round(

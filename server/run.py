@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
+from fedlr.adapter import num_sides
 from fedlr.assembly import torch_threads
 from fedlr.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.errors import InputError
@@ -131,7 +132,7 @@ class Run:
             max_participations=e.max_participations,
             seed=self.served.seed,
             train_head=e.adapter.train_head,
-            ranks=e.adapter.ranks(e.num_clients),
+            ranks=e.adapter.ranks(e.num_clients, sides=num_sides(self.served.start.adapter)),
             quorum=e.deployment.min_updates,
         )
         with torch_threads(1):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedlr.adapter import num_values, read_adapter
+from fedlr.adapter import num_sides, num_values, read_adapter
 from fedlr.assembly import check_trainable, load_examples, local_training, notes, private_mechanism, working_model
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
@@ -118,7 +118,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         training=training,
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
         weights=weights,
-        ranks=experiment.adapter.ranks(experiment.num_clients),
+        ranks=experiment.adapter.ranks(experiment.num_clients, sides=num_sides(start.adapter)),
         side=SideWeights(working),
         notes=notes(experiment, data, held_out, tokenised, test),
     )

@@ -166,6 +166,9 @@ CHOICES = {
     "adapter.client_ranks=[9] method=flexlora": ["adapter.client_ranks", "adapter.rank=4", "[9]"],
     "adapter.client_ranks=[] method=flexlora": ["adapter.client_ranks", "[]"],
     "adapter.client_ranks=[2] method=flexlora trainer.engine=opacus": ["trainer.engine=fused", "adapter.client_ranks"],
+    "adapter.client_memory_mb=[0] method=flexlora": ["adapter.client_memory_mb", "0"],
+    "adapter.client_memory_mb=[] method=flexlora": ["adapter.client_memory_mb", "[]"],
+    "method=hetlora trainer.engine=opacus": ["trainer.engine=fused", "hetlora"],
     "trainer.after_noise._target_=fedlr.client_rules.nope": ["trainer.after_noise", "fedlr.client_rules.nope"],
     "trainer.after_noise._target_=torch.optim.SGD": ["trainer.after_noise"],
 }

@@ -3,7 +3,7 @@
 Legend: D out_features, K in_features, R rank.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -72,6 +72,22 @@ class SelfPruning:
             if first < rank and tail_size(returned, first, rank) < tail_size(sent, first, rank):
                 ranks[Slot(str(update.client_id), RANKS)] = torch.tensor([max(first, min(rank, self.min_rank))])
             yield update
+
+
+def ranks_now(adapter: AdapterState, cohort: Sequence[int], given: Sequence[int] | None) -> Mapping[int, int]:
+    """Return the rank of each client of a cohort: what the server pruned it to, or else what it was given.
+
+    Args:
+        given: by client id; None: the adapter's for all.
+
+    Returns:
+        An empty mapping where all have the adapter's.
+    """
+    pruned = {int(slot.path): int(rank) for slot, rank in adapter.memory.get(RANKS, {}).items()}
+    if given is None and not pruned:
+        return {}
+    most = max(len(layer.lora_A) for layer in adapter.factors().values())
+    return {client: pruned.get(client, most if given is None else given[client]) for client in cohort}
 
 
 def tail_size(layers: Mapping[str, LoraFactors], first: int, rank: int) -> float:

@@ -121,7 +121,8 @@ def peft_arguments(config: AdapterConfig, tuner: Tuner) -> dict[str, Any]:
         InputError: for a size that the class does not have, or that defines the system, and for keys of LoRA alone.
     """
     known = {one.name for one in fields(tuner.config)}  # type: ignore[arg-type]  # PEFT's are dataclasses
-    for key, plain in (("init_lora_weights", True), ("use_rslora", False), ("client_ranks", None)):
+    of_lora = {"init_lora_weights": True, "use_rslora": False, "client_ranks": None, "client_memory_mb": None}
+    for key, plain in of_lora.items():
         if (given := getattr(config, key)) != plain:
             raise InputError(f"Expected adapter.{key}={plain} for adapter.system={config.system}, got {given!r}")
     for name in config.sizes or {}:

@@ -18,9 +18,10 @@ import fedlr.pools.fused as fused_pool
 import fedlr.pools.kept as kept_module
 import fedlr.pools.local as local_pool
 import simulations.runtime as runtime
-from fedlr.adapter import LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot, within
+from fedlr.adapter import LORA_A, LORA_B, RANKS, ClientUpdate, LoraFactors, Slot, within
 from fedlr.assembly import torch_threads
 from fedlr.build import build_method
+from fedlr.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.checks import check_method
 from fedlr.errors import InputError
 from fedlr.pools.fused import FusedPool
@@ -218,6 +219,46 @@ def test_bytes_are_those_of_each_clients_rank(tmp_path: Path) -> None:
         _, one = run_round(f.start, [0], pool=pool, method=f.method, ranks=f.ranks)
         _, four = run_round(ServerState(f.start.adapter, 1), [2], pool=pool, method=f.method, ranks=f.ranks)
     assert four.bytes_up == 4 * one.bytes_up and four.bytes_down == 4 * one.bytes_down
+
+
+def test_memory_of_a_client_gives_its_rank() -> None:
+    f = federation("method=hetlora", "adapter.rank=4", "adapter.client_memory_mb=[0.0093,1,0.02]")
+    sides = sum(sum(layer.lora_B.shape[:1] + layer.lora_A.shape[1:]) for layer in f.start.adapter.factors().values())
+    assert sides == 256 and f.ranks == (1, 4, 2, 1)  # 36 bytes each: 0.0092 megabytes a rank
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method=hetlora", "adapter.client_memory_mb=[1,0.009]"), "at least 0.00922, what one rank takes.*got 0.009"),
+        (("method=fedsvd", "adapter.client_memory_mb=[1]"), "a method that aggregates mixed ranks"),
+        (("method=hetlora", "adapter.client_memory_mb=[]"), "adapter.client_memory_mb to be null"),
+        (("method=hetlora", "adapter.client_ranks=[1]", "adapter.client_memory_mb=[1]"), "client_ranks=null"),
+    ],
+)
+def test_memory_that_gives_no_ranks_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        federation(*overrides)
+
+
+def test_ranks_that_the_server_lowered_are_trained_and_kept_in_a_checkpoint(tmp_path: Path) -> None:
+    pulled = ("method.client.weight=5", "method.client.keep=0.6", "method.aggregate.keep=0.6")
+    f = federation("method=hetlora", "privacy=none", *pulled, *SGD)
+    last = play(f, tmp_path / "run")[-1]
+    lowered = {slot.path: int(rank) for slot, rank in last.adapter.memory[RANKS].items()}
+    assert lowered and max(lowered.values()) < f.experiment.adapter.rank
+    with closing(make_pool(f, None)) as pool:
+        _, diagnostics = run_round(last, [0, 1, 2, 3], pool=pool, method=f.method)
+    assert diagnostics.trained == (0, 1, 2, 3)
+    assert all(diagnostics.ranks[int(client)] == rank for client, rank in lowered.items())
+    save_checkpoint(tmp_path / "checkpoints", last, {})
+    kept = latest_checkpoint(tmp_path / "checkpoints", say=print)
+    assert kept is not None and same_memory(kept.state, last)
+
+
+def same_memory(one: ServerState, other: ServerState) -> bool:
+    mine, others = one.adapter.memory[RANKS], other.adapter.memory[RANKS]
+    return mine.keys() == others.keys() and all(torch.equal(mine[slot], others[slot]) for slot in mine)
 
 
 @dataclass
