@@ -24,7 +24,7 @@ ROLES = (LORA_A, LORA_B, HEAD)
 SHIPPED = "shipped"  # of frozen parts that clients are given once; no block trains it
 LAYOUT = "fedlr_layout"  # the attribute of a model whose adapter is another system's than LoRA (fedlr.tuners.attach)
 ADAPTER_NAME = "default"
-RANKS = "ranks"  # in a server's memory: of each client that it pruned, by Slot(client id, RANKS)
+CLIENT_RANKS = "client_ranks"  # in a server's memory: of each client that it pruned, by Slot(client id, CLIENT_RANKS)
 
 
 class Slot(NamedTuple):

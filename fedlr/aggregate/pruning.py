@@ -10,7 +10,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from fedlr.adapter import RANKS, AdapterState, ClientUpdate, LoraFactors, Slot
+from fedlr.adapter import CLIENT_RANKS, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.aggregate.rank import norm_weighted_mean
 from fedlr.errors import InputError
 
@@ -56,9 +56,9 @@ class SelfPruning:
 
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
         """Return the mean, with the ranks of all clients that were ever pruned in its memory."""
-        ranks = dict(adapter.memory.get(RANKS, {}))
+        ranks = dict(adapter.memory.get(CLIENT_RANKS, {}))
         mean = norm_weighted_mean(adapter, self._judged(adapter, updates, ranks))
-        return mean.remembering(RANKS, ranks) if ranks else mean
+        return mean.remembering(CLIENT_RANKS, ranks) if ranks else mean
 
     def _judged(
         self, adapter: AdapterState, updates: Iterable[ClientUpdate], ranks: dict[Slot, Tensor]
@@ -70,7 +70,7 @@ class SelfPruning:
             first = floor(self.keep * rank)
             returned = adapter.with_tensors(update.tensors).factors()
             if first < rank and tail_size(returned, first, rank) < tail_size(sent, first, rank):
-                ranks[Slot(str(update.client_id), RANKS)] = torch.tensor([max(first, min(rank, self.min_rank))])
+                ranks[Slot(str(update.client_id), CLIENT_RANKS)] = torch.tensor([max(first, min(rank, self.min_rank))])
             yield update
 
 
@@ -83,7 +83,7 @@ def ranks_now(adapter: AdapterState, cohort: Sequence[int], given: Sequence[int]
     Returns:
         An empty mapping where all have the adapter's.
     """
-    pruned = {int(slot.path): int(rank) for slot, rank in adapter.memory.get(RANKS, {}).items()}
+    pruned = {int(slot.path): int(rank) for slot, rank in adapter.memory.get(CLIENT_RANKS, {}).items()}
     if given is None and not pruned:
         return {}
     most = max(len(layer.lora_A) for layer in adapter.factors().values())

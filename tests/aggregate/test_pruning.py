@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fedlr.aggregate.pruning as shipped
-from fedlr.adapter import LORA_A, LORA_B, RANKS, AdapterState, ClientUpdate, Slot, narrowed, widened, within
+from fedlr.adapter import CLIENT_RANKS, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, narrowed, widened, within
 from fedlr.aggregate.pruning import SelfPruning
 from fedlr.aggregate.rank import norm_weighted_mean
 from fedlr.client_rule import ClientRule
@@ -25,7 +25,7 @@ KEEP = 0.7  # of rank 3 the first two, of rank 2 the first
 MUTANTS = (
     ("tail_size(returned, first, rank) <", "tail_size(returned, first, rank) >"),
     ("if update.rank is None else update.rank", "if True else update.rank"),
-    ("dict(adapter.memory.get(RANKS, {}))", "{}"),
+    ("dict(adapter.memory.get(CLIENT_RANKS, {}))", "{}"),
     ("max(first, min(rank, self.min_rank))", "first"),
 )
 
@@ -41,13 +41,13 @@ def scaled(update: ClientUpdate, adapter: AdapterState, factor: float, *, rank: 
 
 
 def ranks_of(adapter: AdapterState) -> dict[int, int]:
-    return {int(slot.path): int(rank) for slot, rank in adapter.memory.get(RANKS, {}).items()}
+    return {int(slot.path): int(rank) for slot, rank in adapter.memory.get(CLIENT_RANKS, {}).items()}
 
 
 def prunes_whose_tail_shrank(module, federation) -> bool:
     adapter, updates = federation(*BOTH)
-    known = {Slot("7", RANKS): torch.tensor([1])}  # of an earlier round
-    adapter = adapter.remembering(RANKS, known)
+    known = {Slot("7", CLIENT_RANKS): torch.tensor([1])}  # of an earlier round
+    adapter = adapter.remembering(CLIENT_RANKS, known)
     changes = ((0.5, None), (2.0, None), (0.5, 2), (0.5, 1))
     sent = [scaled(u, adapter, factor, rank=rank) for u, (factor, rank) in zip(updates, changes, strict=True)]
     after = module.SelfPruning(keep=KEEP)(adapter, iter(sent))

@@ -18,7 +18,7 @@ import fedlr.pools.fused as fused_pool
 import fedlr.pools.kept as kept_module
 import fedlr.pools.local as local_pool
 import simulations.runtime as runtime
-from fedlr.adapter import LORA_A, LORA_B, RANKS, ClientUpdate, LoraFactors, Slot, within
+from fedlr.adapter import CLIENT_RANKS, LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot, within
 from fedlr.assembly import torch_threads
 from fedlr.build import build_method
 from fedlr.checkpoint import latest_checkpoint, save_checkpoint
@@ -245,7 +245,7 @@ def test_ranks_that_the_server_lowered_are_trained_and_kept_in_a_checkpoint(tmp_
     pulled = ("method.client.weight=5", "method.client.keep=0.6", "method.aggregate.keep=0.6")
     f = federation("method=hetlora", "privacy=none", *pulled, *SGD)
     last = play(f, tmp_path / "run")[-1]
-    lowered = {slot.path: int(rank) for slot, rank in last.adapter.memory[RANKS].items()}
+    lowered = {slot.path: int(rank) for slot, rank in last.adapter.memory[CLIENT_RANKS].items()}
     assert lowered and max(lowered.values()) < f.experiment.adapter.rank
     with closing(make_pool(f, None)) as pool:
         _, diagnostics = run_round(last, [0, 1, 2, 3], pool=pool, method=f.method)
@@ -257,7 +257,7 @@ def test_ranks_that_the_server_lowered_are_trained_and_kept_in_a_checkpoint(tmp_
 
 
 def same_memory(one: ServerState, other: ServerState) -> bool:
-    mine, others = one.adapter.memory[RANKS], other.adapter.memory[RANKS]
+    mine, others = one.adapter.memory[CLIENT_RANKS], other.adapter.memory[CLIENT_RANKS]
     return mine.keys() == others.keys() and all(torch.equal(mine[slot], others[slot]) for slot in mine)
 
 
