@@ -28,6 +28,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedlr.addresses import host_and_port
 from fedlr.errors import InputError
 
 EXPIRED, NOT_YET_VALID = 10, 9
@@ -53,7 +54,7 @@ def check_connection(
     Raises:
         InputError: with what `diagnose` says.
     """
-    require_address(server)
+    host_and_port(server)
     public_key = public_key_to_bytes(key.public_key())
     interceptors = [NodeAuthHttpInterceptor(key, key.public_key())]
     request = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
@@ -66,19 +67,6 @@ def check_connection(
             return node_id
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise InputError(diagnose(error, server=server)) from error
-
-
-def require_address(server: str) -> None:
-    """Refuse what is not HOST:PORT.
-
-    Raises:
-        InputError: for a URL, a missing port or a missing host.
-
-    >>> require_address("fl.example.org:8443")
-    """
-    host, _, port = server.rpartition(":")
-    if not host or "/" in server or not (port.isdecimal() and 0 < int(port) < 65536):
-        raise InputError(f"Expected the server as HOST:PORT, without https://, got {server!r}")
 
 
 def load_root_certificates(path: Path) -> bytes:

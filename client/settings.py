@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from yaml import YAMLError
 
 from client.bounds import Policy
+from fedlr.addresses import host_and_port
 from fedlr.config_errors import dotted, first_problem, one_line, shown
 from fedlr.data.values import as_name
 from fedlr.errors import InputError
@@ -27,18 +28,19 @@ FOLDER_MODE = 0o700
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-def host_and_port(address: str) -> str:
+def server_address(address: str) -> str:
     """Refuse what is not HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError("HOST:PORT without https://, such as fl.example.org:8443")
+    try:
+        host_and_port(address)
+    except InputError as error:
+        raise ValueError("HOST:PORT without https://, such as fl.example.org:8443") from error
     return address
 
 
 class ServerSection(Section):
     """Where the server is, and how the two know each other."""
 
-    address: Annotated[str, AfterValidator(host_and_port)]
+    address: Annotated[str, AfterValidator(server_address)]
     root_certificates: Path
     private_key: Path
 

@@ -20,6 +20,7 @@ import httpx
 import uvicorn
 from cryptography import x509
 
+from fedlr.addresses import host_and_port
 from fedlr.commands import Options, command
 from fedlr.errors import InputError
 from fedlr.node_key import require_private
@@ -152,22 +153,6 @@ def check_certificate(certificate: Path, key: Path) -> None:
         raise InputError(
             f"Expected a valid certificate in {certificate}, got one that ended {until:%Y-%m-%d}; renew it"
         )
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Split HOST:PORT; IPv6 addresses stand in brackets.
-
-    Raises:
-        InputError: for anything else.
-
-    >>> host_and_port("[::1]:8443")
-    ('::1', 8443)
-    """
-    host, _, port = address.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not bare or "/" in bare or (":" in bare and bare == host) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"Expected HOST:PORT, got {address!r}")
-    return bare, int(port)
 
 
 def require_range(name: str, value: float, low: float, high: float) -> None:

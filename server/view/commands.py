@@ -5,10 +5,11 @@ import sys
 import threading
 from pathlib import Path
 
+from fedlr.addresses import host_and_port
 from fedlr.commands import Options, command
 from fedlr.errors import InputError
 from server.view.access import Token, read_token, server_credentials
-from server.view.connection import ViewAddress, parse_address
+from server.view.connection import ViewAddress
 from server.view.download import download_adapter
 from server.view.limits import Limits
 from server.view.operator_pb2 import Layout, RunStatus
@@ -122,7 +123,7 @@ def caller_options() -> Options:
 
 def view_address(address: str, token_file: Path, ca: Path | None) -> ViewAddress:
     """Return the address that a command line names."""
-    host, port = parse_address(address)
+    host, port = host_and_port(address)
     token: Token = read_token(token_file)
     return ViewAddress(host, port, token, ca)
 

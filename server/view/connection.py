@@ -40,22 +40,6 @@ class ViewAddress:
             yield OperatorViewStub(channel)
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Return the host and the port of HOST:PORT.
-
-    Raises:
-        InputError: for anything else.
-
-    >>> parse_address("fl.example.org:8470"), parse_address("[::1]:8470")
-    (('fl.example.org', 8470), ('::1', 8470))
-    """
-    host, _, port = text.rpartition(":")
-    is_bare = ":" not in host and "/" not in host
-    if not host or not (is_bare or (host[0] == "[" and host[-1] == "]")) or not port.isdecimal() or int(port) > 65535:
-        raise InputError(f"Expected HOST:PORT, such as fl.example.org:8470 or [::1]:8470, got {text!r}")
-    return host.strip("[]"), int(port)
-
-
 def open_channel(address: ViewAddress) -> grpc.Channel:
     """Open a channel: plain text to loopback without a CA file, else TLS, by the system's authorities without one.
 

@@ -25,7 +25,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from client.connection_errors import check_connection, diagnose, load_root_certificates, require_address
+from client.connection_errors import check_connection, diagnose, load_root_certificates
+from fedlr.addresses import host_and_port
 from fedlr.errors import InputError
 from fedlr.node_key import create_node_key, load_node_key
 from server.certificates import write_certificates
@@ -220,7 +221,7 @@ def test_a_refusal_without_a_date_is_not_blamed_on_the_clock() -> None:
 @pytest.mark.parametrize("server", ["https://fl.example.org:8443", "fl.example.org", ":8443", "a:b", "a:0", "a:8443/x"])
 def test_an_address_that_is_none_is_refused(server: str) -> None:
     with pytest.raises(InputError, match="HOST:PORT"):
-        require_address(server)
+        host_and_port(server)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from fedlr.addresses import host_and_port
 from fedlr.errors import InputError
 from server.view import commands
 from server.view.commands import adapter, view, watch
-from server.view.connection import ViewAddress, parse_address
+from server.view.connection import ViewAddress
 from server.view.download import write_adapter
 from server.view.limits import Limits
 from server.view.operator_pb2 import AdapterHeader, AdapterPart, AskedClient, Round, RunStatus
@@ -240,7 +241,7 @@ def test_nothing_is_said_of_privacy_before_the_first_line() -> None:
 @pytest.mark.parametrize("text", ["", "host", ":8470", "host:", "host:x", "host:70000", "::1:8470", "https://host:1"])
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="Expected HOST:PORT"):
-        parse_address(text)
+        host_and_port(text)
 
 
 def wait_for(text: str, capsys: pytest.CaptureFixture[str]) -> str:
