@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from client.settings import Settings
-from fedlr.adapter import AdapterState, Block, read_adapter, roles_of
+from fedlr.adapter import LAYOUT, AdapterState, Block, read_adapter, roles_of
 from fedlr.assembly import check_trainable, local_training, torch_threads, working_model
 from fedlr.build import build, build_choice
 from fedlr.client_rule import ClientRule
@@ -68,6 +68,8 @@ class Trainee:
         """Return a pool of one client: the same code that trains it in a simulation."""
         terms, trainer = self.terms, self.terms.trainer
         read_adapter(self.model).with_tensors(enrolled.tensors)  # raises where it is another adapter's
+        if (layout := getattr(self.working, LAYOUT, None)) is not None:
+            layout.load_shipped(self.working, enrolled.tensors)
         check_trainable(self.model, roles_of(block), trainer, terms.adapter, first=block)
         rule = ClientRule() if terms.client_rule is None else build_choice(terms.client_rule.section(), "client_rule")
         if not isinstance(rule, ClientRule):

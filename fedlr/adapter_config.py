@@ -10,10 +10,32 @@ from fedlr.errors import InputError
 # Of peft 0.21.2, those that leave the base model alone and read no examples; tests/test_experiment.py tries them all.
 INITIALISERS = (True, False, "gaussian", "orthogonal")
 INFORMED = ("principal", "activations")  # ours, fedlr/informed.py: they read the base model, and nobody's examples
-READ_EXAMPLES = ("eva", "corda", "lora_ga")
+# Ours too, fedlr/starts.py: a server makes them and devices are given them. Those after the first line read a table.
+FROM_WEIGHTS = ("pissa", "olora")
+FROM_LABELS = ("lora_ga", "lora_sb")
+FROM_PUBLIC = ("eva", "corda", "corda_ipm", *FROM_LABELS)
+MADE_BY_THE_SERVER = (*FROM_WEIGHTS, *FROM_PUBLIC)
+WITH_SIDE = (*FROM_WEIGHTS, "corda", "corda_ipm", "lora_ga")  # B A is not zero: a side product takes it back
+CHANGE_THE_BASE = ("loftq",)  # PEFT's pissa_niter_N too
 # Of a trained number: itself, where it started, its sum, its noise, two moments, and three of a rule after the noise.
 BYTES_A_NUMBER = 9 * 4
-CHANGE_THE_BASE = ("pissa", "olora", "loftq")  # pissa_niter_N too
+
+
+class PublicTable(BaseModel):
+    """A table of examples that are nobody's secret, which a start may read without noise (`fedlr.public_examples`).
+
+    `labels` names the labels in the order of the model's classes, for the starts that read gradients; None: only the
+    texts are read. `learning_rate` is that of the first step which lora_sb starts with.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    path: Annotated[str, Field(min_length=1)]
+    text_column: str = "text"
+    label_column: str = "label"
+    labels: list[str | int | bool] | None = None
+    num_examples: Annotated[int, Field(ge=2, le=4096)] = 256
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
 
 
 class AdapterConfig(BaseModel):
@@ -24,7 +46,8 @@ class AdapterConfig(BaseModel):
     which is repeated as often as there are clients (None: all have `rank`); the scale is that of `rank` for all.
     `client_memory_mb` gives them megabytes instead, of which the ranks follow (`ranks`).
     `init_lora_weights` is PEFT's, as far as an exported adapter opens on the plain base model, and nobody's examples
-    are read before there is any noise; `principal` and `activations` are ours (`fedlr.informed`).
+    are read before there is any noise; `principal` and `activations` are ours (`fedlr.informed`), and so are those that
+    read only weights, or the table `public`, and never change a tensor of the base (`fedlr.starts`).
     `system` is a name of `fedlr.tuners`, and `sizes` what that system has besides rank and alpha, by PEFT's names.
     """
 
@@ -35,6 +58,7 @@ class AdapterConfig(BaseModel):
     target_modules: str | list[str]
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     init_lora_weights: Any = True
+    public: PublicTable | None = None
     use_rslora: bool = False
     train_head: bool = False
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = None
@@ -67,6 +91,12 @@ class AdapterConfig(BaseModel):
             given = [min(self.rank, int(memory_mb / a_rank_mb)) for memory_mb in self.client_memory_mb]
         return None if given is None else tuple(given[client % len(given)] for client in range(num_clients))
 
+    def given_to_devices(self) -> "AdapterConfig":
+        """Return what a device builds: a start that the server makes reaches it as the adapter that it is given."""
+        if self.init_lora_weights not in MADE_BY_THE_SERVER:
+            return self
+        return self.model_copy(update={"init_lora_weights": True, "public": None})
+
     @field_validator("client_ranks")
     @classmethod
     def _are_within_the_rank(cls, value: list[int] | None, info: ValidationInfo) -> list[int] | None:
@@ -80,15 +110,15 @@ class AdapterConfig(BaseModel):
     def _leaves_the_base_alone(cls, value: object, info: ValidationInfo) -> object:
         if value == "orthogonal" and info.data.get("rank", 0) % 2:
             raise ValueError(f"true, false or gaussian where adapter.rank={info.data['rank']} is odd")
-        if any(value is one or (isinstance(one, str) and value == one) for one in (*INITIALISERS, *INFORMED)):
+        known = (*INITIALISERS, *INFORMED, *MADE_BY_THE_SERVER)
+        if any(value is one or (isinstance(one, str) and value == one) for one in known):
             return value
-        name = value.partition("_niter_")[0] if isinstance(value, str) else value
         why = ""
-        if name in CHANGE_THE_BASE:
-            why = f" ({name} changes the base model's own weights: the adapter would not open on the plain base)"
-        elif name in READ_EXAMPLES:
-            why = f" ({name} reads examples before there is any noise)"
-        raise ValueError(f"principal, activations, true, false, gaussian or orthogonal{why}")
+        if value in CHANGE_THE_BASE:
+            why = f" ({value} changes the base model's own weights: the adapter would not open on the plain base)"
+        elif isinstance(value, str) and value.startswith("pissa_niter_"):
+            why = " (pissa is the whole decomposition, without iterations)"
+        raise ValueError(f"{', '.join(known[4:])}, true, false, gaussian or orthogonal{why}")
 
     @field_validator("client_memory_mb")
     @classmethod

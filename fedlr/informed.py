@@ -44,7 +44,7 @@ def inform(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, *,
         InputError: if the weights, or what enters a layer, are not finite.
     """
     if source == WEIGHTS:
-        matrices = {path: _weight(layer.get_base_layer()) for path, layer in adapted_layers(model).items()}
+        matrices = {path: weight_of(layer.get_base_layer()) for path, layer in adapted_layers(model).items()}
     else:
         matrices = input_moments(model, made_up_text(tokenizer, seed=seed))
     directions = principal_rows if source == WEIGHTS else leading_rows
@@ -95,7 +95,7 @@ def input_moments(model: nn.Module, batches: Iterator[Mapping[str, Tensor]]) -> 
         path: torch.zeros((layer.lora_A.shape[1],) * 2, dtype=torch.float64)
         for path, layer in read_adapter(model).factors().items()
     }
-    with _watching(model) as entered:
+    with watching(model) as entered:
         for inputs in batches:
             model(**inputs)
             counts = inputs["attention_mask"].bool()
@@ -107,7 +107,8 @@ def input_moments(model: nn.Module, batches: Iterator[Mapping[str, Tensor]]) -> 
 
 
 @contextmanager
-def _watching(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def watching(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Let a dictionary hold what entered each adapted layer last, by path; no hook stays behind."""
     entered: dict[str, Tensor] = {}
 
     def watch(path: str, layer: nn.Module) -> RemovableHandle:
@@ -125,7 +126,7 @@ def _watching(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
     """Return a layer's weight, (D, K); that of GPT-2's lies the other way round."""
     weight = cast(Tensor, layer.weight).detach()
     return weight if isinstance(layer, nn.Linear) else weight.T

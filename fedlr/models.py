@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from fedlr.adapter_config import INFORMED, AdapterConfig
+from fedlr.adapter_config import INFORMED, INITIALISERS, AdapterConfig
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.errors import InputError
 from fedlr.fingerprint import tensor_fingerprint
@@ -167,7 +167,7 @@ def tiny_random(
 
 def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel:
     """Return the base network with one LoRA adapter; lora_A is drawn from the seed, or chosen (`fedlr.informed`), and
-    lora_B starts at zero.
+    lora_B starts at zero. A start that the server makes (`fedlr.starts`) comes later; until then A is as drawn.
 
     Raises:
         InputError: if no layer matches, or the rank exceeds what a matched layer can hold.
@@ -181,7 +181,7 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # rsLoRA papers use fractions
             target_modules=targets if isinstance(targets, str) else list(targets),
             layers_to_transform=None if config.layers is None else list(config.layers),
-            init_lora_weights=True if (informed := config.init_lora_weights in INFORMED) else config.init_lora_weights,
+            init_lora_weights=config.init_lora_weights if config.init_lora_weights in INITIALISERS else True,
             use_rslora=config.use_rslora,
             lora_dropout=0.0,
             modules_to_save=list(base.drawn) or None,  # beside the head, which PEFT adds
@@ -198,7 +198,7 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
             limit = min(module.in_features, module.out_features)
             if config.rank > limit:
                 raise InputError(f"Expected adapter.rank <= {limit} for layer {path}, got {config.rank}")
-    if informed:
+    if config.init_lora_weights in INFORMED:
         inform(model, base.tokenizer, config.init_lora_weights, seed=seed)
     return model
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import first_problem
@@ -49,6 +49,13 @@ class Terms(Section):
     mechanism: MechanismTerms | None
     randomness: Literal["seeded", "os"]
 
+    @field_validator("adapter")
+    @classmethod
+    def _needs_no_examples(cls, value: AdapterConfig) -> AdapterConfig:
+        if value.public is not None or value != value.given_to_devices():
+            raise ValueError("an adapter that a device can build: starts made by the server are given when it enrols")
+        return value
+
     @classmethod
     def of(
         cls,
@@ -70,7 +77,7 @@ class Terms(Section):
             model_sha256=model_sha256,
             label_names=list(label_names),
             max_length=e.data.max_length,
-            adapter=e.adapter,
+            adapter=e.adapter.given_to_devices(),
             trainer=e.trainer,
             client_rule=None if rule is None else Target.model_validate(rule),
             mechanism=None if mechanism is None else MechanismTerms(**vars(mechanism), delta=e.privacy.delta),

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedlr.errors import InputError
+from fedlr.start_checks import check_start
 
 if TYPE_CHECKING:
     from fedlr.experiment import Experiment
@@ -15,6 +16,7 @@ def check_together(experiment: "Experiment") -> None:
         InputError: which names the key to change.
     """
     e = experiment
+    check_start(e)
     if e.cohort_size > e.num_clients:
         raise InputError(f"Expected cohort_size <= num_clients={e.num_clients}, got {e.cohort_size}")
     if e.max_participations > e.num_rounds:

@@ -28,6 +28,7 @@ from fedlr.models import AdaptedModel, BaseModel
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import ServerState, initial_state, task_of
 from fedlr.side import SideWeights
+from fedlr.starts import start_of
 from fedlr.terms import Terms
 from fedlr.tuners.attach import attach
 
@@ -44,6 +45,7 @@ class Served:
     method: Method
     mechanism: Mechanism | None
     start: ServerState
+    origin: str | None  # a sentence, where the start was made from public examples
     terms: Terms
     evaluator: Evaluator
 
@@ -75,7 +77,8 @@ def assemble(
         check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
         with naming("data", "max_length"):
             test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
-        start = initial_state(read_adapter(model), method)
+        begun = start_of(experiment, base, model, seed=seed)
+        start = initial_state(begun.adapter, method)
         check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)
         working, (test,) = working_model(experiment.runtime, model, [test], say=say)
     terms = Terms.of(
@@ -87,7 +90,7 @@ def assemble(
         label_names=data.label_names,
     )
     evaluator = Evaluator(working, test, side=SideWeights(working), num_threads=experiment.runtime.num_workers)
-    return Served(experiment, seed, base, model, working, method, mechanism, start, terms, evaluator)
+    return Served(experiment, seed, base, model, working, method, mechanism, start, begun.origin, terms, evaluator)
 
 
 def check_served(experiment: Experiment) -> None:

@@ -47,7 +47,8 @@ class GridPool:
         poll_s: float,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._grid, self._nodes, self._terms, self._enrolled = grid, nodes, terms, enrolled
+        self._grid, self._nodes, self._terms = grid, nodes, terms
+        self._enrolled = enrolled = replace(enrolled, side={})  # which every task brings
         self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given

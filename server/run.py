@@ -25,6 +25,7 @@ from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
 from fedlr.pools.local import sharing_base
 from fedlr.privacy.reported import reported_statement
+from fedlr.privacy.statement import with_origin
 from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
@@ -157,6 +158,7 @@ class Run:
             randomness=e.privacy.randomness,
             mechanism=served.mechanism,
         )
+        statement = with_origin(statement, served.origin)
         write_json(self.run_dir / "privacy.json", statement)
         for name in ("adapter", "adapter.partial"):  # of a process that was killed here
             shutil.rmtree(self.run_dir / name, ignore_errors=True)

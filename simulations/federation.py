@@ -21,6 +21,7 @@ from fedlr.models import AdaptedModel, BaseModel
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
 from fedlr.side import SideWeights
+from fedlr.starts import start_of
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.training.local import LocalTraining
 from fedlr.tuners.attach import attach
@@ -37,6 +38,7 @@ class Federation:
     working: nn.Module  # what trains and is evaluated: the model, or the part above its cached prefix
     method: Method
     start: ServerState
+    origin: str | None  # a sentence, where the start was made from public examples
     clients: tuple[Share, ...]
     test: TokenisedText
     label_names: tuple[str, ...]
@@ -95,7 +97,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     with naming("data", "max_length"):
         tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
         test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
-    start = initial_state(read_adapter(model), method)
+    begun = start_of(experiment, base, model, seed=seed)
+    start = initial_state(begun.adapter, method)
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
     check_aggregate(start, method, experiment, weights=weights)
@@ -108,6 +111,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         working=working,
         method=method,
         start=start,
+        origin=begun.origin,
         clients=tuple(Share(tokenised, rows) for rows in partition.indices),
         test=test,
         label_names=data.label_names,

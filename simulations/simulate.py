@@ -20,7 +20,7 @@ from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
 from fedlr.pools.local import sharing_base
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import no_privacy_statement, privacy_statement
+from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin
 from fedlr.records import client_rows, metrics_row, summarise
 from fedlr.report import write_report
 from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
@@ -216,6 +216,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         statement = no_privacy_statement(federation.experiment.num_clients)
     else:
         statement = privacy_statement(run_dir / LEDGER, list(range(federation.experiment.num_clients)))
+    statement = with_origin(statement, federation.origin)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)

@@ -128,11 +128,16 @@ def no_privacy_statement(num_clients: int) -> dict[str, Any]:
     }
 
 
+def with_origin(statement: dict[str, Any], origin: str | None) -> dict[str, Any]:
+    """Return a statement that also says which public examples the adapter's start was made from; None: none were."""
+    return statement if origin is None else {**statement, "start": origin}
+
+
 def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
-    Only the number of enrolled clients, numbered from 0, is taken from privacy.json: a client that never trained
-    has no row.
+    Only the number of enrolled clients, numbered from 0, and the origin of the start are taken from privacy.json: a
+    client that never trained has no row, and neither has a public table.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -154,6 +159,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         found = privacy_statement(ledger_path, range(num_clients))
     else:
         found = no_privacy_statement(num_clients)
+    found = with_origin(found, stated.get("start"))
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")

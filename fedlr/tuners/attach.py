@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -25,16 +26,17 @@ from fedlr.tuners.entry import Tuner
 RANKS = ("r", "init_r")  # how PEFT calls what is adapter.rank here
 ALPHAS = ("lora_alpha", "alpha", "psoft_alpha", "randlora_alpha")
 OURS = ("task_type", "modules_to_save", "target_modules", "layers_to_transform", "inference_mode", "peft_type")
-_PUBLIC = "its start is made from a public batch, which no key of a run names"
+_START = "it is LoRA with another start; set adapter=lora adapter.init_lora_weights={name}"
+_PUBLIC = _START + " adapter.public={{path: FILE}}"
 _BASE = "it changes the base model's own weights: the adapter would not open on the plain base"
 
 # Systems of the registry that a run does not carry, and why; tests/simulations/test_tuners_run.py tries all others.
 NOT_IN_RUNS: Mapping[str, str] = {
-    "eva": _PUBLIC,
-    "corda": _PUBLIC,
-    "lora_ga": _PUBLIC,
-    "pissa": _BASE,
-    "olora": _BASE,
+    "eva": _PUBLIC.format(name="eva"),
+    "corda": _PUBLIC.format(name="corda"),
+    "lora_ga": _PUBLIC.format(name="lora_ga"),
+    "pissa": _START.format(name="pissa"),
+    "olora": _START.format(name="olora"),
     "kasa": _BASE,
     "frod": "its saved folder opens as another model where a singular value decomposition has other signs",
     "conv_lora": "it adapts convolutions, and the models of a run have linear layers",
@@ -59,6 +61,13 @@ class Layout:
     def shipped(self, model: nn.Module) -> dict[Slot, Tensor]:
         """Return copies of the frozen parts that clients are given once."""
         return {Slot(name, SHIPPED): part for name, part in shipped_parts(model, self.tuner).items()}
+
+    def load_shipped(self, model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
+        """Write the shipped ones of an adapter's tensors into a model, in place: its copies share them."""
+        own = self.frozen(model)
+        for slot in self.shipped(model).keys() & tensors.keys():
+            with torch.no_grad():
+                own[slot.path].copy_(tensors[slot])
 
     def frozen(self, model: nn.Module) -> dict[str, Tensor]:
         """Return every frozen tensor by name, as it is."""
@@ -121,8 +130,9 @@ def peft_arguments(config: AdapterConfig, tuner: Tuner) -> dict[str, Any]:
         InputError: for a size that the class does not have, or that defines the system, and for keys of LoRA alone.
     """
     known = {one.name for one in fields(tuner.config)}  # type: ignore[arg-type]  # PEFT's are dataclasses
-    of_lora = {"init_lora_weights": True, "use_rslora": False, "client_ranks": None, "client_memory_mb": None}
-    for key, plain in of_lora.items():
+    is_made_later = config.system == "lora_xs" and config.init_lora_weights == "lora_sb"  # fedlr.tuners.silver_bullet
+    of_lora = {"init_lora_weights": "lora_sb" if is_made_later else True, "use_rslora": False}
+    for key, plain in {**of_lora, "client_ranks": None, "client_memory_mb": None}.items():
         if (given := getattr(config, key)) != plain:
             raise InputError(f"Expected adapter.{key}={plain} for adapter.system={config.system}, got {given!r}")
     for name in config.sizes or {}:
