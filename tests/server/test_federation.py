@@ -90,6 +90,7 @@ def killed_at(owner: Any, name: str, *, call: int = 1, after: bool = False) -> I
         ("method=rolora", "privacy=none"),
         ("method=flexlora", "adapter.client_ranks=[2,4]"),
         ("method=hetlora", "adapter.client_memory_mb=[0.02,1]", "method.client.weight=0.5"),
+        ("adapter.init_lora_weights=pissa", "method=ffa_lora"),
     ],
     ids=lambda o: " ".join(o) or "fedsvd",
 )
