@@ -19,7 +19,7 @@ ledger are touched:
     max_length, token_budget                bounds: memory and time
     adapter.system, rank, alpha, sizes      a list of systems; bounds; sizes are numbers, so no patterns and no files
     adapter.target_modules                  names or "all-linear"; never a regular expression, which may run for ever
-    init_lora_weights                       starts that read examples are no terms at all (`AdapterConfig`)
+    init_lora_weights, public               starts that the server makes, or from a file, are no terms at all (`Terms`)
     name                                    printable, as it is shown and logged
     round_index                             below num_rounds
     block, personal                         roles of the system; the head only if terms say it trains; something is sent

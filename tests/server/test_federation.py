@@ -104,6 +104,31 @@ def test_devices_train_what_the_simulation_trains(overrides: tuple[str, ...], tm
         assert [row[key] for row in ours] == [row[key] for row in theirs]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adapter.init_lora_weights=lora_ga",),
+        ("adapter=lora_xs", "method=fedavg", "trainer.engine=opacus", "adapter.init_lora_weights=lora_sb"),
+    ],
+    ids=lambda o: o[-1].rpartition("=")[2],
+)
+def test_a_start_from_public_gradients_reaches_devices_without_the_table(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    table = tmp_path / "public.csv"
+    table.write_text("text,label\n" + "film was fine,no\nthe plot is good,yes\n" * 9, encoding="utf-8")
+    given = (*overrides, f"adapter.public={{path: {table}, labels: ['no', 'yes']}}")
+    expected = simulated(tmp_path / "simulated", *given)
+    f = Federation(experiment(*given), tmp_path)
+    run = f.start()
+    table.unlink()
+    run.rounds(f.pool(run))
+    assert sum(f.charges()) == 9, "three clients in each of three rounds"
+    assert difference(run.progress.state, expected) <= 1e-6
+    run.leave_behind()
+    assert str(table) in json.loads((run.run_dir / "privacy.json").read_text(encoding="utf-8"))["start"]
+
+
 def test_the_base_model_is_loaded_once_a_device_and_the_adapter_given_once(tmp_path: Path) -> None:
     f = Federation(experiment("cohort_size=4"), tmp_path)
     sizes: list[int] = []
