@@ -127,8 +127,7 @@ def check_request(request: Request, settings: Settings) -> None:
     _check_tensors(task.broadcast, "broadcast", roles, most=most, rank=rank)
     _check_tensors(enrolled, "enrolled", roles | {SHIPPED}, most=most, rank=rank)
     _check_tensors(task.control, "control", roles, most=most, rank=rank)
-    sides = {SIDE_A, SIDE_B} if terms.adapter.system == LORA else set()
-    _check_tensors(side_tensors(task.side), "side", sides, most=policy.max_side_values, rank=None)
+    _check_tensors(side_tensors(task.side), "side", {SIDE_A, SIDE_B}, most=policy.max_side_values, rank=None)
     if any(f.lora_A.ndim != 2 or f.lora_B.ndim != 2 or len(f.lora_A) != f.lora_B.shape[1] for f in task.side.values()):
         _refuse("side", "factors of other shapes", "(R, K) and (D, R)", root="request")
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -79,9 +80,10 @@ class AdapterState:
         return {p: LoraFactors(self.tensors[Slot(p, LORA_A)], self.tensors[Slot(p, LORA_B)]) for p in paths}
 
     def products(self) -> dict[str, LoraFactors]:
-        """Return factors of the whole product of every layer, its side included: R rows of lora_A, then the side's."""
+        """Return factors of the whole product of every layer of LoRA, its side included: R rows of lora_A, then the side's.
+        """
         layers = self.factors()
-        for path, side in self.side.items():
+        for path, side in ((path, side) for path, side in self.side.items() if path in layers):
             lora_A, lora_B = layers[path].lora_A, layers[path].lora_B
             layers[path] = LoraFactors(torch.cat([lora_A, side.lora_A]), torch.cat([lora_B, side.lora_B], dim=1))
         return layers
@@ -196,6 +198,11 @@ def adapter_parameters(model: nn.Module) -> dict[Slot, nn.Parameter]:
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Return the layers with LoRA by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the frozen layers that an adapter of any system sits on, by the path of the adapted layer."""
+    return {path: m.get_base_layer() for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def head_parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:

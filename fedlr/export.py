@@ -70,10 +70,10 @@ def export_adapter(
     ranks of the layers more. The folder is whole or absent.
     """
     write_adapter(model, adapter.tensors)
-    if adapter.side:
-        _add_side(model, adapter)
     system = title_of(model)
-    model = portable(model)
+    if adapter.factors() and adapter.side:
+        _add_side(model, adapter)
+    model = portable(model, adapter.side)
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     config.base_model_name_or_path = base
     if not isinstance(config.target_modules, str | None):

@@ -5,10 +5,10 @@ A method of configs/method is a `Method` written in YAML. No other file of fedlr
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlr.adapter import LORA_A, LORA_B, ROLES, AdapterState, Block, ClientUpdate, Slot
 from fedlr.client_rule import ClientRule
@@ -35,6 +35,15 @@ class Aggregator(Protocol):
     """
 
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate], /) -> AdapterState: ...
+
+
+@runtime_checkable
+class ReadsModel(Protocol):
+    """An aggregator that needs frozen weights besides: it is bound to the model once, before anything is merged."""
+
+    def bound(self, model: nn.Module) -> Aggregator:
+        """Return the aggregator of this model."""
+        ...
 
 
 class Finaliser(Protocol):
@@ -84,6 +93,11 @@ class Method:
             )
         if not isinstance(self.client, ClientRule):
             raise InputError(f"Expected method.client to be a ClientRule, got {type(self.client).__name__}")
+
+
+    def bound(self, model: nn.Module) -> "Method":
+        """Return the method with an aggregator that has what it reads of the model."""
+        return replace(self, aggregate=self.aggregate.bound(model)) if isinstance(self.aggregate, ReadsModel) else self
 
 
 @dataclass(frozen=True)

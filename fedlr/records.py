@@ -28,7 +28,7 @@ def metrics_row(
     """
     d = diagnostics
     errors = d.aggregation_error if d else {}
-    is_lora = bool(state.adapter.factors())  # of other systems nothing is measured: None, and no exact 0.0
+    is_measured = bool(errors) or bool(state.adapter.factors())  # of other systems perhaps not: None, and no exact 0.0
     statuses = [dropout.status for dropout in d.dropouts] if d else []
     train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
     return {
@@ -41,8 +41,8 @@ def metrics_row(
         "num_trained": len(d.trained) if d else 0,
         "num_refused": statuses.count("refused"),
         "num_rejected": statuses.count("rejected"),
-        "aggregation_error": (statistics.fmean(errors.values()) if errors else 0.0) if is_lora else None,
-        "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0) if is_lora else None,
+        "aggregation_error": (statistics.fmean(errors.values()) if errors else 0.0) if is_measured else None,
+        "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0) if is_measured else None,
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
         "bytes_up": d.bytes_up if d else 0,

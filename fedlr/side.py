@@ -2,6 +2,8 @@
 
 All copies of a model in a process share their frozen tensors, so merging once serves all of them. The weights are
 always made anew from those the model came with: after a thousand merges they differ from the exact sum by one rounding.
+Layers of any system are served. Frozen parts that a system made of W when it was attached (DeLoRA's column norms, bases
+of PSOFT and LoRA-XS) stay those of the W that the model came with.
 Legend: D out_features, K in_features.
 """
 
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import AdapterState, LoraFactors, adapted_layers
+from fedlr.adapter import AdapterState, LoraFactors, base_layers
 from fedlr.errors import InputError
 
 
@@ -22,7 +24,7 @@ class SideWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {path: layer.base_layer for path, layer in adapted_layers(model).items()}
+        self._layers = base_layers(model)
         self._plain: dict[str, Tensor] = {}  # as the model came, of the layers that ever had a side
         self._merged: Mapping[str, LoraFactors] = {}
 

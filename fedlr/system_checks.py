@@ -1,5 +1,6 @@
 """What a run cannot do with another adapter than LoRA: methods, engines and runtimes that know LoRA only."""
 
+from fedlr.aggregate.layer_mean import LayerMean
 from fedlr.aggregate.mean import weighted_mean
 from fedlr.aggregate.server_optimizer import FedAdam, FedAvgM, FedYogi
 from fedlr.errors import InputError
@@ -15,13 +16,15 @@ def check_system(experiment: Experiment, method: Method) -> None:
     if system == LORA:
         return
     blocks = {role_of(system, block) for block in run_tuner(system).blocks}
-    means = method.aggregate is weighted_mean or isinstance(method.aggregate, (FedAdam, FedAvgM, FedYogi))
+    of_layers = isinstance(method.aggregate, LayerMean)
+    means = of_layers or method.aggregate is weighted_mean or isinstance(method.aggregate, (FedAdam, FedAvgM, FedYogi))
     sends = method.broadcast in (trained_block, all_blocks)
-    plain = method.finalise is keep and not (method.personal or method.folds or method.client.changes)
+    folds = method.folds and not of_layers
+    plain = method.finalise is keep and not (method.personal or folds or method.client.changes)
     if not (set(method.block_schedule.roles) <= blocks and means and sends and plain):
         raise InputError(
-            f"Expected method=fedavg or fedavg_rotating for adapter.system={system}, got {name}: it is made for lora_A "
-            "and lora_B"
+            f"Expected method=fedavg or fedavg_rotating or layer_mean for adapter.system={system}, got {name}: it is made "
+            "for lora_A and lora_B"
         )
     for key, got, wanted in (
         ("trainer.engine", experiment.trainer.engine, "opacus"),

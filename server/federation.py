@@ -73,6 +73,7 @@ def assemble(
         _, mechanism = private_mechanism(experiment)
         base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
         model = attach(base, experiment.adapter, seed=seed)
+        method = method.bound(model)
         first = method.block_schedule(0, read_adapter(model))
         check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
         with naming("data", "max_length"):

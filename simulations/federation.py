@@ -92,6 +92,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
 
     base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
     model = attach(base, experiment.adapter, seed=seed)
+    method = method.bound(model)
     first = method.block_schedule(0, read_adapter(model))
     check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
     with naming("data", "max_length"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlr.adapter import HEAD, SHIPPED, AdapterState, Block, Slot
 from fedlr.errors import InputError
 from fedlr.tuners.entry import Tuner
-from fedlr.tuners.registry import tuner
+from fedlr.tuners.registry import TUNERS, tuner
 
 LORA = "lora"
 
@@ -114,6 +114,36 @@ class RotatingBlocks:
         """Return the round's block."""
         roles = tuple(self.roles)
         return frozenset({roles[round_index % len(roles)]})
+
+
+@dataclass(frozen=True)
+class AllBlocks:
+    """Train every block of a system whose layers the server averages; of LoRA both factors.
+
+    Raises:
+        InputError: if the server cannot average its layers, with what to use instead.
+
+    >>> sorted(AllBlocks("dora").roles)
+    ['dora.lora_A', 'dora.lora_B', 'dora.magnitude']
+    """
+
+    system: str
+    roles: Iterable[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        entry = entry_of(self.system)
+        if self.system != LORA and entry.layer_mean is None:
+            instead = "method=fedavg" if entry.exact_alone() else "method=fedavg with allow_biased=true"
+            served = ", ".join(sorted(name for name, one in TUNERS.items() if one.layer_mean))
+            raise InputError(
+                f"Expected adapter.system to be one whose layers a server can average ({LORA}, {served}), got "
+                f"{self.system}, which is {entry.form}; set {instead}"
+            )
+        object.__setattr__(self, "roles", frozenset(role_of(self.system, block) for block in entry.blocks))
+
+    def __call__(self, round_index: int, adapter: AdapterState) -> Block:
+        """Return the blocks, whatever the round."""
+        return frozenset(self.roles)
 
 
 def all_blocks(adapter: AdapterState, block: Block) -> dict[Slot, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from fedlr.errors import InputError
+from fedlr.tuners.layer_means import Folded, InOwnForm
 from fedlr.tuners.starts import Start
 
 Form = Literal["linear", "multilinear", "nonlinear"]
@@ -51,6 +52,7 @@ class Tuner:
         reads_task: whether its forward pass takes `task_ids` (N,) besides the input.
         source: authors and year.
         note: what a user must know besides.
+        layer_mean: how a server averages its layers and writes the mean back; None: it cannot, or need not.
     """
 
     title: str
@@ -71,6 +73,7 @@ class Tuner:
     network: Network = "linear"
     reads_task: bool = False
     note: str = ""
+    layer_mean: Folded | InOwnForm | None = None
 
     def exact_alone(self) -> frozenset[str]:
         """Return the blocks that averaging leaves exact while they train alone."""

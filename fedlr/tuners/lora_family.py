@@ -13,6 +13,7 @@ from peft import (
 from peft.tuners.lora.config import CordaConfig
 
 from fedlr.tuners.entry import Tuner
+from fedlr.tuners.own_forms import DoraMean
 from fedlr.tuners.starts import corda, eva, lora_ga
 
 A, B = ("lora_A.default.weight",), ("lora_B.default.weight",)
@@ -211,6 +212,7 @@ LORA_FAMILY: dict[str, Tuner] = {
         sizes={"r": 4},
         blocks={**BOTH, "magnitude": ("lora_magnitude_vector.default.weight",)},
         exact=frozenset({"magnitude"}),
+        layer_mean=DoraMean,
         form="nonlinear",
         path="vmap",
         source="Liu et al. 2024",

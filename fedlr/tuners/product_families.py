@@ -22,7 +22,10 @@ from peft import (
     VeraConfig,
 )
 
+from fedlr.tuners.deltas import boft, hra, oft, peanut, psoft, unilora, vblora
 from fedlr.tuners.entry import Tuner
+from fedlr.tuners.layer_means import Folded
+from fedlr.tuners.own_forms import DeloraMean, RoadMean
 
 MULTILINEAR_FAMILIES: dict[str, Tuner] = {
     "vera": Tuner(
@@ -129,6 +132,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         exact=frozenset({"alpha"}),
         form="nonlinear",
         path="vmap",
+        layer_mean=RoadMean,
         source="Liao and Monz 2024",
     ),
     "delora": Tuner(
@@ -139,6 +143,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         exact=frozenset({"lambda"}),
         form="nonlinear",
         path="vmap",
+        layer_mean=DeloraMean,
         source="Bini et al. 2025",
     ),
     "psoft": Tuner(
@@ -155,6 +160,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         ships=("_psoft_A_cache.default", "_psoft_B_cache.default"),
         form="nonlinear",
         path="vmap",
+        layer_mean=Folded(psoft),
         source="PSOFT, openreview FSHrinMArK",
         note="its SVD bases are in no state_dict",
     ),
@@ -166,6 +172,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         blocks={"u": ("hra_u.default",)},
         form="nonlinear",
         path="vmap",
+        layer_mean=Folded(hra, reads_base=True),
         source="Yuan et al. 2024",
     ),
     "oft": Tuner(
@@ -175,6 +182,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         blocks={"R": ("oft_R.default.weight",)},
         form="nonlinear",
         path="copies",
+        layer_mean=Folded(oft, reads_base=True),
         source="Qiu et al. 2023",
     ),
     "boft": Tuner(
@@ -185,6 +193,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         exact=frozenset({"s"}),
         form="nonlinear",
         path="vmap",
+        layer_mean=Folded(boft, reads_base=True),
         source="Liu et al. 2023",
         note="PEFT tries to compile a CUDA extension first, and does without where it cannot",
     ),
@@ -196,6 +205,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         blocks={"theta": ("unilora_theta_d.default",)},
         form="nonlinear",
         path="vmap",
+        layer_mean=Folded(unilora),
         source="Li et al. 2025",
     ),
     "vblora": Tuner(
@@ -209,6 +219,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         },
         form="nonlinear",
         path="copies",
+        layer_mean=Folded(vblora),
         source="Li et al. 2024",
     ),
     "peanut": Tuner(
@@ -219,6 +230,7 @@ NONLINEAR_FAMILIES: dict[str, Tuner] = {
         exact=frozenset({"B"}),
         form="nonlinear",
         path="vmap",
+        layer_mean=Folded(peanut, reads_base=True),
         source="arXiv:2410.01870",
     ),
     "deft": Tuner(
