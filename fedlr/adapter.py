@@ -80,8 +80,7 @@ class AdapterState:
         return {p: LoraFactors(self.tensors[Slot(p, LORA_A)], self.tensors[Slot(p, LORA_B)]) for p in paths}
 
     def products(self) -> dict[str, LoraFactors]:
-        """Return factors of the whole product of every layer of LoRA, its side included: R rows of lora_A, then the side's.
-        """
+        """Return factors of the whole product of every layer of LoRA, the side included: R rows of lora_A, then its."""
         layers = self.factors()
         for path, side in ((path, side) for path, side in self.side.items() if path in layers):
             lora_A, lora_B = layers[path].lora_A, layers[path].lora_B

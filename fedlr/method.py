@@ -94,7 +94,6 @@ class Method:
         if not isinstance(self.client, ClientRule):
             raise InputError(f"Expected method.client to be a ClientRule, got {type(self.client).__name__}")
 
-
     def bound(self, model: nn.Module) -> "Method":
         """Return the method with an aggregator that has what it reads of the model."""
         return replace(self, aggregate=self.aggregate.bound(model)) if isinstance(self.aggregate, ReadsModel) else self

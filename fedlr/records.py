@@ -42,7 +42,9 @@ def metrics_row(
         "num_refused": statuses.count("refused"),
         "num_rejected": statuses.count("rejected"),
         "aggregation_error": (statistics.fmean(errors.values()) if errors else 0.0) if is_measured else None,
-        "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0) if is_measured else None,
+        "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0)
+        if is_measured
+        else None,
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
         "bytes_up": d.bytes_up if d else 0,

@@ -23,8 +23,8 @@ def check_system(experiment: Experiment, method: Method) -> None:
     plain = method.finalise is keep and not (method.personal or folds or method.client.changes)
     if not (set(method.block_schedule.roles) <= blocks and means and sends and plain):
         raise InputError(
-            f"Expected method=fedavg or fedavg_rotating or layer_mean for adapter.system={system}, got {name}: it is made "
-            "for lora_A and lora_B"
+            f"Expected method=fedavg or fedavg_rotating or layer_mean for adapter.system={system}, got {name}: it is "
+            "made for lora_A and lora_B"
         )
     for key, got, wanted in (
         ("trainer.engine", experiment.trainer.engine, "opacus"),

@@ -71,7 +71,8 @@ def unilora(layer: Layer, values: Values) -> LoraFactors:
 
     def picked(letter: str) -> Tensor:
         indices, scales = (getattr(module, f"unilora_{part}_{letter}")[ADAPTER_NAME] for part in ("indices", "scales"))
-        return theta[indices] * scales
+        entries: Tensor = theta[indices] * scales
+        return entries
 
     return LoraFactors(lora_A=picked("A"), lora_B=picked("B"))
 

@@ -15,10 +15,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fedlr.adapter import LAYOUT, LoraFactors, Slot, adapter_parameters
+from fedlr.adapter import LAYOUT, LoraFactors, Slot, adapter_parameters, base_layers
 from fedlr.errors import InputError
 from fedlr.low_rank import LowRankSum
 from fedlr.refactor import product_norm
@@ -45,7 +44,7 @@ class Layer:
     def weight_DK(self) -> Tensor:
         """The weights that clients trained over, float64: those the model came with, and the side."""
         base = self.module.get_base_layer()
-        weight_DK = base.weight.detach().double()
+        weight_DK: Tensor = base.weight.detach().double()
         if not isinstance(base, nn.Linear):
             weight_DK = weight_DK.T  # GPT-2's Conv1D keeps its weight as (K, D)
         if self.side is not None:
@@ -162,7 +161,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     if getattr(model, LAYOUT, None) is None:
         raise ValueError("Expected a model with another system than LoRA, got LoRA")
     slots = {id(parameter): slot for slot, parameter in adapter_parameters(model).items()}
-    modules = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    modules = {path: model.get_submodule(path) for path in base_layers(model)}
     own: dict[str, dict[str, Slot]] = {}
     for path, module in modules.items():
         found = [slots[id(parameter)] for parameter in module.parameters() if id(parameter) in slots]

@@ -124,7 +124,7 @@ class RoadMean:
     """y -> alpha (cos(theta) y_i - sin(theta) y_j, sin(theta) y_i + cos(theta) y_j) on pairs of outputs (Liao and Monz
     2024, arXiv:2409.00119).
 
-    The map, of the bias too, is linear in z = alpha exp(i theta), so the mean of the z is the mean of the layers: exact.
+    The map, of the bias too, is linear in z = alpha exp(i theta), so the mean of all z is that of the layers: exact.
     """
 
     def __init__(self, layer: Layer, start: Values) -> None:
@@ -153,7 +153,8 @@ def row_norms(weight_DK: Tensor, factors: LoraFactors, *, gains_D: Tensor | None
     own_D = (gains_D * weight_DK.norm(dim=1)).square()
     cross_D = gains_D * ((weight_DK @ lora_A.T) * lora_B).sum(dim=1)
     product_D = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(dim=1)
-    return (own_D + 2 * cross_D + product_D).clamp(min=0.0).sqrt()
+    squares_D: Tensor = own_D + 2 * cross_D + product_D
+    return squares_D.clamp(min=0.0).sqrt()
 
 
 def equal_diagonal(values_R: Tensor) -> Tensor:
