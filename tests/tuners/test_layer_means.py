@@ -231,7 +231,7 @@ WRONG = {
         deltas,
         ("lora_B.transpose(1, 2).flatten(0, 1)", "lora_B.reshape(-1, lora_B.shape[1])"),
     ),
-    "the scale left out": ("peanut", deltas, ('module.scaling[ADAPTER_NAME] * values["B"]', 'values["B"]')),
+    "the scale left out": ("dora", own_forms, ("inner.lora_B / self._scale", "inner.lora_B")),
     "the weights of round 0": ("hra", layer_means, (OLD_SIDE, "weight_DK")),
     "the start not subtracted": ("vblora", layer_means, ("self._sum.add(start, -self._total)", "pass")),
     "a weight on both factors": (
