@@ -55,6 +55,9 @@ def simulated(folder: Path, *overrides: str) -> Any:
 
 def difference(one: Any, other: Any) -> float:
     pairs = [(one.adapter.tensors[slot], tensor) for slot, tensor in other.adapter.tensors.items()]
+    sides = one.adapter.side, other.adapter.side
+    assert sides[0].keys() == sides[1].keys()
+    pairs += [(part.lora_B @ part.lora_A, sides[1][p].lora_B @ sides[1][p].lora_A) for p, part in sides[0].items()]
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
@@ -91,6 +94,8 @@ def killed_at(owner: Any, name: str, *, call: int = 1, after: bool = False) -> I
         ("method=flexlora", "adapter.client_ranks=[2,4]"),
         ("method=hetlora", "adapter.client_memory_mb=[0.02,1]", "method.client.weight=0.5"),
         ("adapter.init_lora_weights=pissa", "method=ffa_lora"),
+        ("method=layer_mean", "adapter=dora", "trainer.engine=opacus"),
+        ("method=layer_mean", "adapter=tuner", "adapter.system=hra", "trainer.engine=opacus"),
     ],
     ids=lambda o: " ".join(o) or "fedsvd",
 )

@@ -71,6 +71,10 @@ JOBS: dict[str, Job] = {
     "memory": (["method=scaffold", "num_rounds=3", "cohort_size=4"], [("sent", 3), ("aggregated", 2)]),
     "server optimizer": (["method=fedadam", "num_rounds=3"], [("sent", 3)]),
     "folded products": (["method=fedex_lora", "num_rounds=3"], [("sent", 3)]),
+    "folded layers": (
+        ["method=layer_mean", "adapter=tuner", "adapter.system=hra", "trainer.engine=opacus", "num_rounds=3"],
+        [("sent", 3)],
+    ),
     "baselines": (
         ["tracking.run_no_privacy=true", "tracking.run_alone=true"],
         [("sent", 4), *((point, 1) for point in LATE)],
