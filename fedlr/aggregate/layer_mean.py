@@ -112,7 +112,7 @@ def _with_folded(layer: Layer, fold: LoraFactors, *, max_rank: int | None) -> tu
     total = LowRankSum(max_rank=min(max_rank or full, full))
     for part in parts:
         total.add(part)
-    best = total.truncated(min(max_rank or full, full))
+    best = total.truncated(len(total.factors().lora_A))
     dtype, norms_M = layer.module.get_base_layer().weight.dtype, best.lora_B.norm(dim=0)
     used = norms_M > torch.finfo(dtype).eps * norms_M.max()
     used[0] = True  # a side that was taken back stays, as zeros

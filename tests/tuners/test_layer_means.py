@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlr.adapter import LAYOUT, SHIPPED, AdapterState, ClientUpdate, LoraFactors, Slot, read_adapter, write_adapter
 from fedlr.aggregate import layer_mean
@@ -213,6 +214,30 @@ def test_what_is_merged_into_a_model_later_is_not_seen_by_the_rule() -> None:
         for layer in adapted(again.model).values():
             layer.get_base_layer().weight.mul_(3.0)
     assert r.rule(r.adapter, updates).fingerprint() == again.rule(r.adapter, updates).fingerprint()
+
+
+class Shapes(TorchDispatchMode):
+    """Notes who makes a matrix as large as a layer."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self._shapes, self.makers = shapes, set[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and tuple(made.shape) in self._shapes:
+            self.makers.add(function.overloadpacket.__name__)
+        return made
+
+
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if name not in ("oft", "boft")])
+def test_no_matrix_of_a_layers_size_is_made_but_its_weights(system: str) -> None:
+    r = Round(system, **({} if system == "road" else {"r": 2}))  # so that no stack of factors is as large as a layer
+    updates = [ClientUpdate(client, moved(r.adapter, client), 1.0, 0) for client in range(2)]
+    sizes = {tuple(weight.shape) for weight in r.plain.values()}
+    with Shapes({shape for shape in sizes if shape[0] != shape[1]}) as seen:
+        r.rule(r.adapter, updates)
+    assert seen.makers <= {"detach", "_to_copy", "slice", "t", "view"}
 
 
 OLD_SIDE = "weight_DK + self.side.lora_B.double() @ self.side.lora_A.double()"
