@@ -37,11 +37,20 @@ class Aggregator(Protocol):
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate], /) -> AdapterState: ...
 
 
+class BoundAggregator(Aggregator, Protocol):
+    """An aggregator of one model, of which it depends whether it folds into the adapter's side."""
+
+    @property
+    def folds(self) -> bool:
+        """See `Method.folds`."""
+        ...
+
+
 @runtime_checkable
 class ReadsModel(Protocol):
     """An aggregator that needs frozen weights besides: it is bound to the model once, before anything is merged."""
 
-    def bound(self, model: nn.Module) -> Aggregator:
+    def bound(self, model: nn.Module) -> BoundAggregator:
         """Return the aggregator of this model."""
         ...
 
@@ -96,7 +105,10 @@ class Method:
 
     def bound(self, model: nn.Module) -> "Method":
         """Return the method with an aggregator that has what it reads of the model."""
-        return replace(self, aggregate=self.aggregate.bound(model)) if isinstance(self.aggregate, ReadsModel) else self
+        if not isinstance(self.aggregate, ReadsModel):
+            return self
+        aggregate = self.aggregate.bound(model)
+        return replace(self, aggregate=aggregate, folds=self.folds or aggregate.folds)
 
 
 @dataclass(frozen=True)

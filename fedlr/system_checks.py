@@ -16,11 +16,10 @@ def check_system(experiment: Experiment, method: Method) -> None:
     if system == LORA:
         return
     blocks = {role_of(system, block) for block in run_tuner(system).blocks}
-    of_layers = isinstance(method.aggregate, LayerMean)
-    means = of_layers or method.aggregate is weighted_mean or isinstance(method.aggregate, (FedAdam, FedAvgM, FedYogi))
+    rules = (LayerMean, FedAdam, FedAvgM, FedYogi)
+    means = method.aggregate is weighted_mean or isinstance(method.aggregate, rules)
     sends = method.broadcast in (trained_block, all_blocks)
-    folds = method.folds and not of_layers
-    plain = method.finalise is keep and not (method.personal or folds or method.client.changes)
+    plain = method.finalise is keep and not (method.personal or method.folds or method.client.changes)
     if not (set(method.block_schedule.roles) <= blocks and means and sends and plain):
         raise InputError(
             f"Expected method=fedavg or fedavg_rotating or layer_mean for adapter.system={system}, got {name}: it is "

@@ -15,10 +15,9 @@ from fedlr.aggregate.mean import RunningMean
 from fedlr.aggregate.rank import svd_redistribution
 from fedlr.errors import InputError
 from fedlr.low_rank import LowRankSum
-from fedlr.method import Aggregator
 from fedlr.refactor import product_norm
 from fedlr.tuners.entry import Tuner
-from fedlr.tuners.layer_means import Layer, layers_of
+from fedlr.tuners.layer_means import Folded, Layer, layers_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,12 @@ class LayerMean:
             raise ValueError("Expected LoRA, or a rule that is bound to the model of another system, got neither")
         return svd_redistribution(adapter, updates)
 
-    def bound(self, model: nn.Module) -> Aggregator:
+    @property
+    def folds(self) -> bool:
+        """Whether anything is folded: of LoRA nothing."""
+        return False
+
+    def bound(self, model: nn.Module) -> "LayerMean | BoundLayerMean":
         """Return the rule for this model, whose frozen weights are copied: nothing may be merged into them yet."""
         layout = getattr(model, LAYOUT, None)
         return self if layout is None else BoundLayerMean(layout.tuner, layers_of(model), max_rank=self.max_rank)
@@ -72,11 +76,12 @@ class BoundLayerMean:
         if tuner.layer_mean is None:
             raise InputError(f"Expected a system whose layers a server can average, got {tuner.title}")
         self._write, self._layers, self._max_rank = tuner.layer_mean, layers, max_rank
+        self.folds = isinstance(tuner.layer_mean, Folded)
 
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
-        """Return the adapter with the mean of the layers.
+        """Return the adapter with the mean of the layers; a block that did not train is at what was broadcast.
 
-        Raises: ValueError without updates, or if the updates do not all hold the same tensors.
+        Raises: ValueError without updates.
         """
         layers = {path: replace(layer, side=adapter.side.get(path)) for path, layer in self._layers.items()}
         running = {path: self._write(layer, _values(layer, adapter.tensors)) for path, layer in layers.items()}
