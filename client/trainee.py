@@ -67,7 +67,7 @@ class Trainee:
     ) -> FusedPool | LocalPool:
         """Return a pool of one client: the same code that trains it in a simulation."""
         terms, trainer = self.terms, self.terms.trainer
-        read_adapter(self.model).with_tensors(enrolled.tensors)  # raises where it is another adapter's
+        read_adapter(self.model).overlaid(enrolled.tensors)  # raises where it is another adapter's
         if (layout := getattr(self.working, LAYOUT, None)) is not None:
             layout.load_shipped(self.working, enrolled.tensors)
         check_trainable(self.model, roles_of(block), trainer, terms.adapter, first=block)

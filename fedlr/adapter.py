@@ -88,11 +88,11 @@ class AdapterState:
         return layers
 
     def with_factors(self, factors: Mapping[str, LoraFactors]) -> "AdapterState":
-        """Return a copy in which the given layers have new factors."""
+        """Return a copy in which the given layers have new factors, perhaps of another rank."""
         new: dict[Slot, Tensor] = {}
         for path, layer in factors.items():
             new[Slot(path, LORA_A)], new[Slot(path, LORA_B)] = layer.lora_A, layer.lora_B
-        return self.with_tensors(new)
+        return self.overlaid(new)
 
     def with_tensors(self, tensors: Mapping[Slot, Tensor]) -> "AdapterState":
         """Return a copy in which the given slots, all of them known, hold new tensors of the same shape."""
@@ -100,6 +100,16 @@ class AdapterState:
             if slot not in self.tensors or self.tensors[slot].shape != tensor.shape:
                 raise ValueError(f"Expected a tensor that the adapter has, got {slot} of shape {tuple(tensor.shape)}")
         return replace(self, tensors={**self.tensors, **tensors})
+
+    def overlaid(self, tensors: Mapping[Slot, Tensor]) -> "AdapterState":
+        """Return a copy as `with_tensors`, where a layer of which both factors are given may have another rank."""
+        ranks = given_ranks(tensors)
+        other = {s: _of_rank(t, s, ranks[s.path]) for s, t in self.tensors.items() if s.path in ranks}
+        return replace(self, tensors={**self.tensors, **other}).with_tensors(tensors)
+
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of every layer, by path."""
+        return {path: len(layer.lora_A) for path, layer in self.factors().items()}
 
     def with_rounded(self, values: Mapping[Slot, Tensor]) -> "AdapterState":
         """Return a copy as `with_tensors`, whose new tensors are the values rounded to the dtypes of the old ones."""
@@ -152,6 +162,25 @@ def widened(update: "ClientUpdate", like: Mapping[Slot, Tensor]) -> "ClientUpdat
     for slot, tensor in update.tensors.items():
         wide[slot][tuple(slice(size) for size in tensor.shape)] = tensor
     return replace(update, tensors=wide)
+
+
+def given_ranks(tensors: Mapping[Slot, Tensor]) -> dict[str, int]:
+    """Return the rank of every layer of which both factors are there and agree, by path.
+
+    >>> given_ranks({Slot("a", LORA_A): torch.ones(2, 3), Slot("a", LORA_B): torch.ones(4, 2)})
+    {'a': 2}
+    """
+    found: dict[str, int] = {}
+    for slot, lora_A in tensors.items():
+        lora_B = tensors.get(Slot(slot.path, LORA_B)) if slot.role == LORA_A else None
+        if lora_B is not None and lora_A.ndim == lora_B.ndim == 2 and len(lora_A) == lora_B.shape[1] > 0:
+            found[slot.path] = len(lora_A)
+    return found
+
+
+def _of_rank(factor: Tensor, slot: Slot, rank: int) -> Tensor:
+    """Return a factor of the same layer, of any values, that has this rank."""
+    return factor.new_empty((rank, factor.shape[1]) if slot.role == LORA_A else (len(factor), rank))
 
 
 def side_tensors(side: Mapping[str, LoraFactors]) -> dict[Slot, Tensor]:
@@ -230,7 +259,8 @@ def read_adapter(model: nn.Module) -> AdapterState:
 
 
 def write_adapter(model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
-    """Copy values into a PEFT model; every slot must exist there with the same shape.
+    """Copy values into a PEFT model; every slot must exist there with the same shape. A layer of which both factors are
+    given takes their rank, at most the one it was made with: the parameters stay the same objects, the scale stays.
 
     Parts that were shipped are not written but compared: all copies of a model share them.
     """
@@ -241,11 +271,24 @@ def write_adapter(model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
             if path not in frozen or not torch.equal(frozen[path].cpu(), tensor):
                 raise ValueError(f"Expected the frozen parts that were shipped, got others at {path}")
         tensors = {slot: tensor for slot, tensor in tensors.items() if slot.role != SHIPPED}
+    _take_ranks(model, given_ranks(tensors))
     with torch.no_grad():
         for slot, tensor in tensors.items():
             if slot not in parameters or parameters[slot].shape != tensor.shape:
                 raise ValueError(f"Expected a tensor that the model has, got {slot} of shape {tuple(tensor.shape)}")
             parameters[slot].copy_(tensor)
+
+
+def _take_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Give layers with LoRA these ranks, with any values in the layers whose rank changes."""
+    layers = adapted_layers(model) if ranks else {}
+    for path in layers.keys() & ranks.keys():
+        rank, layer = ranks[path], layers[path]
+        lora_A, lora_B = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+        if len(lora_A.weight) != rank <= layer.r[ADAPTER_NAME]:
+            for linear, role in ((lora_A, LORA_A), (lora_B, LORA_B)):
+                linear.weight.data = _of_rank(linear.weight.data, Slot(path, role), rank)
+            lora_A.out_features = lora_B.in_features = rank
 
 
 def train_only(model: nn.Module, block: Block) -> dict[Slot, nn.Parameter]:

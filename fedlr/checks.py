@@ -86,4 +86,11 @@ def check_aggregate(start: ServerState, method: Method, experiment: Experiment, 
     used = sorted(weight for weight in weights if weight > 0)
     num_heavy = min(experiment.cohort_size, SEVERAL) - 1
     chosen = [*used[:1], *used[max(1, len(used) - num_heavy) :]]
-    method.aggregate(start.adapter, [ClientUpdate(k, tensors, w, start.round_index) for k, w in enumerate(chosen)])
+    updates = [ClientUpdate(k, tensors, w, start.round_index) for k, w in enumerate(chosen)]
+    after = method.aggregate(start.adapter, updates)
+    remembered = [name for name, values in after.memory.items() if values.keys() & start.adapter.tensors.keys()]
+    if method.dynamic_ranks and remembered:
+        raise InputError(
+            f"Expected a method.aggregate that remembers no tensors with method.dynamic_ranks, got one with {remembered[0]} "
+            f"for method={method.name}: it has the rank of its round"
+        )

@@ -67,12 +67,13 @@ def export_adapter(
 
     Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; a frozen random head is included,
     because a base model loaded anew would draw another one. What the server folded away stands beside the factors, as
-    ranks of the layers more. The folder is whole or absent.
+    ranks of the layers more, and each layer has its own rank. The folder is whole or absent.
     """
     write_adapter(model, adapter.tensors)
     system = title_of(model)
-    if adapter.factors() and adapter.side:
-        _add_side(model, adapter)
+    layers = adapted_layers(model)
+    if any(path in adapter.side or rank != layers[path].r[ADAPTER_NAME] for path, rank in adapter.ranks().items()):
+        _set_ranks(model, adapter)
     model = portable(model, adapter.side)
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     config.base_model_name_or_path = base
@@ -101,8 +102,8 @@ def export_adapter(
     partial.rename(folder)
 
 
-def _add_side(model: PeftModel, adapter: AdapterState) -> None:
-    """Give each layer its side product as further ranks, at most min(D, K) in all; the scale stays."""
+def _set_ranks(model: PeftModel, adapter: AdapterState) -> None:
+    """Give each layer its rank, its side product as further ranks, at most min(D, K) in all; the scale stays."""
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     config.use_rslora = False  # the patterns give the scale as alpha / rank
     config.rank_pattern, config.alpha_pattern = {}, {}

@@ -1,8 +1,8 @@
-"""AS-LoRA: in every round each layer trains one of its factors, the one whose score promises more.
+"""Blocks of single slots: which factor a layer trains (AS-LoRA), and which layers train at all.
 
-Which factor a layer trains is a function of the adapter and of scores made of released updates, so it costs no
-privacy, and the mean of a round stays exact layer by layer. `ScoredMean` keeps the scores in the adapter's memory,
-`BetterFactor` reads them.
+Both are functions of the adapter and of scores made of released updates, so they cost no privacy, and the mean of a
+round stays exact layer by layer. For AS-LoRA `ScoredMean` keeps the scores in the adapter's memory, and `BetterFactor`
+reads them; `StrongestLayers` reads the adapter alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, Block, ClientUpdate, LoraFactors, Slot
 from fedlr.aggregate.mean import RunningMean
 from fedlr.errors import InputError
+from fedlr.refactor import product_norm
 
 # Names in the adapter's memory: the last mean step of a factor, its square, its score, and the rounds since.
 STEP, SQUARE, SCORE, WAIT = "choice_step", "choice_square", "choice_score", "choice_wait"
@@ -134,3 +135,44 @@ def _shared_square(step: Tensor, own_squares: float, alone: float) -> Tensor:
     if 1 - alone < 1e-12:
         return square
     return ((square - own_squares) / (1 - alone)).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class StrongestLayers:
+    """Train lora_B of the layers that have learnt most, and of all layers every few rounds.
+
+    The score of a layer is ||B A||_F^2 / (D R): with orthonormal rows of lora_A, as FedSVD's, the mean square of the
+    numbers in lora_B, to which independent noise adds the same in layers of any size. All layers train in rounds 0,
+    `explore_every`, 2 `explore_every`, ..., and while all scores are zero. What does not train stays in the function; it
+    is neither noised nor sent up.
+
+    Carries Selective LoRA's switches and DiffoRA's choice of modules, with another score: they learn indicators by
+    gradients of private data, here the noised aggregate is read. Neither paper's algorithm is this one.
+
+    Args:
+        share: of the layers that train between two explorations, in (0, 1]; at least one does.
+        explore_every: rounds from one exploration to the next; 1 trains all layers always.
+    """
+
+    share: float = 0.5
+    explore_every: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.explore_every < 1:
+            raise InputError(
+                f"Expected share in (0, 1] and explore_every >= 1, got {self.share} and {self.explore_every}"
+            )
+
+    @property
+    def roles(self) -> Iterable[str]:
+        """lora_B alone."""
+        return (LORA_B,)
+
+    def __call__(self, round_index: int, adapter: AdapterState) -> Block:
+        """Return lora_B of the strongest layers, by path where they are equal, or of all."""
+        layers = adapter.factors()
+        scores = {path: product_norm(layer) ** 2 / layer.lora_B.numel() for path, layer in layers.items()}
+        if round_index % self.explore_every == 0 or not any(scores.values()):
+            return frozenset({LORA_B})
+        strongest = sorted(layers, key=lambda path: (-scores[path], path))[: max(1, round(self.share * len(layers)))]
+        return frozenset(Slot(path, LORA_B) for path in strongest)

@@ -75,6 +75,7 @@ class Method:
         personal: roles that train and never leave a client, which keeps them for its next round.
         folds: whether the server folds products into the adapter's side, which clients merge into their base.
         mixed_ranks: whether clients may have ranks of their own (adapter.client_ranks).
+        dynamic_ranks: whether the server changes the rank of a layer from round to round, for all clients.
         client: what clients do with a noised gradient.
     """
 
@@ -86,6 +87,7 @@ class Method:
     personal: Sequence[str] = ()
     folds: bool = False
     mixed_ranks: bool = False
+    dynamic_ranks: bool = False
     client: ClientRule = ClientRule()
 
     @property
@@ -102,6 +104,26 @@ class Method:
             )
         if not isinstance(self.client, ClientRule):
             raise InputError(f"Expected method.client to be a ClientRule, got {type(self.client).__name__}")
+        if self.dynamic_ranks:
+            self._check_dynamic_ranks()
+
+    def check_finalised(self, before: AdapterState, after: AdapterState) -> None:
+        """Refuse what a round did to an adapter that the method does not declare."""
+        if after.side is not before.side and not self.folds:
+            raise InputError(f"Expected method.folds=true for method={self.name}, which folds into the base, got false")
+        if not self.dynamic_ranks and after.ranks() != before.ranks():
+            raise InputError(
+                f"Expected method.dynamic_ranks=true for method={self.name}, which changes a layer's rank, got false"
+            )
+
+    def _check_dynamic_ranks(self) -> None:
+        why = f"with method.dynamic_ranks, got another for method={self.name}"
+        if self.broadcast is not full_adapter:
+            raise InputError(f"Expected method.broadcast=fedlr.method.full_adapter {why}: both factors change")
+        if self.personal or self.client.remembers:
+            raise InputError(f"Expected clients that keep nothing {why}: what they keep has the rank of its round")
+        if self.mixed_ranks:
+            raise InputError(f"Expected method.mixed_ranks=false {why}: a layer has one rank for all clients")
 
     def bound(self, model: nn.Module) -> "Method":
         """Return the method with an aggregator that has what it reads of the model."""

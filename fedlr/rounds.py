@@ -168,8 +168,7 @@ def run_round(
         aggregated = method.aggregate(state.adapter, counted)
         deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
         adapter = method.finalise(aggregated)
-    if adapter.side is not state.adapter.side and not method.folds:
-        raise InputError(f"Expected method.folds=true for method={method.name}, which folds into the base, got false")
+    method.check_finalised(state.adapter, adapter)
     diagnostics = RoundDiagnostics(
         cohort=tuple(cohort),
         trained=tuple(answers.trained),

@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlr.adapter import num_bytes
+from fedlr.adapter import num_bytes, read_adapter
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, check_experiment
 from server.nodes import Nodes, PartitionNodes, RosterNodes
@@ -35,7 +35,7 @@ def serve(run: Run, grid: Grid) -> None:
     """Ask the clients behind a Grid for all rounds that are left."""
     e, terms = run.experiment, run.served.terms
     if isinstance(grid, ReplyGrid):
-        grid.most_bytes = num_bytes(run.served.start.adapter.tensors.values())
+        grid.most_bytes = num_bytes(read_adapter(run.served.model).tensors.values())  # of the largest rank
     nodes: Nodes
     if e.runtime.kind == "superlink":
         nodes = RosterNodes(grid, Path(e.deployment.roster))

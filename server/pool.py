@@ -110,7 +110,8 @@ class GridPool:
         return next(iter(self._grid.push_messages([message])), None)
 
     def _asked(self, task: RoundTask, client: int, task_sha256: str) -> Asked:
-        expected = dict(narrowed(self._enrolled.select(task.shared), task.ranks.get(client)))
+        expected = self._enrolled.overlaid(task.broadcast).select(task.shared)
+        expected = dict(narrowed(expected, task.ranks.get(client)))
         delta = None if self._terms.mechanism is None else self._terms.mechanism.delta
         return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, delta)
 

@@ -3,7 +3,7 @@
 Nothing here is typed in by hand for a method, so a table of these properties cannot go stale. The numbers of a message
 are counted layer by layer, in layers whose sizes are different primes: where a count is R (D + K) in all of them, it is
 no coincidence.
-Legend: D out_features, K in_features, R rank, M rank of the side product.
+Legend: D out_features, K in_features, R rank, r rank of a layer where the server chooses it, M rank of the side product.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from fedlr.rounds import RoundTask, ServerState, initial_state, run_round, task_
 LAYERS = {"layer.0": (41, 53), "layer.1": (67, 43), "layer.2": (59, 61)}  # D, K
 RANK, NUM_CLIENTS, NUM_ROUNDS = 4, 3, 6
 WEIGHTS, MIXED_RANKS = (1.0, 2.0, 3.0), (RANK, RANK - 1, RANK - 2)
-SPREAD = 0.1  # of what a client adds to each number
+SPREAD = 0.1  # of what a client adds to each number of the first layer; twice that in the next, and so on
 MOST_FACTORS = 3  # of one kind that a message holds a layer
 EXACT_BELOW = 1e-5  # relative; adapters are float32, which rounds at 1e-7
 LETTERS = {LORA_A: "A", LORA_B: "B", "head": "head"}
@@ -48,6 +48,7 @@ class Properties:
     side_columns: tuple[int, ...]  # M at the start of every round, the largest over the layers
     client_rule: str  # "" for none
     client_remembers: bool
+    dynamic_ranks: bool  # whether layers have a rank that changes
     uniform: bool  # whether it refuses clients of unlike weights
     server_memory: tuple[str, ...]
     adapters: Sequence[AdapterState] = field(repr=False, compare=False)  # before round 0 and after each
@@ -75,6 +76,7 @@ class Properties:
                 (f"{_listed(self.personal)} personal", self.personal),
                 ("folds", self.folds),
                 ("mixed ranks", self.mixed_error is not None),
+                ("dynamic ranks", self.dynamic_ranks),
                 ("uniform weights only", self.uniform),
                 (f"client rule {self.client_rule}", self.client_rule),
                 ("clients remember", self.client_remembers),
@@ -137,6 +139,7 @@ def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Prop
         side_columns=tuple(columns),
         client_rule=type(method.client).__name__ if method.client.changes else "",
         client_remembers=method.client.remembers,
+        dynamic_ranks=method.dynamic_ranks,
         uniform=False,
         server_memory=tuple(sorted(states[-1].adapter.memory)),
         adapters=[state.adapter for state in states],
@@ -160,35 +163,46 @@ class MadeUpClients:
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         """Yield one update a client."""
-        start = self.adapter.with_tensors(task.broadcast).select(task.shared)
+        start = self.adapter.overlaid(task.broadcast).select(task.shared)
         self.rounds.append([])
         for client in cohort:
             generator = torch.Generator().manual_seed(1 + 100 * task.round_index + client)
-            trained = {slot: t + SPREAD * torch.randn(t.shape, generator=generator) for slot, t in start.items()}
+            trained = {s: t + _strength(s, t) * torch.randn(t.shape, generator=generator) for s, t in start.items()}
             own = dict(narrowed(trained, task.ranks.get(client)))
             self.rounds[-1].append(ClientUpdate(client, own, self._weights[client], task.round_index))
             yield self.rounds[-1][-1]
 
 
+def _strength(slot: Slot, tensor: Tensor) -> Tensor:
+    """Return how much a client moves the numbers of a tensor: layers differ, and directions of the rank."""
+    falling_R = SPREAD * 2.0 ** (list(LAYERS).index(slot.path) - torch.arange(min(tensor.shape)))
+    return falling_R[:, None] if slot.role == LORA_A else falling_R
+
+
 def formula(messages: Iterable[Collection[tuple[Slot, Tensor]]]) -> str:
     """Return what the numbers of a message are in every layer: one formula, or those that occur joined by `or`.
+
+    Where a layer's rank is not RANK in some message, it is r and not R.
 
     >>> formula([[(Slot(path, LORA_B), torch.zeros(D, RANK)) for path, (D, _) in LAYERS.items()]])
     'R D'
     """
-    found = set()
+    found, ranks = set(), {RANK}
     for message in messages:
         for path, (out_features, in_features) in LAYERS.items():
-            number = num_values(tensor for slot, tensor in message if slot.path == path)
-            found.add(_formula(number, out_features, in_features))
-    return " or ".join(sorted(found))
+            sent = [tensor for slot, tensor in message if slot.path == path]
+            rank = min((min(tensor.shape) for tensor in sent), default=RANK)
+            found.add(_formula(num_values(sent), out_features, in_features, rank=rank))
+            ranks.add(rank)
+    letter = "R" if ranks == {RANK} else "r"
+    return " or ".join(sorted(found)).replace("R", letter)
 
 
-def message_sizes(out_features: int, in_features: int) -> dict[str, int]:
+def message_sizes(out_features: int, in_features: int, *, rank: int = RANK) -> dict[str, int]:
     """Return the sizes that a message may have in a layer: up to MOST_FACTORS of either factor, or a core."""
-    sizes = {"R²": RANK * RANK}
+    sizes = {"R²": rank * rank}
     for num_B, num_A in product(range(MOST_FACTORS + 1), repeat=2):
-        sizes[_sum(num_B, num_A)] = RANK * (num_B * out_features + num_A * in_features)
+        sizes[_sum(num_B, num_A)] = rank * (num_B * out_features + num_A * in_features)
     return sizes
 
 
@@ -202,8 +216,8 @@ def _times(number: int, text: str) -> str:
     return "" if number == 0 else text if number == 1 else f"{number} {text}"
 
 
-def _formula(number: int, out_features: int, in_features: int) -> str:
-    candidates = message_sizes(out_features, in_features).items()
+def _formula(number: int, out_features: int, in_features: int, *, rank: int) -> str:
+    candidates = message_sizes(out_features, in_features, rank=rank).items()
     return next(
         (name for name, value in candidates if value == number), f"{number:,} at {out_features} x {in_features}"
     )

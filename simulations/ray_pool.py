@@ -76,7 +76,7 @@ class RayPool:
         admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
         e = self._federation.experiment
-        trained = self._federation.start.adapter.select(task.block)
+        trained = self._federation.start.adapter.overlaid(task.broadcast).select(task.block)
         has_rule = self._federation.training.rule.changes
         size = group_size(trained, e.runtime.memory_gb, has_rule=has_rule) if e.trainer.engine == "fused" else 1
         shipped = ray.put(task)

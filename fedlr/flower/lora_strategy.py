@@ -53,6 +53,8 @@ def needs_more_of_clients(method: Method) -> str | None:
         return "the server lowers the ranks of clients"
     if method.client.changes:
         return f"clients apply the rule {type(method.client).__name__} in every step"
+    if method.dynamic_ranks:
+        return "clients give their layers the ranks of each round"
     return None
 
 

@@ -86,7 +86,7 @@ class FusedPool:
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
         # What does not fit is an error here, before anybody is charged.
-        adapter = replace(self._enrolled.with_tensors(task.broadcast), side=task.side)
+        adapter = replace(self._enrolled.overlaid(task.broadcast), side=task.side)
         self._side.merge(adapter)
         admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
