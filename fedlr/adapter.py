@@ -165,11 +165,7 @@ def widened(update: "ClientUpdate", like: Mapping[Slot, Tensor]) -> "ClientUpdat
 
 
 def given_ranks(tensors: Mapping[Slot, Tensor]) -> dict[str, int]:
-    """Return the rank of every layer of which both factors are there and agree, by path.
-
-    >>> given_ranks({Slot("a", LORA_A): torch.ones(2, 3), Slot("a", LORA_B): torch.ones(4, 2)})
-    {'a': 2}
-    """
+    """Return the rank of every layer of which both factors are there and agree, by path."""
     found: dict[str, int] = {}
     for slot, lora_A in tensors.items():
         lora_B = tensors.get(Slot(slot.path, LORA_B)) if slot.role == LORA_A else None
@@ -281,10 +277,9 @@ def write_adapter(model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
 
 def _take_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Give layers with LoRA these ranks, with any values in the layers whose rank changes."""
-    layers = adapted_layers(model) if ranks else {}
-    for path in layers.keys() & ranks.keys():
-        rank, layer = ranks[path], layers[path]
+    for path, layer in adapted_layers(model).items() if ranks else ():
         lora_A, lora_B = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+        rank = ranks.get(path, len(lora_A.weight))
         if len(lora_A.weight) != rank <= layer.r[ADAPTER_NAME]:
             for linear, role in ((lora_A, LORA_A), (lora_B, LORA_B)):
                 linear.weight.data = _of_rank(linear.weight.data, Slot(path, role), rank)

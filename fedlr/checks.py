@@ -91,6 +91,6 @@ def check_aggregate(start: ServerState, method: Method, experiment: Experiment, 
     remembered = [name for name, values in after.memory.items() if values.keys() & start.adapter.tensors.keys()]
     if method.dynamic_ranks and remembered:
         raise InputError(
-            f"Expected a method.aggregate that remembers no tensors with method.dynamic_ranks, got one with {remembered[0]} "
-            f"for method={method.name}: it has the rank of its round"
+            "Expected a method.aggregate that remembers no tensors with method.dynamic_ranks, got one with "
+            f"{remembered[0]} for method={method.name}: it has the rank of its round"
         )

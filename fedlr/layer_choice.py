@@ -143,8 +143,8 @@ class StrongestLayers:
 
     The score of a layer is ||B A||_F^2 / (D R): with orthonormal rows of lora_A, as FedSVD's, the mean square of the
     numbers in lora_B, to which independent noise adds the same in layers of any size. All layers train in rounds 0,
-    `explore_every`, 2 `explore_every`, ..., and while all scores are zero. What does not train stays in the function; it
-    is neither noised nor sent up.
+    `explore_every`, 2 `explore_every`, ..., and while all scores are zero. What does not train stays in the function,
+    neither noised nor sent up.
 
     Carries Selective LoRA's switches and DiffoRA's choice of modules, with another score: they learn indicators by
     gradients of private data, here the noised aggregate is read. Neither paper's algorithm is this one.
@@ -158,10 +158,10 @@ class StrongestLayers:
     explore_every: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.explore_every < 1:
-            raise InputError(
-                f"Expected share in (0, 1] and explore_every >= 1, got {self.share} and {self.explore_every}"
-            )
+        if not 0 < self.share <= 1:
+            raise InputError(f"Expected share in (0, 1], got {self.share}")
+        if self.explore_every < 1:
+            raise InputError(f"Expected explore_every >= 1, got {self.explore_every}")
 
     @property
     def roles(self) -> Iterable[str]:

@@ -3,7 +3,7 @@
 Nothing here is typed in by hand for a method, so a table of these properties cannot go stale. The numbers of a message
 are counted layer by layer, in layers whose sizes are different primes: where a count is R (D + K) in all of them, it is
 no coincidence.
-Legend: D out_features, K in_features, R rank, r rank of a layer where the server chooses it, M rank of the side product.
+Legend: D out_features, K in_features, R rank, r rank where the server chooses it, M rank of the side product.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence

@@ -1,9 +1,9 @@
 """A random part of each layer's directions trains in a round; the others rest in the side product, and in the function.
 
 DropLoRA masks rank directions at random and DyLoRA trains a random prefix of them, both within a step and with what is
-masked left out of the function. Here the draw is the server's, for a round, and what rests still counts: it goes down as
-the side, clients merge it into their base and neither train nor noise it, and the server takes it back into the product
-before it re-factorises and draws again. Which directions train depends on no data, so it costs no privacy.
+masked left out of the function. Here the draw is the server's, for a round, and what rests still counts: it goes down
+as the side, clients merge it into their base and neither train nor noise it, and the server takes it back into the
+product before it re-factorises and draws again. Which directions train depends on no data, so it costs no privacy.
 Legend: D out_features, K in_features, R rank.
 """
 
@@ -26,8 +26,8 @@ class RandomDirections:
     """Draw in every round which directions of the SVD of B A train; only lora_B does.
 
     Carries DropLoRA's mask, and with `nested` DyLoRA's prefix (Valipour et al. 2022, https://arxiv.org/abs/2210.07558),
-    by the round and with what rests left in the function, which neither paper does; so a prefix of the result is no model
-    of its own, as DyLoRA's is.
+    by the round and with what rests left in the function, which neither paper does; so a prefix of the result is no
+    model of its own, as DyLoRA's is.
 
     Args:
         share: of a layer's directions that train in a round, in (0, 1]; at least one does.

@@ -55,8 +55,9 @@ class RankPolicy(ABC):
     min_rank: int = 1
 
     def __post_init__(self) -> None:
-        if self.period < 1 or self.min_rank < 1:
-            raise InputError(f"Expected period and min_rank >= 1, got {self.period} and {self.min_rank}")
+        for name, number in (("period", self.period), ("min_rank", self.min_rank)):
+            if number < 1:
+                raise InputError(f"Expected {name} >= 1, got {number}")
 
     @abstractmethod
     def started(self, most: Mapping[str, int]) -> dict[str, int]:
@@ -101,10 +102,10 @@ class RankBudget(RankPolicy):
     those whose weakest are weak. A fresh direction that did not grow within a period is given up again.
 
     Carries, with scores of its own: the pruning under a budget of AdaLoRA (Zhang et al. 2023,
-    https://arxiv.org/abs/2303.10512), the pruning and expansion of ElaLoRA, the redistribution of EVA, there by explained
-    variance of the activations; and with `start_share` < `share` and `prunes` false the growth of IncreLoRA. Those papers
-    score with private gradients or activations; none of their algorithms is this one. ARD-LoRA's learned scales of ranks
-    are not here.
+    https://arxiv.org/abs/2303.10512), the pruning and expansion of ElaLoRA, the redistribution of EVA, there by
+    explained variance of the activations; and with `start_share` < `share` and `prunes` false the growth of IncreLoRA
+    (Zhang et al. 2023, https://arxiv.org/abs/2308.12043). Those papers score with private gradients or activations;
+    none of their algorithms is this one. ARD-LoRA's learned scales of ranks are not here.
 
     Args:
         share: of all directions, in (0, 1], from round `ramp_rounds` on.
@@ -120,11 +121,11 @@ class RankBudget(RankPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.share <= 1 and 0 < self.start_share <= 1 and self.ramp_rounds >= 1):
-            raise InputError(
-                "Expected share and start_share in (0, 1] and ramp_rounds >= 1, got "
-                f"{self.share}, {self.start_share} and {self.ramp_rounds}"
-            )
+        for name, share in (("share", self.share), ("start_share", self.start_share)):
+            if not 0 < share <= 1:
+                raise InputError(f"Expected {name} in (0, 1], got {share}")
+        if self.ramp_rounds < 1:
+            raise InputError(f"Expected ramp_rounds >= 1, got {self.ramp_rounds}")
 
     def started(self, most: Mapping[str, int]) -> dict[str, int]:
         """Return the first budget shared out equally, what is left over to the first layers."""
@@ -159,10 +160,10 @@ class RankBudget(RankPolicy):
 class RankEnergy(RankPolicy):
     """Keep of each layer the fewest directions that hold a share of ||B A||_F^2; ranks only fall.
 
-    Carries, with a score of its own: SoRA's gates under an L1 penalty, the pruning of dynamic-rank DoRA (not
-    weight-decomposed DoRA) and of Dynamic Rank-Selective LoRA; those learn their importance weights from private
-    gradients, and none of their algorithms is this one. Noise alone fills all directions alike: the larger its share, the
-    fewer are given up.
+    Carries, with a score of its own: the pruning of SoRA (Ding et al. 2023, https://arxiv.org/abs/2311.11696), there by
+    gates under an L1 penalty, of dynamic-rank DoRA (not weight-decomposed DoRA) and of Dynamic Rank-Selective LoRA;
+    those learn importance weights from private gradients, and none of their algorithms is this one. Noise alone fills
+    all directions alike: the larger its share, the fewer are given up.
 
     Args:
         keep: share of the energy of what trains, in (0, 1], at every choice anew; 1 gives up zero directions alone.

@@ -97,7 +97,7 @@ def test_a_named_strategy_is_the_method_of_its_file(kind: type[LoraStrategy], na
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_method_that_needs_more_of_clients_is_refused_by_name(name: str) -> None:
-    with pytest.raises(InputError, match=f"got {name}: clients (keep|merge|apply) .*fedlr's own server"):
+    with pytest.raises(InputError, match=f"got {name}: clients (keep|merge|apply|give) .*fedlr's own server"):
         strategy(name)
 
 

@@ -96,6 +96,10 @@ def killed_at(owner: Any, name: str, *, call: int = 1, after: bool = False) -> I
         ("adapter.init_lora_weights=pissa", "method=ffa_lora"),
         ("method=layer_mean", "adapter=dora", "trainer.engine=opacus"),
         ("method=layer_mean", "adapter=tuner", "adapter.system=hra", "trainer.engine=opacus"),
+        ("method=rank_growth",),
+        ("method=rank_energy", "method.finalise.keep=0.5", "method.finalise.period=1", "trainer.engine=opacus"),
+        ("method=dylora", "privacy=none"),
+        ("method=selective_layers",),
     ],
     ids=lambda o: " ".join(o) or "fedsvd",
 )

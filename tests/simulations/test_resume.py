@@ -75,6 +75,7 @@ JOBS: dict[str, Job] = {
         ["method=layer_mean", "adapter=tuner", "adapter.system=hra", "trainer.engine=opacus", "num_rounds=3"],
         [("sent", 3)],
     ),
+    "ranks that grow": (["method=rank_growth", "num_rounds=3"], [("sent", 3)]),
     "baselines": (
         ["tracking.run_no_privacy=true", "tracking.run_alone=true"],
         [("sent", 4), *((point, 1) for point in LATE)],
