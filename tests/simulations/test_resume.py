@@ -76,6 +76,7 @@ JOBS: dict[str, Job] = {
         [("sent", 3)],
     ),
     "ranks that grow": (["method=rank_growth", "num_rounds=3"], [("sent", 3)]),
+    "a start with a side": (["adapter.init_lora_weights=pissa", "method=ffa_lora"], [("sent", 2)]),
     "baselines": (
         ["tracking.run_no_privacy=true", "tracking.run_alone=true"],
         [("sent", 4), *((point, 1) for point in LATE)],

@@ -34,6 +34,7 @@ from fedlr.terms import Terms
 from fedlr.training.supported import probe_inputs
 from fedlr.tuners.attach import NOT_IN_RUNS, run_tuner
 from simulations.federation import Federation, assemble
+from simulations.resume import resume
 from simulations.runtime import make_pool
 from simulations.simulate import leave_behind, simulate
 from tests.simulations.small_runs import experiment, federation, lines, rounds
@@ -157,6 +158,20 @@ def test_a_checkpoint_holds_the_side(tmp_path: Path) -> None:
     found = latest_checkpoint(tmp_path, say=print)
     assert found is not None and found.state.adapter.fingerprint() == start.adapter.fingerprint()
     assert start.adapter.fingerprint() != replace(start.adapter, side={}).fingerprint()
+
+
+def test_a_run_does_not_go_on_from_another_table(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    shutil.copy(TABLE[0], table)
+    given = ["adapter.init_lora_weights=eva", f"adapter.public={{path: {table}, text_column: words, num_examples: 20}}"]
+    run = simulate(experiment(*given, f"tracking.output_dir={tmp_path}"), say=lambda line: None)
+    (run / "summary.json").unlink()
+    table.write_text("\n".join(sorted(table.read_text(encoding="utf-8").splitlines(), reverse=True)), encoding="utf-8")
+    with pytest.raises(InputError, match="the adapter that the run began with"):
+        resume(run, say=lambda line: None)
+    shutil.copy(TABLE[0], table)
+    resume(run, say=lambda line: None)
+    assert (run / "summary.json").exists()
 
 
 def test_behind_a_cached_prefix_clients_train_to_the_same_values() -> None:
