@@ -17,6 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from fedlr.adapter import LAYOUT, SHIPPED, AdapterState, ClientUpdate, LoraFactors, Slot, read_adapter, write_adapter
 from fedlr.aggregate import layer_mean
@@ -27,6 +28,7 @@ from fedlr.tuners.attach import Layout
 from fedlr.tuners.blocks import AllBlocks
 from fedlr.tuners.float64 import float32_as_float64
 from fedlr.tuners.layer_means import Folded, layers_of
+from fedlr.tuners.networks import LinearNetwork
 from fedlr.tuners.own_forms import equal_diagonal, row_norms
 from tests.training.small_models import mutant
 
@@ -45,6 +47,16 @@ def fresh(system: str, **sizes: Any) -> nn.Module:
         model = measure.subject(entry).model
     setattr(model, LAYOUT, Layout(system, entry))
     return model
+
+
+class Transposed(LinearNetwork):
+    """The measuring network with the layers of GPT-2, which keep their weight as (K, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.targets:
+            layer = getattr(self, name)
+            setattr(self, name, Conv1D(layer.out_features, layer.in_features))
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
@@ -83,8 +95,10 @@ class Round:
     def at(self, tensors: Mapping[Slot, Tensor], side: Mapping[str, LoraFactors]) -> Layers:
         write_adapter(self.model, tensors)
         for path, layer in adapted(self.model).items():
-            product = side[path].lora_B @ side[path].lora_A if path in side else 0.0
-            layer.get_base_layer().weight.data.copy_(self.plain[path] + product)
+            base, weight = layer.get_base_layer(), self.plain[path].clone()
+            if path in side:
+                (weight.T if isinstance(base, Conv1D) else weight).add_(side[path].lora_B @ side[path].lora_A)
+            base.weight.data.copy_(weight)
         return dense(self.model)
 
     def play(self, *, seed: int = 0, shared: str = "nothing") -> float:
@@ -182,6 +196,14 @@ def test_other_sizes_of_a_system_are_read_as_well(system: str, sizes: dict[str, 
     r = Round(system, **sizes)
     error = r.play()
     assert error == pytest.approx(r.said, rel=1e-5) if system == "dora" else error < 1e-10
+
+
+@pytest.mark.parametrize("system", ["dora", "unilora", "vblora"])
+def test_layers_that_keep_their_weight_the_other_way_round_are_read_as_well(
+    system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "NETWORKS", {"linear": Transposed})
+    assert Round(system).is_sound()
 
 
 def test_a_client_without_weight_and_one_block_alone_change_nothing_else() -> None:
