@@ -48,8 +48,8 @@ class GridPool:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._grid, self._nodes, self._terms = grid, nodes, terms
-        self._enrolled = enrolled = replace(enrolled, side={})  # which every task brings
         self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
+        self._enrolled = enrolled = AdapterState(enrolled.tensors, enrolled.scale)  # a side comes with every task
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
         self.epsilon: dict[int, float] = {}  # by client, as it last said of its own ledger

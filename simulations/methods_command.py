@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 HEADER = ("method", "trains", "up", "down", "aggregate", "noised under DP", "also")
 LEGEND = (
-    "Numbers up and down are those of a layer and client: W is D x K, the rank R (r where the server chooses it by layer "
-    "and round), the folded product of rank M. Exact: the server's function is the weighted mean of the clients'. Measured "
-    "on made-up clients; fedlr methods NAME says more."
+    "Numbers up and down are those of a layer and client: W is D x K, the rank R, or r where the server chooses it, the "
+    "folded product of rank M. Exact: the server's function is the weighted mean of the clients'. Measured on made-up "
+    "clients; fedlr methods NAME says more."
 )
 CHOICES = ("block_schedule", "aggregate", "finalise", "broadcast")
 NO_TERMINAL = 200  # columns, where nobody looks
