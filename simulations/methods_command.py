@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HEADER = ("method", "trains", "up", "down", "aggregate", "noised under DP", "also")
 LEGEND = (
-    "Numbers up and down are those of a layer and client: W is D x K, the rank R, or r where the server chooses it, the "
+    "Numbers up and down are those of a layer and client: W is D x K, the rank R, r where the server chooses it, the "
     "folded product of rank M. Exact: the server's function is the weighted mean of the clients'. Measured on made-up "
     "clients; fedlr methods NAME says more."
 )

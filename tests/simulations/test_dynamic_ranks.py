@@ -20,6 +20,7 @@ from fedlr.adapter import LORA_A, LORA_B, AdapterState, LoraFactors, Slot, given
 from fedlr.aggregate.server_optimizer import FedAvgM
 from fedlr.assembly import torch_threads
 from fedlr.build import build_method
+from fedlr.checkpoint import checkpoint_path
 from fedlr.checks import check_aggregate, check_method
 from fedlr.errors import InputError
 from fedlr.evaluate import evaluate
@@ -27,11 +28,13 @@ from fedlr.models import tiny_random
 from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import sharing_base
 from fedlr.rounds import RoundDiagnostics, ServerState, run_round, task_of
+from fedlr.run_dir import CHECKPOINTS, LEDGER, METRICS
+from fedlr.sealed import remove_sealed
 from fedlr.side import SideWeights
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger, evaluator_of
-from tests.simulations.small_runs import experiment, federation, rounds
+from simulations.simulate import create_ledger, evaluator_of, run_rounds
+from tests.simulations.small_runs import experiment, federation, lines, open_ledger, quiet, rounds
 from tests.training.small_models import mutant
 
 OPACUS = "trainer.engine=opacus"
@@ -52,6 +55,7 @@ METHODS = {
     "dylora": ("method=dylora",),
     "selective_layers": ("method=selective_layers",),
 }
+FAST = ("rank_growth", "dylora")
 
 
 def play(f: Federation, folder: Path, *, num_rounds: int = 4) -> tuple[list[ServerState], list[RoundDiagnostics]]:
@@ -81,20 +85,8 @@ def other_ranks(adapter: AdapterState, *, seed: int = 0) -> AdapterState:
     return adapter.with_factors(new)
 
 
-@pytest.mark.parametrize(
-    ("name", "privacy"),
-    [
-        ("rank_energy", "none"),
-        ("rank_growth", "dp"),
-        ("dylora", "dp"),
-        *(
-            pytest.param(name, privacy, marks=pytest.mark.slow)
-            for name in METHODS
-            for privacy in ("dp", "none")
-            if (name, privacy) not in (("rank_energy", "none"), ("rank_growth", "dp"), ("dylora", "dp"))
-        ),
-    ],
-)
+@pytest.mark.parametrize("privacy", ["dp", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in METHODS])
 def test_together_and_one_by_one_give_the_same_numbers(tmp_path: Path, name: str, privacy: str) -> None:
     """Functions are compared: an SVD of nearly equal singular values may turn factors."""
     overrides = (*METHODS[name], f"privacy={privacy}", *SGD)
@@ -269,11 +261,16 @@ def test_what_is_evaluated_has_the_ranks_of_its_round() -> None:
 # The disk.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_a_run_repeats_to_the_bit(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in METHODS])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     f = federation(*METHODS[name], *SGD)
-    assert rounds(f, tmp_path / "one") == rounds(f, tmp_path / "other")
+    whole = rounds(f, tmp_path / "run")
+    for round_index in (3, 4):
+        remove_sealed(checkpoint_path(tmp_path / "run" / CHECKPOINTS, round_index))
+    with torch_threads(1):
+        ledger = open_ledger(tmp_path / "run" / LEDGER, f)
+        state, *_ = run_rounds(f, tmp_path / "run", ledger=ledger, progress=quiet(f.experiment))
+    assert (state.adapter.fingerprint(), lines(tmp_path / "run" / METRICS)) == whole[:2]
 
 
 @pytest.mark.parametrize("with_side", [False, True])
