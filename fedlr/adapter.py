@@ -278,7 +278,7 @@ def write_adapter(model: nn.Module, tensors: Mapping[Slot, Tensor]) -> None:
 def _take_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Give layers with LoRA these ranks, with any values in the layers whose rank changes."""
     for path, layer in adapted_layers(model).items() if ranks else ():
-        lora_A, lora_B = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+        lora_A, lora_B = (cast(nn.Linear, factor[ADAPTER_NAME]) for factor in (layer.lora_A, layer.lora_B))
         rank = ranks.get(path, len(lora_A.weight))
         if len(lora_A.weight) != rank <= layer.r[ADAPTER_NAME]:
             for linear, role in ((lora_A, LORA_A), (lora_B, LORA_B)):
