@@ -25,7 +25,6 @@ ROLES = (LORA_A, LORA_B, HEAD)
 SHIPPED = "shipped"  # of frozen parts that clients are given once; no block trains it
 LAYOUT = "fedlr_layout"  # the attribute of a model whose adapter is another system's than LoRA (fedlr.tuners.attach)
 ADAPTER_NAME = "default"
-CLIENT_RANKS = "client_ranks"  # in a server's memory: of each client that it pruned, by Slot(client id, CLIENT_RANKS)
 
 
 class Slot(NamedTuple):
@@ -135,33 +134,6 @@ class AdapterState:
             digest.update(repr((slot.path, slot.role, str(tensor.dtype), tuple(tensor.shape))).encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def within(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
-    """Return the view of a LoRA factor that a client of this rank has; of a head, all of it."""
-    if slot.role == HEAD:
-        return tensor
-    return tensor[:rank] if slot.role == LORA_A else tensor[:, :rank]
-
-
-def beyond(tensor: Tensor, slot: Slot, rank: int) -> Tensor:
-    """Return the view of a LoRA factor beyond a rank: rows of lora_A, columns of lora_B; of a head, nothing."""
-    if slot.role == HEAD:
-        return tensor[:0]
-    return tensor[rank:] if slot.role == LORA_A else tensor[:, rank:]
-
-
-def narrowed(tensors: Mapping[Slot, Tensor], rank: int | None) -> Mapping[Slot, Tensor]:
-    """Return what a client of this rank has of the tensors; None: all."""
-    return tensors if rank is None else {slot: within(tensor, slot, rank) for slot, tensor in tensors.items()}
-
-
-def widened(update: "ClientUpdate", like: Mapping[Slot, Tensor]) -> "ClientUpdate":
-    """Return an update with the shapes of `like`: zeros beyond the client's rank, so its products are the same."""
-    wide = {slot: torch.zeros_like(like[slot], dtype=tensor.dtype) for slot, tensor in update.tensors.items()}
-    for slot, tensor in update.tensors.items():
-        wide[slot][tuple(slice(size) for size in tensor.shape)] = tensor
-    return replace(update, tensors=wide)
 
 
 def given_ranks(tensors: Mapping[Slot, Tensor]) -> dict[str, int]:
@@ -293,11 +265,6 @@ def train_only(model: nn.Module, block: Block) -> dict[Slot, nn.Parameter]:
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
-
-
-def num_sides(adapter: AdapterState) -> int:
-    """Return D + K of all layers together: the numbers of one rank."""
-    return sum(len(layer.lora_B) + layer.lora_A.shape[1] for layer in adapter.factors().values())
 
 
 def num_values(tensors: Iterable[Tensor]) -> int:

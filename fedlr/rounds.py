@@ -14,22 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedlr.adapter import (
-    HEAD,
-    AdapterState,
-    Block,
-    ClientUpdate,
-    LoraFactors,
-    Slot,
-    narrowed,
-    num_bytes,
-    roles_of,
-    side_tensors,
-    widened,
-)
+from fedlr.adapter import HEAD, AdapterState, Block, ClientUpdate, LoraFactors, Slot, num_bytes, roles_of, side_tensors
 from fedlr.aggregate.diagnostics import aggregation_error, aggregation_error_sd, singular_values
 from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.pruning import ranks_now
+from fedlr.client_ranks import narrowed, ranks_now, widened
 from fedlr.client_rule import CONTROL
 from fedlr.cohorts import cohorts
 from fedlr.errors import InputError

@@ -11,7 +11,8 @@ from dataclasses import replace
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlr.adapter import AdapterState, ClientUpdate, narrowed
+from fedlr.adapter import AdapterState, ClientUpdate
+from fedlr.client_ranks import narrowed
 from fedlr.messages import Request
 from fedlr.rounds import Dropout, RoundTask
 from fedlr.terms import Terms

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
-from fedlr.adapter import num_sides
 from fedlr.assembly import torch_threads
 from fedlr.checkpoint import latest_checkpoint, save_checkpoint
+from fedlr.client_ranks import num_sides
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedlr.adapter import num_sides, num_values, read_adapter
+from fedlr.adapter import num_values, read_adapter
 from fedlr.assembly import check_trainable, load_examples, local_training, notes, private_mechanism, working_model
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
+from fedlr.client_ranks import num_sides
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
 from fedlr.data.tokenise import Share, TokenisedText, tokenise

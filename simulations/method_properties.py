@@ -14,10 +14,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, in_block, narrowed, num_values
+from fedlr.adapter import LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, in_block, num_values
 from fedlr.aggregate.diagnostics import aggregation_error
 from fedlr.aggregate.ideal import Ideal
 from fedlr.build import build_method
+from fedlr.client_ranks import narrowed
 from fedlr.errors import InputError
 from fedlr.experiment import compose_experiment
 from fedlr.method import Method

@@ -14,7 +14,8 @@ from secrets import randbits
 
 import numpy as np
 
-from fedlr.adapter import SHIPPED, narrowed, num_values, roles_of
+from fedlr.adapter import SHIPPED, num_values, roles_of
+from fedlr.client_ranks import narrowed
 from fedlr.cohorts import cohorts
 from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment

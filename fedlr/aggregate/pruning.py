@@ -3,15 +3,16 @@
 Legend: D out_features, K in_features, R rank.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import floor
 
 import torch
 from torch import Tensor
 
-from fedlr.adapter import CLIENT_RANKS, AdapterState, ClientUpdate, LoraFactors, Slot
+from fedlr.adapter import AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.aggregate.rank import norm_weighted_mean
+from fedlr.client_ranks import CLIENT_RANKS
 from fedlr.errors import InputError
 
 
@@ -72,22 +73,6 @@ class SelfPruning:
             if first < rank and tail_size(returned, first, rank) < tail_size(sent, first, rank):
                 ranks[Slot(str(update.client_id), CLIENT_RANKS)] = torch.tensor([max(first, min(rank, self.min_rank))])
             yield update
-
-
-def ranks_now(adapter: AdapterState, cohort: Sequence[int], given: Sequence[int] | None) -> Mapping[int, int]:
-    """Return the rank of each client of a cohort: what the server pruned it to, or else what it was given.
-
-    Args:
-        given: by client id; None: the adapter's for all.
-
-    Returns:
-        An empty mapping where all have the adapter's.
-    """
-    pruned = {int(slot.path): int(rank) for slot, rank in adapter.memory.get(CLIENT_RANKS, {}).items()}
-    if given is None and not pruned:
-        return {}
-    most = max(len(layer.lora_A) for layer in adapter.factors().values())
-    return {client: pruned.get(client, most if given is None else given[client]) for client in cohort}
 
 
 def tail_size(layers: Mapping[str, LoraFactors], first: int, rank: int) -> float:

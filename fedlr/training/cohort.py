@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlr.adapter import HEAD, Slot, beyond, in_block, narrowed, within
+from fedlr.adapter import HEAD, Slot, in_block
+from fedlr.client_ranks import beyond, narrowed, within
 from fedlr.client_rule import RuleInputs
 from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.errors import InputError

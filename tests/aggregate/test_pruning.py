@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fedlr.aggregate.pruning as shipped
-from fedlr.adapter import CLIENT_RANKS, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, narrowed, widened, within
+from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.pruning import SelfPruning
 from fedlr.aggregate.rank import norm_weighted_mean
+from fedlr.client_ranks import CLIENT_RANKS, narrowed, widened, within
 from fedlr.client_rule import ClientRule
 from fedlr.errors import InputError
 from fedlr.method import Always, Method, full_adapter, keep

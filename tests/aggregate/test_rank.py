@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import fedlr.aggregate.rank as shipped
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot, narrowed, widened
+from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.aggregate.diagnostics import aggregation_error
 from fedlr.aggregate.ideal import Ideal
 from fedlr.aggregate.mean import weighted_mean
 from fedlr.aggregate.rank import norm_weighted_mean, svd_redistribution
+from fedlr.client_ranks import narrowed, widened
 from fedlr.errors import InputError
 from fedlr.method import SvdRefactor
 from tests.training.small_models import mutant

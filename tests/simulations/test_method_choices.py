@@ -18,11 +18,12 @@ import fedlr.pools.fused as fused_pool
 import fedlr.pools.kept as kept_module
 import fedlr.pools.local as local_pool
 import simulations.runtime as runtime
-from fedlr.adapter import CLIENT_RANKS, LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot, within
+from fedlr.adapter import LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot
 from fedlr.assembly import torch_threads
 from fedlr.build import build_method
 from fedlr.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.checks import check_method
+from fedlr.client_ranks import CLIENT_RANKS, within
 from fedlr.errors import InputError
 from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import LocalPool
