@@ -169,7 +169,8 @@ def test_fedsvd_is_the_svd_of_the_ideal_product(
 
 def test_the_server_sees_nothing_of_a_client_but_what_it_released(federation):  # (25)
     """A new field would be a new release: it must be thought about here, and in the privacy statement."""
-    assert [field.name for field in fields(ClientUpdate)] == ["client_id", "tensors", "weight", "base_round"]
+    # `rank` is the server's own word: what it asked the client for.
+    assert [field.name for field in fields(ClientUpdate)] == ["client_id", "tensors", "weight", "base_round", "rank"]
     adapter, updates = federation(LORA_B)
     clients_renamed = [replace(update, client_id=update.client_id + 7, base_round=3) for update in updates]
     after = weighted_mean(adapter, clients_renamed)
