@@ -16,8 +16,7 @@ import torch
 from fedlr.adapter import AdapterState, LoraFactors
 from fedlr.aggregate.rank_policy import CLOCK, RANKS
 from fedlr.errors import InputError
-from fedlr.method import OrthonormalRows
-from fedlr.refactor import svd_refactor
+from fedlr.refactor import orthonormal_rows, svd_refactor
 from fedlr.streams import Purpose, stream
 
 
@@ -54,7 +53,7 @@ class RandomDirections:
         """Return the adapter with the directions of the next round as its factors, all others as its side."""
         if RANKS not in adapter.memory:
             clock = torch.tensor([0, int(adapter.fingerprint()[:8], 16)])
-            whole = OrthonormalRows()(adapter).factors()
+            whole = {path: orthonormal_rows(layer) for path, layer in adapter.factors().items()}
         else:
             clock = adapter.memory[RANKS][CLOCK] + torch.tensor([1, 0])
             whole = {path: svd_refactor(product) for path, product in adapter.products().items()}

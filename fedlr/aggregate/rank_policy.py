@@ -25,7 +25,7 @@ from fedlr.adapter import AdapterState, LoraFactors, Slot
 from fedlr.aggregate.renewal import fresh_rows
 from fedlr.aggregate.stacking import with_folded
 from fedlr.errors import InputError
-from fedlr.method import OrthonormalRows, SvdRefactor
+from fedlr.refactor import orthonormal_rows, svd_refactor
 from fedlr.streams import Purpose, stream
 
 RANKS, CLOCK, MOST = "ranks", Slot("", "clock"), "most"  # of the memory "ranks": rounds and key; a layer's most
@@ -74,11 +74,12 @@ class RankPolicy(ABC):
             clock = {CLOCK: torch.tensor([0, int(adapter.fingerprint()[:8], 16)])}
             most = adapter.ranks()
             known = {Slot(path, MOST): torch.tensor(rank) for path, rank in most.items()}
-            started = OrthonormalRows()(adapter).remembering(RANKS, {**clock, **known})
-            return resized(started, self.started(most))
+            started = adapter.with_factors({p: orthonormal_rows(layer) for p, layer in adapter.factors().items()})
+            return resized(started.remembering(RANKS, {**clock, **known}), self.started(most))
         memory = adapter.memory[RANKS]
         clock = {CLOCK: memory[CLOCK] + torch.tensor([1, 0])}
-        adapter = SvdRefactor()(adapter).remembering(RANKS, {**memory, **clock})
+        adapter = adapter.with_factors({p: svd_refactor(layer) for p, layer in adapter.factors().items()})
+        adapter = adapter.remembering(RANKS, {**memory, **clock})
         num_rounds = int(clock[CLOCK][0])
         found = spectra(adapter)
         if num_rounds % self.period or not any(map(any, found.values())):
