@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from fedlr.adapter import ClientUpdate
+from fedlr.adapter_config import WITH_SIDE
 from fedlr.client_rule import ClientRule
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
@@ -68,6 +69,11 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             )
         if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
+    if method.prunes and (start := experiment.adapter.init_lora_weights) in WITH_SIDE:
+        raise InputError(
+            f"Expected method.aggregate.keep=1 for method={name} with adapter.init_lora_weights={start}, got less: a "
+            "pruned client lacks a part of what was taken out of the base"
+        )
     if (experiment.adapter.has_client_ranks or method.prunes) and experiment.trainer.engine != "fused":
         raise InputError(
             "Expected trainer.engine=fused for clients of different ranks (adapter.client_ranks, hetlora), got "

@@ -46,11 +46,12 @@ def _check_side(experiment: "Experiment", start: str) -> None:
             f"Expected runtime.base_dtype=float32 for {start}, got {dtype}: what is taken out of the base would not be "
             "what the adapter has"
         )
-    if (ranks := experiment.adapter.client_ranks) is not None:
-        raise InputError(
-            f"Expected adapter.client_ranks=null for {start}, got {ranks}: a smaller rank lacks a part of what was "
-            "taken out of the base; adapter.init_lora_weights=principal takes out nothing"
-        )
+    for key in ("client_ranks", "client_memory_mb"):
+        if (given := getattr(experiment.adapter, key)) is not None:
+            raise InputError(
+                f"Expected adapter.{key}=null for {start}, got {given}: a smaller rank lacks a part of what was taken "
+                "out of the base; adapter.init_lora_weights=principal takes out nothing"
+            )
 
 
 def _is_file_of(experiment: "Experiment", path: str) -> bool:
