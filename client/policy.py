@@ -52,7 +52,19 @@ from client.bounds import (
 )
 from client.bounds import Policy as Policy
 from client.settings import Settings
-from fedlr.adapter import HEAD, LORA_A, LORA_B, SHIPPED, SIDE_A, SIDE_B, Slot, num_values, roles_of, side_tensors
+from fedlr.adapter import (
+    HEAD,
+    LORA_A,
+    LORA_B,
+    SHIPPED,
+    SIDE_A,
+    SIDE_B,
+    Slot,
+    given_ranks,
+    num_values,
+    roles_of,
+    side_tensors,
+)
 from fedlr.build import build_choice, build_optimizer
 from fedlr.config_errors import shown
 from fedlr.errors import InputError
@@ -121,8 +133,9 @@ def check_request(request: Request, settings: Settings) -> None:
             "personal", sorted(task.personal), "roles of the adapter, and less than all that trains", root="request"
         )
     most, rank = policy.max_trained_values, terms.adapter.rank
-    if max(task.ranks.values(), default=0) > rank:
-        _refuse("rank", max(task.ranks.values()), f"at most {rank} (adapter.rank)", root="request")
+    least = min([rank, *given_ranks(task.broadcast).values()]) if terms.trainer.engine == "fused" else 0
+    if max(task.ranks.values(), default=0) > least:
+        _refuse("rank", max(task.ranks.values()), f"at most {least}, with trainer.engine=fused alone", root="request")
     enrolled = {} if request.enrolled is None else request.enrolled.tensors
     _check_tensors(task.broadcast, "broadcast", roles, most=most, rank=rank)
     _check_tensors(enrolled, "enrolled", roles | {SHIPPED}, most=most, rank=rank)
@@ -179,9 +192,8 @@ def _check_adapter(terms: Terms, policy: Policy) -> None:
     names = ([] if targets == "all-linear" else None) if isinstance(targets, str) else targets
     if names is None or len(names) > MOST_NAMES or not all(map(MODULE_NAME.fullmatch, names)):
         _refuse("adapter.target_modules", targets, "a list of names, or all-linear, as patterns may run for ever")
-    for key in ("layers", "client_ranks", "client_memory_mb"):
-        if len(value := getattr(adapter, key) or []) > MOST_NAMES:
-            _refuse(f"adapter.{key}", value, f"at most {MOST_NAMES} numbers")
+    if len(adapter.layers or []) > MOST_NAMES:
+        _refuse("adapter.layers", adapter.layers, f"at most {MOST_NAMES} numbers")
     if adapter.sizes and adapter.system == LORA:
         _refuse("adapter.sizes", adapter.sizes, "null for lora")
     for key, value in (adapter.sizes or {}).items():

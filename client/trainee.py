@@ -67,7 +67,7 @@ class Trainee:
     ) -> FusedPool | LocalPool:
         """Return a pool of one client: the same code that trains it in a simulation."""
         terms, trainer = self.terms, self.terms.trainer
-        read_adapter(self.model).overlaid(enrolled.tensors)  # raises where it is another adapter's
+        check_enrolled(enrolled, read_adapter(self.model))
         if (layout := getattr(self.working, LAYOUT, None)) is not None:
             layout.load_shipped(self.working, enrolled.tensors)
         check_trainable(self.model, roles_of(block), trainer, terms.adapter, first=block)
@@ -96,6 +96,18 @@ class Trainee:
         # A check on private rows fails or not with what was drawn, and tensors of a server's can make it fail.
         check_parity = trainer.check_parity and terms.mechanism is None
         return FusedPool(self.working, share, check_parity=check_parity, **common)
+
+
+def check_enrolled(enrolled: AdapterState, own: AdapterState) -> None:
+    """Refuse an enrolled adapter that is not whole, or of other types: what is left out would be an earlier one's.
+
+    Raises:
+        InputError: it is.
+    """
+    given = {slot: tensor.dtype for slot, tensor in enrolled.tensors.items()}
+    if given != {slot: tensor.dtype for slot, tensor in own.tensors.items()}:
+        raise InputError(f"Expected all {len(own.tensors)} tensors of the adapter, of its types, got {len(given)}")
+    own.overlaid(enrolled.tensors)  # raises for other shapes
 
 
 def check_model(base: BaseModel, settings: Settings, terms: Terms) -> None:

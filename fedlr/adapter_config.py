@@ -71,31 +71,33 @@ class AdapterConfig(BaseModel):
         """Whether clients have ranks of their own."""
         return self.client_ranks is not None or self.client_memory_mb is not None
 
-    def ranks(self, num_clients: int, *, sides: int) -> tuple[int, ...] | None:
+    def ranks(self, num_clients: int, *, rows_and_columns: int) -> tuple[int, ...] | None:
         """Return the rank of each client; None: all have the adapter's.
 
         Args:
-            sides: D + K, in_features and out_features, of all adapted layers together.
+            rows_and_columns: D + K, in_features and out_features, of all adapted layers together.
 
         Raises:
             InputError: if the memory of a client is less than what training one rank takes.
         """
         given = self.client_ranks
         if self.client_memory_mb is not None:
-            a_rank_mb = sides * BYTES_A_NUMBER / 1e6
+            a_rank_mb = rows_and_columns * BYTES_A_NUMBER / 1e6
             if (least := min(self.client_memory_mb)) < a_rank_mb:
                 raise InputError(
                     f"Expected adapter.client_memory_mb of at least {a_rank_mb:.3g}, what one rank takes on "
-                    f"{sides:,} rows and columns, got {least:g}"
+                    f"{rows_and_columns:,} rows and columns, got {least:g}"
                 )
             given = [min(self.rank, int(memory_mb / a_rank_mb)) for memory_mb in self.client_memory_mb]
         return None if given is None else tuple(given[client % len(given)] for client in range(num_clients))
 
     def given_to_devices(self) -> "AdapterConfig":
-        """Return what a device builds: a start that the server makes reaches it as the adapter that it is given."""
-        if self.init_lora_weights not in MADE_BY_THE_SERVER:
-            return self
-        return self.model_copy(update={"init_lora_weights": True, "public": None})
+        """Return what a device builds: a start that the server makes reaches it as the adapter that it is given, and of
+        ranks it hears its own."""
+        made_here = self.init_lora_weights in MADE_BY_THE_SERVER
+        start = True if made_here else self.init_lora_weights
+        others = {"public": None, "client_ranks": None, "client_memory_mb": None}  # a task says a client's own rank
+        return self.model_copy(update={"init_lora_weights": start, **others})
 
     @field_validator("client_ranks")
     @classmethod

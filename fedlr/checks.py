@@ -10,6 +10,7 @@ from fedlr.adapter_config import WITH_SIDE
 from fedlr.client_rule import ClientRule
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.layer_choice import StrongestLayers
 from fedlr.method import Always, Method
 from fedlr.rounds import ServerState, task_of
 from fedlr.system_checks import check_system
@@ -69,10 +70,11 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             )
         if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
-    if method.prunes and (start := experiment.adapter.init_lora_weights) in WITH_SIDE:
+    reads_product = method.dynamic_ranks or isinstance(method.block_schedule, StrongestLayers)
+    if (method.prunes or reads_product) and (start := experiment.adapter.init_lora_weights) in WITH_SIDE:
         raise InputError(
-            f"Expected method.aggregate.keep=1 for method={name} with adapter.init_lora_weights={start}, got less: a "
-            "pruned client lacks a part of what was taken out of the base"
+            f"Expected adapter.init_lora_weights=true or principal for method={name}, got {start}: what it takes out "
+            "of the base would be ranked with what was learnt, and cut"
         )
     if (experiment.adapter.has_client_ranks or method.prunes) and experiment.trainer.engine != "fused":
         raise InputError(

@@ -58,6 +58,6 @@ def widened(update: ClientUpdate, like: Mapping[Slot, Tensor]) -> ClientUpdate:
     return replace(update, tensors=wide)
 
 
-def num_sides(adapter: AdapterState) -> int:
+def num_rows_and_columns(adapter: AdapterState) -> int:
     """Return D + K of all layers together: the numbers of one rank."""
     return sum(len(layer.lora_B) + layer.lora_A.shape[1] for layer in adapter.factors().values())

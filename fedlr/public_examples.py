@@ -5,7 +5,7 @@ therefore refuses its own private file here, under whatever name, and says in it
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,14 @@ class PublicExamples:
         )
 
 
-def read_public(table: PublicTable, private: Mapping[str, Any], *, num_classes: int, seed: int) -> PublicExamples:
+def read_public(
+    table: PublicTable,
+    private: Mapping[str, Any],
+    *,
+    num_classes: int,
+    seed: int,
+    private_texts: Collection[str] = frozenset(),
+) -> PublicExamples:
     """Read `num_examples` rows of a public table, drawn by the seed, in the table's order.
 
     Args:
@@ -43,9 +50,10 @@ def read_public(table: PublicTable, private: Mapping[str, Any], *, num_classes: 
         private: the configuration's section `data`.
         num_classes: of the model; as many labels must be named, if any are.
         seed: of the public randomness.
+        private_texts: the clients', as far as they are known here.
 
     Raises:
-        InputError: the file is the private one, or cannot be used.
+        InputError: the file is the private one, holds a private text, or cannot be used.
     """
     path = Path(table.path).expanduser()
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
@@ -54,7 +62,16 @@ def read_public(table: PublicTable, private: Mapping[str, Any], *, num_classes: 
     refuse_private(table, sha256, private)
     if table.labels is not None and len(table.labels) != num_classes:
         raise InputError(f"Expected {num_classes} adapter.public.labels, as the model has classes, got {table.labels}")
-    data = _texts(path, table) if table.labels is None else _labelled(path, table)
+    try:
+        data = _texts(path, table) if table.labels is None else _labelled(path, table)
+    except InputError as error:  # which speaks of the clients' table
+        told = str(error).replace(", or leave such rows out with data.on_bad_row=drop", "")
+        raise InputError(told.replace("data.", "adapter.public.")) from error
+    if shared := len(set(data.texts) & set(private_texts)):
+        raise InputError(
+            f"Expected a public table without a text of the clients', got {shared} of theirs in {table.path!r}: a "
+            "start reads its rows without noise, outside every ledger; take them out of adapter.public.path"
+        )
     chosen = stream(seed, Purpose.INIT, step=1).permutation(len(data))[: table.num_examples]
     return PublicExamples(data.subset(np.sort(chosen)), sha256)
 

@@ -35,6 +35,7 @@ class SideWeights:
         """
         if adapter.side is self._merged or not (adapter.side or self._merged):
             return
+        self._check(adapter.side)
         for path in {*self._merged, *adapter.side}:
             weight = self._weight(path)
             if path not in self._plain:
@@ -49,6 +50,16 @@ class SideWeights:
                 product_DK = product_DK.T  # GPT-2's Conv1D keeps its weight as (K, D)
             weight.copy_(plain.double() + adapter.scale * product_DK.to(plain.device))
         self._merged = adapter.side
+
+    def _check(self, side: Mapping[str, LoraFactors]) -> None:
+        """Refuse what does not fit before anything is merged."""
+        for path, layer in side.items():
+            if path not in self._layers:
+                raise InputError(f"Expected side products of adapted layers, got one of {path[:80]!r}")
+            shape = self._weight(path).shape
+            wanted = tuple(shape) if isinstance(self._layers[path], nn.Linear) else tuple(shape)[::-1]
+            if (got := (len(layer.lora_B), layer.lora_A.shape[1])) != wanted:
+                raise InputError(f"Expected a side product of {wanted} for {path}, got {got}")
 
     def _weight(self, path: str) -> Tensor:
         layer = self._layers[path]

@@ -10,7 +10,7 @@ them (`fedlr.public_examples`).
 Legend: D out_features, K in_features, T tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,14 @@ class Start:
     origin: str | None = None
 
 
-def start_of(experiment: Experiment, base: BaseModel, model: AdaptedModel, *, seed: int) -> Start:
+def start_of(
+    experiment: Experiment,
+    base: BaseModel,
+    model: AdaptedModel,
+    *,
+    seed: int,
+    private_texts: Collection[str] = frozenset(),
+) -> Start:
     """Return the adapter that an experiment starts from.
 
     Args:
@@ -48,6 +55,7 @@ def start_of(experiment: Experiment, base: BaseModel, model: AdaptedModel, *, se
         base: the model's, for its tokenizer.
         model: as `fedlr.tuners.attach` made it, on the CPU; only bases of lora_sb are written into it.
         seed: of the public randomness: it draws the public examples.
+        private_texts: those of the clients, where they are known here; a public table holds none of them.
 
     Raises:
         InputError: for a public table that cannot be used, or is the private one, and numbers that are not finite.
@@ -61,7 +69,8 @@ def start_of(experiment: Experiment, base: BaseModel, model: AdaptedModel, *, se
     if name not in FROM_PUBLIC or config.public is None:
         return Start(drawn)
     num_classes = len(base.network.config.id2label or {})
-    public = read_public(config.public, experiment.data.section(), num_classes=num_classes, seed=seed)
+    private = experiment.data.section()
+    public = read_public(config.public, private, num_classes=num_classes, seed=seed, private_texts=private_texts)
     texts = tokenise(public.data, base.tokenizer, max_length=experiment.data.max_length)
     origin = public.origin(f"adapter.init_lora_weights={name}")
     if name == "lora_sb":

@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
+from fedlr.adapter import side_tensors
 from fedlr.assembly import torch_threads
 from fedlr.checkpoint import latest_checkpoint, save_checkpoint
-from fedlr.client_ranks import num_sides
+from fedlr.client_ranks import num_rows_and_columns
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
@@ -133,7 +134,7 @@ class Run:
             max_participations=e.max_participations,
             seed=self.served.seed,
             train_head=e.adapter.train_head,
-            ranks=e.adapter.ranks(e.num_clients, sides=num_sides(self.served.start.adapter)),
+            ranks=e.adapter.ranks(e.num_clients, rows_and_columns=num_rows_and_columns(self.served.start.adapter)),
             quorum=e.deployment.min_updates,
         )
         with torch_threads(1):
@@ -238,9 +239,9 @@ class Run:
         done.seconds += row["seconds"]["round"]
         folder = self.run_dir / ADAPTERS
         folder.mkdir(exist_ok=True)
-        tensors = {f"{slot.path}|{slot.role}": t.contiguous() for slot, t in state.adapter.tensors.items()}
+        released = {**state.adapter.tensors, **side_tensors(state.adapter.side)}
         partial = folder / f".round-{state.round_index:05d}.partial"
-        save_file(tensors, partial)
+        save_file({f"{slot.path}|{slot.role}": t.contiguous() for slot, t in released.items()}, partial)
         partial.replace(folder / f"round-{state.round_index:05d}.safetensors")
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)

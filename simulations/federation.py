@@ -12,7 +12,7 @@ from fedlr.adapter import num_values, read_adapter
 from fedlr.assembly import check_trainable, load_examples, local_training, notes, private_mechanism, working_model
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
-from fedlr.client_ranks import num_sides
+from fedlr.client_ranks import num_rows_and_columns
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
 from fedlr.data.tokenise import Share, TokenisedText, tokenise
@@ -99,7 +99,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     with naming("data", "max_length"):
         tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
         test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
-    begun = start_of(experiment, base, model, seed=seed)
+    begun = start_of(experiment, base, model, seed=seed, private_texts={*data.texts, *held_out.texts})
     start = initial_state(begun.adapter, method)
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
@@ -124,7 +124,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         training=training,
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
         weights=weights,
-        ranks=experiment.adapter.ranks(experiment.num_clients, sides=num_sides(start.adapter)),
+        ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
         side=SideWeights(working),
         notes=notes(experiment, data, held_out, tokenised, test),
     )

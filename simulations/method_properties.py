@@ -50,6 +50,7 @@ class Properties:
     client_rule: str  # "" for none
     client_remembers: bool
     dynamic_ranks: bool  # whether layers have a rank that changes
+    prunes: bool  # whether clients' ranks may fall
     uniform: bool  # whether it refuses clients of unlike weights
     server_memory: tuple[str, ...]
     adapters: Sequence[AdapterState] = field(repr=False, compare=False)  # before round 0 and after each
@@ -78,6 +79,7 @@ class Properties:
                 ("folds", self.folds),
                 ("mixed ranks", self.mixed_error is not None),
                 ("dynamic ranks", self.dynamic_ranks),
+                ("prunes ranks", self.prunes),
                 ("uniform weights only", self.uniform),
                 (f"client rule {self.client_rule}", self.client_rule),
                 ("clients remember", self.client_remembers),
@@ -141,6 +143,7 @@ def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Prop
         client_rule=type(method.client).__name__ if method.client.changes else "",
         client_remembers=method.client.remembers,
         dynamic_ranks=method.dynamic_ranks,
+        prunes=method.prunes,
         uniform=False,
         server_memory=tuple(sorted(states[-1].adapter.memory)),
         adapters=[state.adapter for state in states],

@@ -18,6 +18,7 @@ from fedlr.low_rank import LowRankSum
 from fedlr.refactor import product_norm
 from fedlr.tuners.entry import Tuner
 from fedlr.tuners.layer_means import Folded, Layer, layers_of
+from fedlr.validate import LARGEST_VALUE
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,19 @@ class BoundLayerMean:
             written = running[path].written()
             values |= {layer.slots[block]: value for block, value in written.values.items()}
             errors[Slot(path, ERRORS)] = torch.tensor([written.error], dtype=torch.float64)
-            if written.fold is not None and (norm := product_norm(written.fold)) > 0.0:
+            if written.fold is not None and not _is_sound(written.fold):
+                errors[Slot(path, ERRORS)] = torch.tensor([1.0], dtype=torch.float64)  # all of the mean is missed
+            elif written.fold is not None and (norm := product_norm(written.fold)) > 0.0:
                 side[path], missed = _with_folded(layer, written.fold, max_rank=self._max_rank)
                 errors[Slot(path, ERRORS)] = torch.tensor([missed / norm], dtype=torch.float64)
         changed = any(factors is not adapter.side.get(path) for path, factors in side.items())
         adapter = replace(adapter.with_rounded(values), side=side if changed else adapter.side)
         return adapter.remembering(ERRORS, errors)
+
+
+def _is_sound(fold: LoraFactors) -> bool:
+    """Return whether devices would take the numbers: values that pass the gate may explode in a system's formula."""
+    return all(float(factor.abs().max()) <= LARGEST_VALUE for factor in (fold.lora_A, fold.lora_B))
 
 
 def _with_folded(layer: Layer, fold: LoraFactors, *, max_rank: int | None) -> tuple[LoraFactors, float]:

@@ -39,7 +39,7 @@ class RandomDirections:
     Guarantees: draws follow from the adapter before round 0 and the number of aggregated rounds. A rule that folds for
     good is not for it: its side would train too.
 
-    Raises: InputError for an argument out of range, or a start that has a side.
+    Raises: InputError for an argument out of range.
     """
 
     share: float = 0.5
@@ -52,11 +52,6 @@ class RandomDirections:
     def __call__(self, adapter: AdapterState) -> AdapterState:
         """Return the adapter with the directions of the next round as its factors, all others as its side."""
         if RANKS not in adapter.memory:
-            if adapter.side:
-                raise InputError(
-                    "Expected a start without a side product for a method that takes its side back, got one; set "
-                    "adapter.init_lora_weights=true or principal, or another method"
-                )
             clock = torch.tensor([0, int(adapter.fingerprint()[:8], 16)])
             whole = {path: orthonormal_rows(layer) for path, layer in adapter.factors().items()}
         else:

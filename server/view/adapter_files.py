@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from server.view.operator_pb2 import LAYOUT_CHECKPOINT, LAYOUT_PEFT, LAYOUT_RELEASED, AdapterHeader, Layout
 from server.view.refusals import NotThere, Unreadable
 from server.view.round_feed import SUMMARY
 from server.view.run_status import last_round
 
 RELEASED, CHECKPOINTS, EXPORTED = "adapters", "checkpoints", "adapter/adapter_model.safetensors"
-IN_CHECKPOINT, MANIFEST = "adapter.safetensors", "manifest.json"
+IN_CHECKPOINT, SIDE_IN_CHECKPOINT, MANIFEST = "adapter.safetensors", "side.safetensors", "manifest.json"
 ROUND_NAME = re.compile(r"round-(\d{5,9})(\.safetensors)?")
 SHOWN_ROUNDS = 5
 
@@ -105,7 +108,8 @@ def spans(rounds: list[int]) -> str:
 
 def _of_rounds(run_dir: Path) -> dict[int, AdapterFile]:
     """Return the adapters that are kept by round: the released one before the checkpoint's."""
-    checkpoints = {number: path / IN_CHECKPOINT for number, path in _numbered(run_dir / CHECKPOINTS, suffix=None)}
+    folders = [(n, path) for n, path in _numbered(run_dir / CHECKPOINTS, suffix=None) if not _has_side(path)]
+    checkpoints = {number: path / IN_CHECKPOINT for number, path in folders}
     released = _numbered(run_dir / RELEASED, suffix=".safetensors")
     found = {n: AdapterFile(path, n, LAYOUT_CHECKPOINT) for n, path in checkpoints.items() if path.exists()}
     return found | {n: AdapterFile(path, n, LAYOUT_RELEASED) for n, path in released}
@@ -131,6 +135,14 @@ def _exported(run_dir: Path) -> AdapterFile | None:
     if type(rounds_completed) is not int:
         raise Unreadable("the last line of metrics.jsonl is from another version")
     return AdapterFile(path, rounds_completed, LAYOUT_PEFT)
+
+
+def _has_side(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a side product, without which its adapter is another function."""
+    try:
+        return bool(load_file(checkpoint / SIDE_IN_CHECKPOINT))
+    except (OSError, SafetensorError):
+        return False  # whatever is wrong with it, its manifest will tell
 
 
 def _sha256_of_manifest(checkpoint: Path) -> str:

@@ -205,7 +205,7 @@ SANE: Mapping[str, Mapping[str, Any]] = {
     "a rule of the trainer's": {"trainer.after_noise": section(f"{RULES}preconditioned.ScaledGradient", reg=0.1)},
     "SCAFFOLD": {"client_rule": section(f"{RULES}scaffold.ScaffoldClient", lr=0.5, optimizer="torch.optim.SGD")},
     "all layers": {"adapter.target_modules": "all-linear"},
-    "the last layer, by rank": {"adapter.layers": [5], "adapter.client_ranks": [1, 2]},
+    "the last layer": {"adapter.layers": [5]},
     "Opacus": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "hooks"},
 }
 

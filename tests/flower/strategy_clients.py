@@ -32,7 +32,7 @@ KEYS = {
 A, B, CLASSIFIER = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight", "base_model.model.classifier.weight"
 SHAPES = [(3, 6), (5, 3), (2, 4), (4, 2), (2, 5)]
 REFUSED = {"fedex_lora", "fedprox", "fedsa_lora", "flora", "la_lora", "renewal", "scaffold"}
-REFUSED |= {"rank_budget", "rank_energy", "rank_growth", "drop_lora", "dylora"}
+REFUSED |= {"hetlora", "rank_budget", "rank_energy", "rank_growth", "drop_lora", "dylora"}
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 
 
