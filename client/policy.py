@@ -54,6 +54,7 @@ from client.bounds import Policy as Policy
 from client.settings import Settings
 from fedlr.adapter import (
     HEAD,
+    LARGEST_VALUE,
     LORA_A,
     LORA_B,
     SHIPPED,
@@ -72,7 +73,6 @@ from fedlr.experiment import Target
 from fedlr.messages import Request
 from fedlr.terms import Terms
 from fedlr.tuners.blocks import LORA, entry_of, role_of
-from fedlr.validate import LARGEST_VALUE
 
 
 class PolicyRefusal(InputError):

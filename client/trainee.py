@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from client.settings import Settings
-from fedlr.adapter import LAYOUT, AdapterState, Block, read_adapter, roles_of
+from fedlr.adapter import HEAD, LAYOUT, AdapterState, Block, read_adapter, roles_of
 from fedlr.assembly import check_trainable, local_training, torch_threads, working_model
 from fedlr.build import build, build_choice
 from fedlr.client_rule import ClientRule
@@ -99,14 +99,16 @@ class Trainee:
 
 
 def check_enrolled(enrolled: AdapterState, own: AdapterState) -> None:
-    """Refuse an enrolled adapter that is not whole, or of other types: what is left out would be an earlier one's.
+    """Refuse an enrolled adapter that lacks more than the head, which follows from the seed: what is left out would be
+    an earlier one's.
 
     Raises:
-        InputError: it is.
+        InputError: it does, or has tensors of another type.
     """
     given = {slot: tensor.dtype for slot, tensor in enrolled.tensors.items()}
-    if given != {slot: tensor.dtype for slot, tensor in own.tensors.items()}:
-        raise InputError(f"Expected all {len(own.tensors)} tensors of the adapter, of its types, got {len(given)}")
+    wanted = {slot: tensor.dtype for slot, tensor in own.tensors.items() if slot.role != HEAD or slot in given}
+    if given != wanted:
+        raise InputError(f"Expected all {len(wanted)} tensors of the adapter, of its types, got {len(given)}")
     own.overlaid(enrolled.tensors)  # raises for other shapes
 
 

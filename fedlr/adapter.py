@@ -25,6 +25,9 @@ ROLES = (LORA_A, LORA_B, HEAD)
 SHIPPED = "shipped"  # of frozen parts that clients are given once; no block trains it
 LAYOUT = "fedlr_layout"  # the attribute of a model whose adapter is another system's than LoRA (fedlr.tuners.attach)
 ADAPTER_NAME = "default"
+# Of a message. No adapter that works comes near it, and products of two such values are far from float32's end: one
+# client's finite numbers cannot make the server's arithmetic overflow.
+LARGEST_VALUE = 1e6
 
 
 class Slot(NamedTuple):

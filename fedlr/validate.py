@@ -8,11 +8,7 @@ from collections.abc import Container, Mapping
 import torch
 from torch import Tensor
 
-from fedlr.adapter import ClientUpdate, Slot
-
-# No adapter that works comes near it, and products of two such values are far from float32's end: one client's finite
-# numbers cannot make the server's arithmetic overflow.
-LARGEST_VALUE = 1e6
+from fedlr.adapter import LARGEST_VALUE, ClientUpdate, Slot
 
 
 def rejection(

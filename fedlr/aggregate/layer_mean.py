@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import LAYOUT, AdapterState, ClientUpdate, LoraFactors, Slot
+from fedlr.adapter import LARGEST_VALUE, LAYOUT, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.aggregate.diagnostics import ERRORS
 from fedlr.aggregate.mean import RunningMean
 from fedlr.aggregate.rank import svd_redistribution
@@ -18,7 +18,6 @@ from fedlr.low_rank import LowRankSum
 from fedlr.refactor import product_norm
 from fedlr.tuners.entry import Tuner
 from fedlr.tuners.layer_means import Folded, Layer, layers_of
-from fedlr.validate import LARGEST_VALUE
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class BoundLayerMean:
 
 def _is_sound(fold: LoraFactors) -> bool:
     """Return whether devices would take the numbers: values that pass the gate may explode in a system's formula."""
-    return all(float(factor.abs().max()) <= LARGEST_VALUE for factor in (fold.lora_A, fold.lora_B))
+    return all(bool((factor.abs() <= LARGEST_VALUE).all()) for factor in (fold.lora_A, fold.lora_B))
 
 
 def _with_folded(layer: Layer, fold: LoraFactors, *, max_rank: int | None) -> tuple[LoraFactors, float]:

@@ -50,7 +50,7 @@ def needs_more_of_clients(method: Method) -> str | None:
     if method.folds:
         return "clients merge what the server folds away into their base model"
     if method.prunes:
-        return "the server lowers the ranks of clients"
+        return "clients give their factors the ranks that the server leaves them"
     if method.client.changes:
         return f"clients apply the rule {type(method.client).__name__} in every step"
     if method.dynamic_ranks:

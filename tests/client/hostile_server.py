@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlr.adapter import HEAD, LORA_B, SIDE_A, SIDE_B, AdapterState, Slot
+from fedlr.adapter import HEAD, LORA_A, LORA_B, SIDE_A, SIDE_B, AdapterState, Slot
 from fedlr.messages import Request
 from fedlr.rounds import RoundTask
 from fedlr.terms import Terms
@@ -157,6 +157,10 @@ REQUESTS: Mapping[str, tuple[Mapping[str, Any], Mapping[Slot, torch.Tensor]]] = 
     "nothing to send": ({"personal": [LORA_B]}, {}),
     "something personal nobody knows": ({"personal": ["data"]}, {}),
     "a rank above the adapter's": ({"rank": 3}, {}),
+    "a rank above what it broadcasts": (
+        {"rank": 2},
+        {Slot(f"broadcast/{PATH}", LORA_A): ones(1, 16), Slot(f"broadcast/{PATH}", LORA_B): ones(16, 1)},
+    ),
     "another scale": ({"scale": 1e9}, {}),
     "a scale that is no number": ({"scale": NAN}, {}),
     "another adapter than it says": ({"enrolled_sha256": "0" * 64}, {}),

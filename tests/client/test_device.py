@@ -15,6 +15,7 @@ import torch
 from client.device import Device
 from client.trainee import Trainee
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, read_adapter
+from fedlr.errors import InputError
 from fedlr.messages import Reply, Request
 from fedlr.models import BaseModel
 from fedlr.rounds import RoundTask
@@ -103,6 +104,17 @@ def test_a_client_number_costs_no_memory(tmp_path: Path) -> None:
     pool.close()
     assert isinstance(update, ClientUpdate)
     assert {tensor.shape[1] for tensor in update.tensors.values()} == {1}
+
+
+def test_an_enrolled_adapter_is_whole_and_of_its_types(tmp_path: Path) -> None:
+    asked = request()
+    trainee = Trainee.prepare(device_settings(tmp_path / "device"), asked.terms, say=lambda line: None)
+    assert asked.enrolled is not None
+    tensors = asked.enrolled.tensors
+    part = {slot: tensor for slot, tensor in tensors.items() if slot.role != LORA_A}
+    for wrong in (part, {slot: tensor.double() for slot, tensor in tensors.items()}):
+        with pytest.raises(InputError, match="tensors of the adapter, of its types"):
+            trainee.pool(0, replace(asked.enrolled, tensors=wrong), asked.task.block, Free())
 
 
 class Free:

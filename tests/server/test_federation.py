@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import client.device as device_module
 from client.device import Device
+from fedlr.adapter import ROLES, SIDE_A, SIDE_B
 from fedlr.assembly import torch_threads
 from fedlr.errors import InputError
 from fedlr.experiment import compose_experiment
@@ -27,6 +29,8 @@ from fedlr.rounds import RoundTask
 from fedlr.run_dir import LEDGER
 from fedlr.wire import RecordDict
 from server.run import Run
+from server.view.adapter_files import find_adapter
+from server.view.refusals import NotThere
 from simulations.federation import assemble
 from simulations.simulate import create_ledger, run_rounds
 from tests.server.whole_federation import SMALL, Federation, close_all, experiment, lines
@@ -152,6 +156,15 @@ def test_the_base_model_is_loaded_once_a_device_and_the_adapter_given_once(tmp_p
     f.finish()
     assert [device.num_models_loaded for device in f.devices] == [1, 1, 1, 1]
     assert sizes[0] > sizes[1] == sizes[2]
+
+
+def test_a_served_adapter_has_its_side_and_a_checkpoint_without_it_is_not_served(tmp_path: Path) -> None:
+    run = Federation(experiment("method=flora", "num_rounds=1"), tmp_path).finish()
+    found = find_adapter(run.run_dir, 1)
+    assert {name.rpartition("|")[2] for name in load_file(found.path)} == {*ROLES, SIDE_A, SIDE_B}
+    found.path.unlink()
+    with pytest.raises(NotThere):
+        find_adapter(run.run_dir, 1)
 
 
 def test_a_run_leaves_behind_what_a_simulation_does(tmp_path: Path) -> None:

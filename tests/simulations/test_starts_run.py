@@ -240,8 +240,12 @@ def test_the_private_file_is_no_public_table(tmp_path: Path) -> None:
     e = compose_experiment([*private(copy), *words("eva"), "privacy=none"])
     with pytest.raises(InputError, match="the same file as .* without noise, outside every ledger"):
         assemble(e, seed=0)
-    copy.write_text(copy.read_text(encoding="utf-8") + "one row more,no\n", encoding="utf-8")
-    assert assemble(e, seed=0).origin, "another table is let through: whose rows it holds is the user's word"
+    header, *rows = TABLE[0].read_text(encoding="utf-8").splitlines()
+    copy.write_text("\n".join([header, "nobody wrote this,no", *rows]), encoding="utf-8")
+    with pytest.raises(InputError, match="without a text of the clients', got 60 of theirs"):
+        assemble(e, seed=0)
+    copy.write_text("\n".join([header, *(f"other {row}" for row in rows)]), encoding="utf-8")
+    assert assemble(e, seed=0).origin, "whose rows another table holds is the user's word"
 
 
 REFUSED = {
