@@ -20,6 +20,7 @@ from fedlr.report.wording import byte_unit, power_of_ten
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
 MOST_NAMED = 5  # arms in a caption
+LEGEND_WIDTH = 72  # letters in a line of a legend
 BESIDE: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 7, "va": "center"}
 
 
@@ -70,7 +71,7 @@ def accuracy_of_each_run(arms: Sequence[Arm]) -> Picture:
             }
             several = arm.num_seeds > 1
             for number, run in enumerate(arm.runs):
-                label = None if number or several else _seen(f"{arm.label} ({arm.privacy})")
+                label = None if number or several else _named(arm)
                 rounds = [state.rounds_completed for state in run.states]
                 accuracy = [state.accuracy for state in run.states]
                 axes.plot(rounds, accuracy, linewidth=0.7 if several else 1.4, label=label, **look)
@@ -79,12 +80,15 @@ def accuracy_of_each_run(arms: Sequence[Arm]) -> Picture:
         axes.margins(x=0.03, y=0.08)
         round_axis(axes)
         percent_axis(axes)
-        legend(figure, axes, columns=2)
+        legend(figure, axes, columns=columns)
 
+    names = [_named(arm) for arm in arms]
+    columns = 1 if max(map(len, names)) > LEGEND_WIDTH // 2 else 2
+    num_lines = sum(len(name.splitlines()) for name in names)
     caption = "Higher is better: one thin line is one run, its colour the method, its dashes the privacy"
     if any(arm.num_seeds > 1 for arm in arms):
         caption += "; a thick line is the mean over seeds, its band the 95\u00a0% confidence interval of that mean"
-    height_in = 3.1 + 0.17 * -(-len(arms) // 2)
+    height_in = 3.1 + 0.17 * -(-num_lines // columns)
     return drawn("accuracy-runs", "Accuracy after each round", f"{caption}.", paint, height_in=height_in)
 
 
@@ -174,10 +178,14 @@ def _paint_rows(
 
 def _name_rows(axes: Axes, arms: Sequence[Arm]) -> None:
     labels = _ordered(arm.label for arm in arms)
-    axes.set_yticks(range(len(labels)), [fill(label, 34, break_long_words=False) for label in labels])
+    axes.set_yticks(range(len(labels)), [_row_name(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.margins(x=0.06)
     axes.grid(axis="x")
+
+
+def _row_name(label: str) -> str:
+    return fill(label, 34, break_long_words=False)
 
 
 def _paint_mean(axes: Axes, arm: Arm, look: dict[str, Any]) -> None:
@@ -189,7 +197,7 @@ def _paint_mean(axes: Axes, arm: Arm, look: dict[str, Any]) -> None:
     ends = [[min(max(end, 0.0), 1.0) for end in interval.ends] for interval in intervals]
     low, high = [end[0] for end in ends], [end[1] for end in ends]
     axes.fill_between(rounds, low, high, color=look["color"], alpha=0.14, linewidth=0)
-    label = _seen(f"{arm.label} ({arm.privacy})")
+    label = _named(arm)
     axes.plot(rounds, [interval.mean for interval in intervals], linewidth=2.0, label=label, **look)
 
 
@@ -199,11 +207,19 @@ def _looked_up(numbers: Mapping[int, float]) -> Callable[[Run], float]:
 
 
 def _height(arms: Sequence[Arm]) -> float:
-    return max(3.1, 1.3 + 0.42 * len({arm.label for arm in arms}))
+    """Return the height, in inches, of rows as high as the longest of their names."""
+    labels = _ordered(arm.label for arm in arms)
+    row_in = max(0.42, 0.1 + 0.14 * max(len(_row_name(label).splitlines()) for label in labels))
+    return max(3.1, 1.3 + row_in * len(labels))
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names))
+
+
+def _named(arm: Arm) -> str:
+    """Return what a legend calls an arm."""
+    return fill(_seen(f"{arm.label} ({arm.privacy})"), LEGEND_WIDTH, break_long_words=False)
 
 
 def _seen(label: str) -> str:

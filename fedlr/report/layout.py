@@ -118,10 +118,10 @@ ul { padding-left: 22px; }
 .scroll { overflow-x: auto; margin: 0 0 14px; }
 table { border-collapse: collapse; background: var(--paper); min-width: 50%; font-size: 15px; }
 th, td { padding: 6px 12px; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
-td { overflow-wrap: break-word; }
+td { overflow-wrap: break-word; min-width: 7.5em; }
 th { font-weight: 600; font-size: 13px; color: var(--muted); vertical-align: bottom; }
 .number { text-align: right; }
-td.number { white-space: nowrap; }
+td.number { white-space: nowrap; min-width: 0; }
 .strong td { font-weight: 600; }
 .gallery { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
 figure { margin: 0; padding: 16px 18px; background: var(--paper); border: 1px solid var(--grid);
