@@ -3,6 +3,7 @@
 Legend: D out_features, K in_features.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -98,27 +99,26 @@ class BoundLayerMean:
         for path, layer in layers.items():
             written = running[path].written()
             values |= {layer.slots[block]: value for block, value in written.values.items()}
-            errors[Slot(path, ERRORS)] = torch.tensor([written.error], dtype=torch.float64)
-            if written.fold is not None and not _is_sound(written.fold):
-                errors[Slot(path, ERRORS)] = torch.tensor([1.0], dtype=torch.float64)  # all of the mean is missed
-            elif written.fold is not None and (norm := product_norm(written.fold)) > 0.0:
-                side[path], missed = _with_folded(layer, written.fold, max_rank=self._max_rank)
-                errors[Slot(path, ERRORS)] = torch.tensor([missed / norm], dtype=torch.float64)
+            error = written.error
+            if written.fold is not None:
+                folded, error = _with_folded(layer, written.fold, max_rank=self._max_rank)
+                side |= {} if folded is None else {path: folded}
+            errors[Slot(path, ERRORS)] = torch.tensor([error], dtype=torch.float64)
         changed = any(factors is not adapter.side.get(path) for path, factors in side.items())
         adapter = replace(adapter.with_rounded(values), side=side if changed else adapter.side)
         return adapter.remembering(ERRORS, errors)
 
 
-def _is_sound(fold: LoraFactors) -> bool:
-    """Return whether devices would take the numbers: values that pass the gate may explode in a system's formula."""
-    return all(bool((factor.abs() <= LARGEST_VALUE).all()) for factor in (fold.lora_A, fold.lora_B))
+def _with_folded(layer: Layer, fold: LoraFactors, *, max_rank: int | None) -> tuple[LoraFactors | None, float]:
+    """Return a layer's side with a product more, in the dtype of its weights, and the share of it that is missed.
 
-
-def _with_folded(layer: Layer, fold: LoraFactors, *, max_rank: int | None) -> tuple[LoraFactors, float]:
-    """Return a layer's side with a product more, in the dtype of its weights, and the norm of what it misses.
-
-    It keeps the columns that the dtype can tell from nothing beside the largest one.
+    The side keeps the columns that the dtype can tell from nothing beside the largest one. It stays as it is where the
+    product is nothing, and where no device would take it: numbers that pass the gate can explode in a formula.
     """
+    if (norm := product_norm(fold)) == 0.0:
+        return layer.side, 0.0
+    if not math.isfinite(norm):
+        return layer.side, 1.0
     full = min(len(fold.lora_B), fold.lora_A.shape[1])
     parts = [fold] if layer.side is None else [layer.side, fold]
     total = LowRankSum(max_rank=min(max_rank or full, full))
@@ -129,9 +129,11 @@ def _with_folded(layer: Layer, fold: LoraFactors, *, max_rank: int | None) -> tu
     used = norms_M > torch.finfo(dtype).eps * norms_M.max()
     used[0] = True  # a side that was taken back stays, as zeros
     after = LoraFactors(best.lora_A[used].to(dtype), best.lora_B[:, used].to(dtype))
+    if float(after.lora_B.abs().max()) > LARGEST_VALUE:
+        return layer.side, 1.0
     missed_A = torch.cat([after.lora_A.double(), *(part.lora_A.double() for part in parts)])
     missed_B = torch.cat([after.lora_B.double(), *(-part.lora_B.double() for part in parts)], dim=1)
-    return after, product_norm(LoraFactors(missed_A, missed_B))
+    return after, product_norm(LoraFactors(missed_A, missed_B)) / norm
 
 
 def _values(layer: Layer, tensors: Mapping[Slot, Tensor]) -> dict[str, Tensor]:

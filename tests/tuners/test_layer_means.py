@@ -19,8 +19,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from fedlr.adapter import LAYOUT, SHIPPED, AdapterState, ClientUpdate, LoraFactors, Slot, read_adapter, write_adapter
+from fedlr.adapter import (
+    LARGEST_VALUE,
+    LAYOUT,
+    SHIPPED,
+    AdapterState,
+    ClientUpdate,
+    LoraFactors,
+    Slot,
+    read_adapter,
+    write_adapter,
+)
 from fedlr.aggregate import layer_mean
+from fedlr.aggregate.diagnostics import ERRORS
 from fedlr.aggregate.layer_mean import LayerMean
 from fedlr.errors import InputError
 from fedlr.tuners import TUNERS, deltas, layer_means, measure, own_forms
@@ -225,6 +236,16 @@ def test_nobody_moved_nothing_is_folded() -> None:
         after = r.rule(r.adapter, [ClientUpdate(0, same, 1.0, 0), ClientUpdate(1, same, 1.0, 0)])
         for path, layer in r.at(after.tensors, after.side).items():
             torch.testing.assert_close(layer, before[path], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("system", FOLDED)
+def test_numbers_that_explode_in_a_formula_are_not_sent_down(system: str) -> None:
+    r = Round(system)
+    wild = {slot: 1e6 * torch.sign(tensor) for slot, tensor in moved(r.adapter, 1).items()}
+    after = r.rule(r.adapter, [ClientUpdate(0, wild, 1.0, 0)])
+    assert all(float(side.lora_B.abs().max()) <= LARGEST_VALUE for side in after.side.values())
+    for slot, error in after.memory[ERRORS].items():
+        assert torch.isfinite(error).all() and (slot.path in after.side or float(error) == 1.0)
 
 
 def test_what_is_merged_into_a_model_later_is_not_seen_by_the_rule() -> None:
