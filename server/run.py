@@ -241,7 +241,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         released = {**state.adapter.tensors, **side_tensors(state.adapter.side)}
         partial = folder / f".round-{state.round_index:05d}.partial"
-        save_file({f"{slot.path}|{slot.role}": t.contiguous() for slot, t in released.items()}, partial)
+        save_file({f"{slot.path}|{slot.role}": t.contiguous().clone() for slot, t in released.items()}, partial)
         partial.replace(folder / f"round-{state.round_index:05d}.safetensors")
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
