@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from torch import Tensor
 
-from fedlr.adapter import AdapterState, ClientUpdate
+from fedlr.adapter import AdapterState, ClientUpdate, Slot
 from fedlr.client_ranks import narrowed
 from fedlr.messages import Request
 from fedlr.rounds import Dropout, RoundTask
@@ -63,6 +64,7 @@ class GridPool:
         absent = [client for client in cohort if client not in nodes]
         yield from (Dropout(client, "rejected", "offline") for client in absent)
         alike = None if task.ranks else task.fingerprint()
+        expected = self._enrolled.overlaid(task.broadcast).select(task.shared)
         waiting: dict[str, tuple[int, Asked]] = {}  # by message: the node that was asked, and what
         for client in cohort:
             if client in nodes:
@@ -72,7 +74,7 @@ class GridPool:
                 if message_id is None:
                     yield Dropout(client, "rejected", "not_sent")
                 else:
-                    waiting[message_id] = nodes[client], self._asked(own, client, alike or own.fingerprint())
+                    waiting[message_id] = nodes[client], self._asked(own, client, alike or own.fingerprint(), expected)
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 found = waiting.pop(reply.metadata.reply_to_message_id, None)
@@ -110,11 +112,10 @@ class GridPool:
         message = Message(request.record(), node_id, TRAIN, ttl=ttl, group_id=str(task.round_index))
         return next(iter(self._grid.push_messages([message])), None)
 
-    def _asked(self, task: RoundTask, client: int, task_sha256: str) -> Asked:
-        expected = self._enrolled.overlaid(task.broadcast).select(task.shared)
-        expected = dict(narrowed(expected, task.ranks.get(client)))
+    def _asked(self, task: RoundTask, client: int, task_sha256: str, expected: Mapping[Slot, Tensor]) -> Asked:
+        own = dict(narrowed(expected, task.ranks.get(client)))
         delta = None if self._terms.mechanism is None else self._terms.mechanism.delta
-        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, expected, delta)
+        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, own, delta)
 
     def _take(self, reply: Message, node_id: int, asked: Asked) -> ClientUpdate | Dropout:
         client = asked.client_id

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedlr.adapter import AdapterState, LoraFactors, Slot
-from fedlr.aggregate.renewal import fresh_rows
+from fedlr.aggregate.renewal import fresh_rows, stacked
 from fedlr.aggregate.stacking import with_folded
 from fedlr.errors import InputError
 from fedlr.refactor import orthonormal_rows, svd_refactor
@@ -244,6 +244,6 @@ def resized(adapter: AdapterState, ranks: Mapping[str, int], *, folds: bool = Tr
             draws_NK = torch.from_numpy(drawn.standard_normal((missing, layer.lora_A.shape[1])))
             rows_NK = fresh_rows(draws_NK, layer.lora_A, side_MK).to(layer.lora_A.dtype)
             columns_DN = layer.lora_B.new_zeros(len(layer.lora_B), missing)
-            kept = LoraFactors(torch.cat([layer.lora_A, rows_NK]), torch.cat([layer.lora_B, columns_DN], dim=1))
+            kept = stacked(layer, LoraFactors(rows_NK, columns_DN))
         new[path] = LoraFactors(kept.lora_A.contiguous(), kept.lora_B.contiguous())
     return adapter.with_factors(new)
