@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
+from fedlr.outlying import MAX_UPDATE_RATIO
 from fedlr.together import check_together
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -141,6 +142,7 @@ class Experiment(Section):
     num_clients: PositiveInt
     cohort_size: PositiveInt
     weighting: Literal["uniform", "examples"]
+    max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     model: Target
     data: DataSection
     partition: Target

@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from fedlr.client_rule import CONTROL
 from fedlr.cohorts import cohorts
 from fedlr.errors import InputError
 from fedlr.method import Method
+from fedlr.outlying import MAX_UPDATE_RATIO, Moves, moves, near_the_others
 from fedlr.validate import rejection
 
 MOST_HELD = 64  # updates, beyond which a client that sent only unusable ones is not waited for
@@ -134,18 +136,20 @@ def run_round(
     method: Method,
     train_head: bool = False,
     ranks: Sequence[int] | None = None,
+    max_update_ratio: float | None = MAX_UPDATE_RATIO,
 ) -> tuple[ServerState, RoundDiagnostics]:
     """Broadcast, train, validate, aggregate, finalise.
 
-    Updates are aggregated as they come, in ascending client order, and none is kept: memory does not grow with the
-    cohort. A client of smaller rank (`ranks`, by client id; None: all have the adapter's) has zeros beyond it here. A
-    round in which no client returned a usable update leaves the adapter as it was and still counts as a round.
+    Updates are aggregated as they come, in ascending client order, and few are kept: memory does not grow with the
+    cohort. A client of smaller rank (`ranks`, by client id; None: all have the adapter's) has zeros beyond it here; one
+    that moved `max_update_ratio` times as far as others is left out (`fedlr.outlying`). A round without a usable update
+    leaves the adapter as it was and still counts as a round.
     """
     task = task_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
 
     started = time.perf_counter()
-    answers = Answers(pool, task, cohort, expected=expected)
+    answers = Answers(pool, task, cohort, expected=expected, max_update_ratio=max_update_ratio)
     updates, ideal = iter(answers), Ideal(state.adapter)
     first = next(updates, None)
     if first is None:
@@ -180,7 +184,8 @@ class Answers:
     An update that comes before a lower client's is held until that one is heard; a pool that answers in order makes the
     server hold one update at a time. A client's first usable update counts and stays, whatever else comes in its name;
     a client of which nothing is heard is an event too. One that sent only what cannot be used is waited for while few
-    updates are held, and then no longer: it could otherwise make the server hold them all.
+    updates are held, and then no longer: it could otherwise make the server hold them all. The first few are held until
+    it is known how far updates of this round move, and whoever moved much further is an event as well.
     """
 
     def __init__(
@@ -190,16 +195,27 @@ class Answers:
         cohort: Sequence[int],
         *,
         expected: Mapping[Slot, Tensor],
+        max_update_ratio: float | None = MAX_UPDATE_RATIO,
     ) -> None:
         self.trained: list[int] = []  # ascending
         self.dropouts: list[Dropout] = []
         self.train_s = 0.0  # spent waiting for the pool
         self._outcomes = iter(pool.train(task, cohort))
         self._task, self._cohort, self._expected = task, cohort, expected
+        self._max_update_ratio = max_update_ratio
 
     def __iter__(self) -> Iterator[ClientUpdate]:
+        for update in near_the_others(self._in_order(), max_ratio=self._max_update_ratio, reject=self._too_far):
+            self.trained.append(update.client_id)
+            yield update
+
+    def _too_far(self, update: ClientUpdate) -> None:
+        self.dropouts.append(Dropout(update.client_id, "rejected", "too_far"))
+
+    def _in_order(self) -> Iterator[tuple[ClientUpdate, Moves]]:
+        """Yield the updates of the right form, with how far each moved, in ascending client order."""
         asked, waiting = frozenset(self._cohort), deque(sorted(self._cohort))
-        held: dict[int, ClientUpdate] = {}
+        held: dict[int, tuple[ClientUpdate, Moves]] = {}
         over: set[int] = set()  # who has had its turn: used, held, dropped out, or no longer waited for
         heard: set[int] = set()
         while (outcome := self._next()) is not None:
@@ -217,17 +233,16 @@ class Answers:
                 self.dropouts.append(Dropout(outcome.client_id, "rejected", reason))
             else:
                 over.add(outcome.client_id)
-                held[outcome.client_id] = self._as_wide(outcome)
+                own = moves(outcome.tensors, self._expected_of(outcome.client_id))
+                held[outcome.client_id] = self._as_wide(outcome), own
             del outcome  # the next one trains while this would still be held
             while waiting and (waiting[0] in over or (waiting[0] in heard and len(held) > MOST_HELD)):
                 client = waiting.popleft()
                 over.add(client)
                 if client in held:
-                    self.trained.append(client)
                     yield held.pop(client)
         self.dropouts += [Dropout(client, "rejected", "no_answer") for client in waiting if client not in heard]
         for client in sorted(held):
-            self.trained.append(client)
             yield held.pop(client)
 
     def _expected_of(self, client: int) -> Mapping[Slot, Tensor]:
@@ -247,8 +262,7 @@ class Answers:
 
 def _total(clients: Sequence[int], task: RoundTask, size: Callable[[int | None], int]) -> int:
     """Return the sizes of all clients together; those of one rank have one size, which is taken once."""
-    counts = Counter(task.ranks.get(client) for client in clients)
-    return sum(count * size(rank) for rank, count in counts.items())
+    return sum(n * size(rank) for rank, n in Counter(task.ranks.get(client) for client in clients).items())
 
 
 def federated_rounds(
@@ -264,6 +278,7 @@ def federated_rounds(
     train_head: bool = False,
     ranks: Sequence[int] | None = None,
     quorum: int = 0,
+    max_update_ratio: float | None = MAX_UPDATE_RATIO,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines.
 
@@ -273,9 +288,12 @@ def federated_rounds(
     if not 1 <= cohort_size <= num_clients:
         raise InputError(f"Expected cohort_size in [1, num_clients={num_clients}], got {cohort_size}")
     draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
+    one_round = partial(
+        run_round, pool=pool, method=method, train_head=train_head, ranks=ranks, max_update_ratio=max_update_ratio
+    )
     for cohort in islice(draws, state.round_index, num_rounds):
         while True:
-            after, diagnostics = run_round(state, cohort, pool=pool, method=method, train_head=train_head, ranks=ranks)
+            after, diagnostics = one_round(state, cohort)
             is_abandoned = len(diagnostics.trained) < min(quorum, len(cohort))
             state = state if is_abandoned else after
             yield state, diagnostics

@@ -50,6 +50,7 @@ def serve(run: Run, grid: Grid) -> None:
         quorum=e.deployment.min_updates,
         poll_s=e.deployment.poll_s,
         say=run.say,
+        reports=run.progress.reports,
     )
     run.rounds(pool)
 

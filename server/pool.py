@@ -19,6 +19,7 @@ from fedlr.rounds import Dropout, RoundTask
 from fedlr.terms import Terms
 from server.gate import Answer, Asked, answer_of, is_stated
 from server.nodes import Nodes
+from server.reports import Reports
 
 TRAIN = "train"
 LEAST_TTL_S = 1.0
@@ -35,6 +36,7 @@ class GridPool:
         deadline_s: for one attempt of a round.
         quorum: how many clients of a cohort must be reachable before anybody is asked.
         poll_s: between two looks for replies.
+        reports: what the clients said before of their ledgers; added to here.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class GridPool:
         quorum: int,
         poll_s: float,
         say: Callable[[str], None] = lambda line: None,
+        reports: Reports | None = None,
     ) -> None:
         self._grid, self._nodes, self._terms = grid, nodes, terms
         self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
         self._enrolled = enrolled = AdapterState(enrolled.tensors, enrolled.scale)  # a side comes with every task
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
-        self.epsilon: dict[int, float] = {}  # by client, as it last said of its own ledger
-        self.ledger_heads: dict[int, str] = {}
+        self.reports = reports or Reports()
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Ask every client that is reachable; yield what comes of it, in the order in which it comes."""
@@ -127,7 +129,8 @@ class GridPool:
         if (facts := answer.facts) is not None:
             # Only who says so itself is given the adapter again.
             (self._has_adapter.discard if facts.refused == "not_enrolled" else self._has_adapter.add)(client)
-            stated = asked.delta is not None and is_stated(facts, asked.delta)
-            if stated and facts.epsilon is not None and facts.ledger_head is not None:
-                self.epsilon[client], self.ledger_heads[client] = facts.epsilon, facts.ledger_head
+            if asked.delta is not None and is_stated(facts, asked.delta):
+                reason = self.reports.hear(client, facts, asked.task_sha256)
+                if reason is not None and isinstance(answer.outcome, ClientUpdate):
+                    return Dropout(client, "rejected", reason)
         return answer.outcome

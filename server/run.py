@@ -45,6 +45,7 @@ from fedlr.run_dir import (
     write_origin,
 )
 from server.federation import Served, assemble
+from server.reports import Reports
 
 ADAPTERS = "adapters"
 
@@ -54,16 +55,14 @@ class Progress:
     """Where a run is; everything in it is in the last checkpoint."""
 
     state: ServerState
-    epsilon: dict[int, float] = field(default_factory=dict)  # by client, as it last reported
-    ledger_heads: dict[int, str] = field(default_factory=dict)
+    reports: Reports = field(default_factory=Reports)  # by client, of its own ledger
     participations: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0  # that rounds took, over all starts
 
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the state."""
         return {
-            "epsilon": {str(client): value for client, value in self.epsilon.items()},
-            "ledger_heads": {str(client): head for client, head in self.ledger_heads.items()},
+            **self.reports.facts(),
             "participations": {str(client): count for client, count in self.participations.items()},
             "seconds": self.seconds,
         }
@@ -73,8 +72,7 @@ class Progress:
         """Return what `facts` told."""
         return cls(
             state,
-            {int(client): float(value) for client, value in facts["epsilon"].items()},
-            {int(client): str(head) for client, head in facts["ledger_heads"].items()},
+            Reports.of(facts),
             Counter({int(client): int(count) for client, count in facts["participations"].items()}),
             float(facts["seconds"]),
         )
@@ -118,7 +116,7 @@ class Run:
         return self.progress.state.round_index >= self.experiment.num_rounds
 
     def rounds(self, pool: Any) -> None:
-        """Ask for the rounds that are left; `pool` is a ClientPool that knows what clients report.
+        """Ask for the rounds that are left; `pool` is a ClientPool that adds to `progress.reports`.
 
         Raises:
             InputError: a round was abandoned too often; the checkpoint holds all that was reached.
@@ -136,11 +134,10 @@ class Run:
             train_head=e.adapter.train_head,
             ranks=e.adapter.ranks(e.num_clients, rows_and_columns=num_rows_and_columns(self.served.start.adapter)),
             quorum=e.deployment.min_updates,
+            max_update_ratio=e.max_update_ratio,
         )
         with torch_threads(1):
             for state, diagnostics in rounds:
-                done.epsilon.update(pool.epsilon)
-                done.ledger_heads.update(pool.ledger_heads)
                 if state.round_index == done.state.round_index:
                     attempts += 1
                     self._abandoned(diagnostics, attempts)
@@ -153,8 +150,8 @@ class Run:
         e, served, state = self.experiment, self.served, self.progress.state
         statement = reported_statement(
             e.privacy.delta if served.mechanism else None,
-            self.progress.epsilon,
-            self.progress.ledger_heads,
+            self.progress.reports.epsilon,
+            self.progress.reports.last_heads(),
             num_clients=e.num_clients,
             randomness=e.privacy.randomness,
             mechanism=served.mechanism,
@@ -268,13 +265,13 @@ class Run:
     def _record(self, progress: Progress, diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
         """Write the lines of a state, and of the round that led to it."""
         evaluation, evaluate_s = self.served.evaluator.score(progress.state)
-        spent = progress.epsilon.values()
+        spent = progress.reports.epsilon.values()
         row = metrics_row(progress.state, evaluation, spent=spent, diagnostics=diagnostics, evaluate_s=evaluate_s)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:
             rows = client_rows(
                 diagnostics,
-                spent=progress.epsilon,
+                spent=progress.reports.epsilon,
                 round_index=progress.state.round_index - 1,
                 num_steps=self.experiment.trainer.num_steps,
                 participations=progress.participations,
@@ -292,7 +289,8 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
     """
     there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     here = json.loads(json.dumps(experiment.resolved()))
-    for key in sorted({*there, *here} - {"deployment", "runtime", "tracking"}):  # which change no result
+    since = here.keys() - there.keys()  # keys that the program which began it did not have yet
+    for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result
         if there.get(key) != here.get(key):
             raise InputError(
                 f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "

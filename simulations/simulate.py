@@ -143,6 +143,7 @@ def run_rounds(
             seed=federation.seed,
             train_head=e.adapter.train_head,
             ranks=federation.ranks,
+            max_update_ratio=e.max_update_ratio,
         )
         for state, diagnostics in rounds:
             if federation.method.personal:

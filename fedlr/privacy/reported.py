@@ -35,7 +35,7 @@ def reported_statement(
 
     Args:
         delta: that the server asked for; None without privacy.
-        epsilon: by client, as it last said: over the life of its ledger, other experiments included.
+        epsilon: by client, the highest that it ever said: over the life of its ledger, other experiments included.
         ledger_heads: by client, the hash of its ledger's last row: whoever keeps it can tell an older copy.
         num_clients: enrolled clients.
         randomness: "seeded" or "os".

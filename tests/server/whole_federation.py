@@ -89,6 +89,7 @@ class Federation:
             quorum=e.deployment.min_updates,
             poll_s=0.001,
             say=self.said.append,
+            reports=run.progress.reports,
         )
 
     def finish(self, name: str = "run") -> Run:

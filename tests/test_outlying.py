@@ -1,0 +1,179 @@
+"""One client, or a minority, cannot carry an average away: whoever moves many times as far as the others is left out.
+
+Three attacks on ten clients that train both factors (reliability.md, finding 14): huge finite values, (k B, A / k), and
+two that send (-B, -A). Control: without the bound each does the harm that it is known for.
+
+Mutants killed: one norm over all roles, in which a role that hardly moves hides (-B, -A); a mean in place of the
+median; a bound on values instead of moves; the bound before the majority is known (of the first update alone).
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedlr.outlying
+import fedlr.rounds
+from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.aggregate.mean import weighted_mean
+from fedlr.errors import InputError
+from fedlr.experiment import compose_experiment
+from fedlr.method import Always, Method, full_adapter, keep
+from fedlr.outlying import MAX_UPDATE_RATIO, NUM_REFERENCES
+from fedlr.rounds import Dropout, ServerState, run_round
+from tests.server.small_federation import Outcomes
+from tests.training.small_models import mutant
+
+FEDIT = Method("fedit", Always([LORA_A, LORA_B]), weighted_mean, keep, full_adapter)
+A, B = Slot("layer", LORA_A), Slot("layer", LORA_B)
+Sent = dict[Slot, Tensor]
+NUM_CLIENTS, HOSTILE = 10, (3, 7)
+GENERATOR = torch.Generator().manual_seed(0)
+STATE = ServerState(
+    AdapterState(
+        {A: torch.randn(4, 30, generator=GENERATOR), B: 0.1 * torch.randn(20, 4, generator=GENERATOR)}, scale=1.0
+    )
+)
+
+
+def honest(client: int) -> Sent:
+    """A round's work: lora_B moves, lora_A hardly."""
+    generator = torch.Generator().manual_seed(client)
+    return {
+        slot: tensor + (0.01 if slot == A else 0.1) * (1 + torch.randn(tensor.shape, generator=generator))
+        for slot, tensor in STATE.adapter.tensors.items()
+    }
+
+
+ATTACKS: Mapping[str, tuple[int, Callable[[Sent], Sent]]] = {
+    "huge values": (1, lambda sent: {slot: torch.full_like(tensor, 9.9e5) for slot, tensor in sent.items()}),
+    "one huge value": (
+        1,
+        lambda sent: {**sent, B: sent[B].index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(9.9e5))},
+    ),
+    "(k B, A / k)": (1, lambda sent: {A: sent[A] / 1e3, B: sent[B] * 1e3}),
+    "(B / k, k A)": (1, lambda sent: {A: sent[A] * 1e3, B: sent[B] / 1e3}),
+    "(-B, -A) of two": (2, lambda sent: {slot: -tensor for slot, tensor in sent.items()}),
+}
+
+
+def answers(attack: str) -> list[ClientUpdate]:
+    num_hostile, change = ATTACKS[attack]
+    sent = {client: honest(client) for client in range(NUM_CLIENTS)}
+    sent.update({client: change(sent[client]) for client in HOSTILE[:num_hostile]})
+    return [ClientUpdate(client, tensors, 1.0, 0) for client, tensors in sent.items()]
+
+
+def effect(attack: str, *, max_ratio: float | None) -> float:
+    """Return how far the attack carries the product away, relative to the honest one of all clients."""
+    clients = range(NUM_CLIENTS)
+    everybody = Outcomes([ClientUpdate(client, honest(client), 1.0, 0) for client in clients])
+    wanted, _ = run_round(STATE, clients, pool=everybody, method=FEDIT, max_update_ratio=max_ratio)
+    found, diagnostics = run_round(
+        STATE, clients, pool=Outcomes(answers(attack)), method=FEDIT, max_update_ratio=max_ratio
+    )
+    num_hostile = ATTACKS[attack][0]
+    expected = tuple(Dropout(client, "rejected", "too_far") for client in HOSTILE[:num_hostile])
+    assert diagnostics.dropouts == (expected if max_ratio is not None else ())
+    (one,), (other,) = (list(state.adapter.factors().values()) for state in (wanted, found))
+    honest_product = one.lora_B @ one.lora_A
+    return float((other.lora_B @ other.lora_A - honest_product).norm() / honest_product.norm())
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_minority_moves_the_mean_by_little(attack: str) -> None:
+    assert effect(attack, max_ratio=MAX_UPDATE_RATIO) < 0.2  # of the honest mean: fewer clients are averaged
+    harm = effect(attack, max_ratio=None)
+    assert harm > (0.5 if attack == "(-B, -A) of two" else 30), (
+        "the control: the attack does harm where none is refused"
+    )
+
+
+def one_norm(tensors: Sent, sent_down: Mapping[Slot, Tensor]) -> dict[str, float]:
+    own = moves_as_they_are(tensors, sent_down)
+    return dict.fromkeys(own, math.hypot(*own.values()))
+
+
+def of_the_values(tensors: Sent, sent_down: Mapping[Slot, Tensor]) -> dict[str, float]:
+    return moves_as_they_are(tensors, {slot: torch.zeros_like(tensor) for slot, tensor in sent_down.items()})
+
+
+moves_as_they_are = fedlr.outlying.moves
+MUTANTS = {
+    "one norm over all roles": ("moves", one_norm, "(-B, -A) of two"),
+    "values in place of moves": ("moves", of_the_values, "(-B, -A) of two"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_bound_that_measures_something_else_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, replacement, attack = MUTANTS[name]
+    monkeypatch.setattr(fedlr.rounds, target, replacement)
+    with pytest.raises(AssertionError):
+        effect(attack, max_ratio=MAX_UPDATE_RATIO)
+
+
+@pytest.mark.parametrize(
+    ("change", "attack"),
+    [
+        (("statistics.median(", "statistics.fmean("), "huge values"),
+        (("NUM_REFERENCES = 16", "NUM_REFERENCES = 1"), "huge values"),
+    ],
+    ids=["a mean", "no majority"],
+)
+def test_a_measure_that_an_attacker_sets_is_seen(
+    change: tuple[str, str], attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedlr.rounds, "near_the_others", mutant(fedlr.outlying, change).near_the_others)
+    with pytest.raises(AssertionError):
+        effect(attack, max_ratio=MAX_UPDATE_RATIO)
+
+
+def trained(moved: Sequence[float], *, max_ratio: float | None = MAX_UPDATE_RATIO) -> list[int]:
+    """Return who is used of clients that move lora_B by so much."""
+    updates = [
+        ClientUpdate(c, {**STATE.adapter.tensors, B: STATE.adapter.tensors[B] + m}, 1.0, 0) for c, m in enumerate(moved)
+    ]
+    clients = range(len(moved))
+    _, diagnostics = run_round(STATE, clients, pool=Outcomes(updates), method=FEDIT, max_update_ratio=max_ratio)
+    assert {d.client_id for d in diagnostics.dropouts} == set(clients) - set(diagnostics.trained)
+    return list(diagnostics.trained)
+
+
+def test_who_is_near_the_others_is_used_wherever_it_stands_in_the_order() -> None:
+    ratio = MAX_UPDATE_RATIO
+    assert trained([1.0, 0.9 * ratio, 1.1 * ratio, 1.0, 1.0]) == [0, 1, 3, 4]
+    many = [1.0] * (NUM_REFERENCES + 9)
+    many[NUM_REFERENCES + 4] = 1.1 * ratio  # judged by the first ones
+    assert trained(many) == [client for client in range(len(many)) if client != NUM_REFERENCES + 4]
+    assert trained([1.0, 1e5, 1.0], max_ratio=None) == [0, 1, 2]
+
+
+def test_nobody_is_judged_where_there_is_no_majority_or_nothing_usual() -> None:
+    assert trained([1.0, 1e5]) == [0, 1]
+    assert trained([0.0, 0.0, 0.0, 1.0]) == [0, 1, 2, 3]  # most clients drew no row, and add no noise
+
+
+def test_a_client_of_small_rank_is_measured_by_what_it_trains() -> None:
+    ranks, updates = [4, 4, 1, 4], []
+    for client, rank in enumerate(ranks):
+        own = honest(client)
+        updates.append(ClientUpdate(client, {A: own[A][:rank], B: own[B][:, :rank]}, 1.0, 0))
+    _, diagnostics = run_round(STATE, range(4), pool=Outcomes(updates), method=FEDIT, ranks=ranks, max_update_ratio=2.0)
+    assert diagnostics.trained == (0, 1, 2, 3)
+
+
+def test_the_median_is_that_of_the_moves() -> None:
+    moved = [3.0, 1.0, 2.0, 40.0, 2.5]
+    assert trained(moved, max_ratio=40.0 / statistics.median(moved) * 1.01) == [0, 1, 2, 3, 4]
+    assert trained(moved, max_ratio=40.0 / statistics.median(moved) * 0.99) == [0, 1, 2, 4]
+
+
+def test_the_bound_is_on_unless_it_is_taken_off() -> None:
+    assert compose_experiment(["experiment=tiny"]).max_update_ratio == MAX_UPDATE_RATIO
+    assert compose_experiment(["experiment=tiny", "max_update_ratio=null"]).max_update_ratio is None
+    with pytest.raises(InputError, match=r"max_update_ratio"):
+        compose_experiment(["experiment=tiny", "max_update_ratio=1"])
