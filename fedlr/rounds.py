@@ -181,11 +181,10 @@ class Answers:
     """What comes of a round. Iterating, once, trains the cohort and gives the usable updates in ascending client order,
     so that no schedule of the pool changes a sum.
 
-    An update that comes before a lower client's is held until that one is heard; a pool that answers in order makes the
-    server hold one update at a time. A client's first usable update counts and stays, whatever else comes in its name;
-    a client of which nothing is heard is an event too. One that sent only what cannot be used is waited for while few
-    updates are held, and then no longer: it could otherwise make the server hold them all. The first few are held until
-    it is known how far updates of this round move, and whoever moved much further is an event as well.
+    The first few are held, and whoever moved much further than these is an event. Later ones are held only until every
+    lower client is heard. A client's first usable update counts and stays, whatever else comes in its name; a client of
+    which nothing is heard is an event too. One that sent only what cannot be used is waited for while few updates are
+    held, and then no longer: it could otherwise make the server hold them all.
     """
 
     def __init__(
