@@ -4,7 +4,9 @@
             -> ledger.settle -> disk -> reply
 
 What a request can make fail fails before the ledger is charged, whatever rows would have been drawn
-(`fedlr.pools.rehearsal`). Nothing but `fedlr.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
+(`fedlr.pools.rehearsal`).
+
+Nothing but `fedlr.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
 word. A round that was released is sent again from disk; one that was charged and never released is charged again with
 fresh noise (or, with seeded randomness, computed again to the bit, which releases nothing new).
 """

@@ -29,7 +29,8 @@ ledger are touched:
 
 Left to others: the form of a message (`fedlr.messages`, `fedlr.wire`); the model's hashes, once it is loaded
 (`client.trainee`); whether it fits the model, and what was kept (`fedlr.pools.rehearsal`, `fedlr.pools.kept`); a role
-that was personal in an earlier round of the experiment and is not any more, and a second task under one round's name (`client.device`); what is spent (`fedlr.privacy.ledger`).
+that is personal no more, and a second task under one round's name (`client.device`); what is spent
+(`fedlr.privacy.ledger`).
 """
 
 import math

@@ -2,7 +2,9 @@
 
 Every hostile message, and those that a policy cannot refuse as the model, the engine or what was kept must tell, after
 every state that a device can be in, with either engine: the same word, lengths and charge for both draws; and a refusal
-charges nothing. Mutants, which are found out: no rehearsal; a rehearsal after the charge; no comparison with what was
+charges nothing. The longer table of states and messages is a slow test.
+
+Mutants, which are found out: no rehearsal; a rehearsal after the charge; no comparison with what was
 kept; a row whose failure is told; a role that is personal no more.
 """
 
@@ -24,14 +26,14 @@ from client.trainee import Trainee
 from fedlr.adapter import LORA_A, LORA_B, SIDE_A, SIDE_B, Slot
 from fedlr.errors import InputError
 from fedlr.messages import Reply
-from fedlr.pools.fused import FusedPool, FusedWorker
+from fedlr.pools.fused import FusedPool
 from fedlr.pools.kept import Kept
-from fedlr.pools.local import LocalPool, Worker
+from fedlr.pools.local import LocalPool
 from fedlr.pools.rehearsal import Rehearsal
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.training.fused import FusedGradients
-from fedlr.training.gradients import HookGradients, LoopGradients
+from fedlr.training.gradients import HookGradients
 from fedlr.wire import RecordDict
 from tests.client.device_files import PATH, device_settings
 from tests.client.hostile_server import CASES, RULES, Case, ones, section, side
@@ -46,7 +48,6 @@ ENGINES: Mapping[str, Mapping[str, Any]] = {
     "hooks": {"trainer.engine": "opacus"},
     "loop": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "loop"},
 }
-HOOKS = ENGINES["hooks"]
 
 
 def later(number: int = 1, **facts: Any) -> Mapping[str, Any]:
@@ -138,6 +139,7 @@ class Site:
 
     def __init__(self, folder: Path, state: str, engine: str, draw: Draw, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(PoissonSampler, "draw", lambda *given: draw(*given))
+        folder.mkdir(parents=True)
         self._settings, self._engine = device_settings(folder / "device", privacy__epsilon=1e4), engine
         for case in STATES[state]:
             self.answer(case)
@@ -156,9 +158,11 @@ class Site:
         return seen
 
     def asked(self, case: Case) -> tuple[Any, ...]:
-        shutil.rmtree(self._settings.state_dir)
-        shutil.copytree(self._saved, self._settings.state_dir)
-        return self.answer(case)
+        seen = self.answer(case)
+        if len(seen) > 1 and seen[0]["refused"] != "policy":
+            shutil.rmtree(self._settings.state_dir)
+            shutil.copytree(self._saved, self._settings.state_dir)
+        return seen
 
 
 def _killed(*_: object) -> None:
@@ -214,16 +218,43 @@ def check(folder: Path, state: str, engine: str, cases: Mapping[str, Case], patc
     return {message for message in cases if len(seen["empty"][message]) > 1 and seen["empty"][message][1]}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("state", STATES)
+FEW = (
+    *("lora_A", "both", "both, lora_B personal", "a layer that is nowhere", "what is sent is nowhere"),
+    *(
+        "a lower rank, lora_B personal",
+        "half of a lower rank",
+        "SCAFFOLD, a lower rank",
+        "SCAFFOLD, controls of one row",
+    ),
+    *("in turn, of one", "a side elsewhere", "longer texts than the model reads"),
+)
+
+
+def checked(folder: Path, state: str, engine: str, names: Sequence[str], patch: pytest.MonkeyPatch) -> None:
+    answered = check(folder, state, engine, {name: REACHING[name] for name in names}, patch)
+    assert ("both, lora_B personal" in answered) == (state != "a lower rank was personal")
+    assert ("both" in answered) == ("personal" not in state)  # what was personal once is not asked for later
+    assert not answered & {"a layer that is nowhere", "SCAFFOLD, controls of one row", "in turn, of one"}
+
+
+@pytest.mark.parametrize(
+    ("state", "engine"),
+    [
+        *(("fresh", "fused"), ("lora_B was personal", "fused"), ("a lower rank was personal", "fused")),
+        *(("SCAFFOLD", "fused"), ("lora_B was personal", "hooks"), ("killed after the charge", "fused")),
+    ],
+)
 def test_no_answer_tells_whether_a_row_was_drawn(
     state: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if engine == "loop" and state != "lora_B was personal":
-        return
-    answered = check(tmp_path, state, engine, REACHING, monkeypatch)
-    assert ("both, lora_B personal" in answered) == (state != "a lower rank was personal")
-    assert ("lora_B" in answered) == ("personal" not in state)  # what was personal once is not asked for later
+    checked(tmp_path, state, engine, FEW, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("state", STATES)
+def test_nor_does_any_in_any_state(state: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(tmp_path, state, engine, tuple(REACHING), monkeypatch)
 
 
 def test_no_hostile_message_tells_whether_a_row_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +281,13 @@ def blind(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Ask a few messages that the policy cannot refuse; fails for a device that they find out."""
     for state, engine, names in (
         ("lora_B was personal", "fused", ("lora_A", "both")),
-        ("fresh", "hooks", ("in turn", "another width")),
+        ("fresh", "hooks", ("in turn", "another width", "longer texts than the model reads")),
         ("fresh", "fused", ("in turn, of one", "SCAFFOLD, controls of one row")),
         ("SCAFFOLD", "fused", ("SCAFFOLD, a lower rank",)),
     ):
         cases = {name: REACHING[name] for name in names}
         answered = check(folder / f"{state} {engine}", state, engine, cases, patch)
-        assert not answered & {"lora_A", "both", "in turn"} or "personal" not in state, "a kept role was asked for"
+        assert not answered & {"lora_A", "both", "SCAFFOLD, controls of one row"}, "it does not fit, and is answered"
 
 
 def test_the_few_messages_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
