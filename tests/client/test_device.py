@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import client.cli
+import client.node
 from client.device import Device
 from client.trainee import Trainee
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, read_adapter
@@ -79,6 +81,17 @@ def test_under_a_mechanism_every_row_is_computed_by_itself(tmp_path: Path, monke
     device = Device(device_settings(tmp_path / "device"), say=lambda line: None)
     assert answer(device, request()).facts.refused is None
     assert len(sizes) > 2 and set(sizes) == {1}  # two steps of some eight rows
+
+
+@pytest.mark.parametrize("rows", ["", "text,label\nfine,positive\nfine,unknown\n"])
+def test_data_that_cannot_be_used_are_found_before_a_device_connects(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device_settings(tmp_path / "device")
+    (tmp_path / "device" / "letters.csv").write_text(rows)
+    monkeypatch.setattr(client.node, "serve", lambda *_, **__: pytest.fail("it connected"))
+    assert client.cli.run([str(tmp_path / "device" / "client.yaml")]) == 2
+    assert "letters.csv" in capsys.readouterr().err
 
 
 def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
