@@ -1,6 +1,10 @@
 """A device: it answers one request after the other, with its own model, data, policy and ledger.
 
-    request -> policy -> an answer kept from before? -> ledger.reserve -> DP-SGD -> ledger.settle -> disk -> reply
+    request -> policy -> an answer kept from before? -> the round on constant rows -> ledger.reserve -> DP-SGD
+            -> ledger.settle -> disk -> reply
+
+What a request can make fail fails before the ledger is charged, whatever rows would have been drawn
+(`fedlr.pools.rehearsal`).
 
 Nothing but `fedlr.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
 word. A round that was released is sent again from disk; one that was charged and never released is charged again with
@@ -54,6 +58,7 @@ class Device:
         self._ledger = settings.open_ledger()
         self._trainee: Trainee | None = None
         self._pool: tuple[object, FusedPool | LocalPool] | None = None
+        self._block: Block | None = None  # the last that was found trainable
         if self._ledger is not None:
             for head in last_heads(settings.experiments_dir):
                 self._ledger.require(head)
@@ -81,7 +86,7 @@ class Device:
         """Stop the threads."""
         if self._pool is not None:
             self._pool[1].close()
-            self._pool = None
+            self._pool = self._block = None
 
     def _answer(self, request: Request) -> Reply:
         terms, task = request.terms, request.task
@@ -100,8 +105,13 @@ class Device:
         trainee = self._prepared(request)
         enrolled = self._enrolled(request, replies)
         with torch_threads(1):
-            pool = self._pool_of(trainee, request.client_id, enrolled, task.block)
+            pool = self._pool_of(trainee, request.client_id, enrolled)
+            if task.block != self._block:
+                trainee.check(task.block)
+                self._block = task.block
             latest = replies.latest()
+            if latest is not None and not {slot.role for slot in latest.personal} <= task.personal:
+                raise Refused("policy", "what is personal in one round of an experiment stays so in all")
             pool.kept.restore(request.client_id, latest.personal if latest else {}, latest.memory if latest else {})
             (outcome,) = list(pool.train(task, [request.client_id]))
         if not isinstance(outcome, ClientUpdate):
@@ -131,13 +141,13 @@ class Device:
             self._say(f"base model {request.terms.model_sha256[:12]} loaded, {len(self._trainee.share)} examples")
         return self._trainee
 
-    def _pool_of(self, trainee: Trainee, client_id: int, enrolled: AdapterState, block: Block) -> FusedPool | LocalPool:
+    def _pool_of(self, trainee: Trainee, client_id: int, enrolled: AdapterState) -> FusedPool | LocalPool:
         key = (trainee.terms.sha256(), client_id, enrolled.fingerprint())
         if self._pool is None or self._pool[0] != key:
             self.close()
             ledger = None if trainee.terms.mechanism is None else self._ledger
             charges = None if ledger is None else OwnCharges(ledger, trainee.terms.sha256())
-            self._pool = key, trainee.pool(client_id, enrolled, block, charges)
+            self._pool = key, trainee.pool(client_id, enrolled, charges)
         return self._pool[1]
 
     def _refusal(self, request: Request, reason: RefusalReason) -> Reply:

@@ -23,12 +23,14 @@ ledger are touched:
     name                                    printable, as it is shown and logged
     round_index                             below num_rounds
     block, personal                         roles of the system; the head only if terms say it trains; something is sent
-    rank                                    of this client, at most adapter.rank
+    rank                                    of this client, at most adapter.rank; none beside personal roles
     broadcast, enrolled, side, control      known roles, finite values, shapes of the rank, bounded numbers of values
     scale                                   the one that the terms give
 
 Left to others: the form of a message (`fedlr.messages`, `fedlr.wire`); the model's hashes, once it is loaded
-(`client.trainee`); a second task under one round's name (`client.device`); what is spent (`fedlr.privacy.ledger`).
+(`client.trainee`); whether it fits the model, and what was kept (`fedlr.pools.rehearsal`, `fedlr.pools.kept`); a role
+that is personal no more, and a second task under one round's name (`client.device`); what is spent
+(`fedlr.privacy.ledger`).
 """
 
 import math
@@ -132,6 +134,8 @@ def check_request(request: Request, settings: Settings) -> None:
         _refuse(
             "personal", sorted(task.personal), "roles of the adapter, and less than all that trains", root="request"
         )
+    if task.ranks and task.personal:  # what is kept would not fit the adapter
+        _refuse("rank", max(task.ranks.values()), "null with personal roles", root="request")
     most, rank = policy.max_trained_values, terms.adapter.rank
     least = min([rank, *given_ranks(task.broadcast).values()]) if terms.trainer.engine == "fused" else 0
     if max(task.ranks.values(), default=0) > least:

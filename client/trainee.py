@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from client.settings import Settings
 from fedlr.adapter import HEAD, LAYOUT, AdapterState, Block, read_adapter, roles_of
@@ -19,6 +21,7 @@ from fedlr.experiment import RuntimeSection
 from fedlr.models import AdaptedModel, BaseModel
 from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import Charges, LocalPool
+from fedlr.pools.rehearsal import Rehearsal, with_largest_id
 from fedlr.privacy.mechanism import check_delta
 from fedlr.side import SideWeights
 from fedlr.streams import OsRandomness, SeededRandomness
@@ -36,6 +39,7 @@ class Trainee:
     working: nn.Module
     share: Share
     side: SideWeights  # one, as the pools that follow each other merge into the same weights
+    rehearsal: Rehearsal
 
     @classmethod
     def prepare(cls, settings: Settings, terms: Terms, *, say: Callable[[str], None]) -> "Trainee":
@@ -50,6 +54,7 @@ class Trainee:
             )
             check_model(base, settings, terms)
             model = attach(base, terms.adapter, seed=terms.seed)
+            constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
             data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
             if list(data.label_names) != terms.label_names:
                 raise InputError(
@@ -59,18 +64,25 @@ class Trainee:
             if settings.privacy.epsilon is not None:
                 check_delta(settings.privacy.delta, len(data))
             tokenised = tokenise(data, base.tokenizer, max_length=terms.max_length)
-            working, (tokenised,) = working_model(runtime_of(settings), model, [tokenised], say=say)
-        return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working))
+            tables = [constant.table, tokenised]  # the constant rows first: where they fail, no text is read
+            working, (table, tokenised) = working_model(runtime_of(settings), model, tables, say=say)
+        rehearsal = Rehearsal(replace(constant, table=table), say)
+        return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working), rehearsal)
 
-    def pool(
-        self, client_id: int, enrolled: AdapterState, block: Block, ledger: Charges | None
-    ) -> FusedPool | LocalPool:
+    def check(self, block: Block) -> None:
+        """Refuse a block of which the engine cannot train the roles.
+
+        Raises:
+            InputError: which names the layer and the setting to change.
+        """
+        check_trainable(self.model, roles_of(block), self.terms.trainer, self.terms.adapter, first=block)
+
+    def pool(self, client_id: int, enrolled: AdapterState, ledger: Charges | None) -> FusedPool | LocalPool:
         """Return a pool of one client: the same code that trains it in a simulation."""
         terms, trainer = self.terms, self.terms.trainer
         check_enrolled(enrolled, read_adapter(self.model))
         if (layout := getattr(self.working, LAYOUT, None)) is not None:
             layout.load_shipped(self.working, enrolled.tensors)
-        check_trainable(self.model, roles_of(block), trainer, terms.adapter, first=block)
         rule = ClientRule() if terms.client_rule is None else build_choice(terms.client_rule.section(), "client_rule")
         if not isinstance(rule, ClientRule):
             raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
@@ -89,6 +101,8 @@ class Trainee:
             "weights": {client_id: 1.0},  # the server's to choose
             "num_workers": self.settings.runtime.num_workers,
             "side": self.side,
+            # Without a mechanism what was drawn is seen in the update anyway.
+            "rehearsal": None if terms.mechanism is None else self.rehearsal,
         }
         share = {client_id: self.share}
         if trainer.engine == "opacus":
@@ -96,6 +110,16 @@ class Trainee:
         # A check on private rows fails or not with what was drawn, and tensors of a server's can make it fail.
         check_parity = trainer.check_parity and terms.mechanism is None
         return FusedPool(self.working, share, check_parity=check_parity, **common)
+
+
+def constant_rows(tokenizer: PreTrainedTokenizerBase, terms: Terms, *, num_long: int) -> Share:
+    """Return a short row and as many of the largest length as are computed side by side; nobody's data."""
+    texts = ("a", *["a " * terms.max_length] * num_long)
+    labels = np.arange(len(texts)) % len(terms.label_names)
+    data = LabelledText(texts, labels, tuple(terms.label_names), None, "constant rows")
+    share = Share.whole(tokenise(data, tokenizer, max_length=terms.max_length))
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return share if largest in tokenizer.all_special_ids else with_largest_id(share, largest)
 
 
 def check_enrolled(enrolled: AdapterState, own: AdapterState) -> None:

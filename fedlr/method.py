@@ -72,7 +72,7 @@ class Method:
     """One federated method. All of its choices see released tensors only, so they are post-processing.
 
     Args:
-        personal: roles that train and never leave a client, which keeps them for its next round.
+        personal: roles that train and are not sent: a client keeps them for its next round.
         folds: whether the server folds products into the adapter's side, which clients merge into their base.
         mixed_ranks: whether clients may have ranks of their own (adapter.client_ranks).
         dynamic_ranks: whether the server changes the rank of a layer from round to round, for all clients.

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapter import AdapterState, Block, ClientUpdate, Slot, train_only, write_adapter
+from fedlr.client_rule import RuleInputs
 from fedlr.data.tokenise import Share
 from fedlr.pools.kept import Kept
 from fedlr.pools.local import Accounts, ByClient, Charges, sharing_base
+from fedlr.pools.rehearsal import Rehearsal, SafeSums
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
 from fedlr.side import SideWeights
 from fedlr.streams import Randomness
-from fedlr.training.cohort import Stack, train_cohort
+from fedlr.training.cohort import FusedSums, Stack, train_cohort
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.local import LocalTraining
 from fedlr.training.losses import cross_entropy
@@ -52,6 +54,7 @@ class FusedPool:
         side: what merges a folded product into the model; None: made here.
         memory_gb: for the clients that train at once; None: as for `LARGEST_GROUP` of them.
         check_parity: compare the first batch with Opacus.
+        rehearsal: what a device tries a round on before it is charged; None: nothing, as in a simulation.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class FusedPool:
         side: SideWeights | None = None,
         memory_gb: float | None = None,
         check_parity: bool = True,
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
@@ -81,6 +85,8 @@ class FusedPool:
         for _ in range(num_workers):
             self._workers.put(FusedWorker(sharing_base(model)))
         self._parity = ParityCheck(sharing_base(model), loss=cross_entropy) if check_parity else None
+        self._rehearsal = rehearsal
+        self._rehearsed: Block | None = None  # with long rows too
         self.seconds: dict[int, float] = {}  # by client, of its latest round: its part of its group's time
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
@@ -88,6 +94,8 @@ class FusedPool:
         # What does not fit is an error here, before anybody is charged.
         adapter = replace(self._enrolled.overlaid(task.broadcast), side=task.side)
         self._side.merge(adapter)
+        self.kept.check(cohort, task, adapter)
+        self._rehearse(task, adapter, cohort)
         admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
         size = group_size(adapter.select(task.block), self._memory_gb, has_rule=self._training.rule.changes)
@@ -98,24 +106,25 @@ class FusedPool:
         """Wait for the threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    def _rehearse(self, task: RoundTask, adapter: AdapterState, cohort: Sequence[int]) -> None:
+        """Try the round on constant rows; the first of a block on the longest there may be."""
+        if (rehearsal := self._rehearsal) is None:
+            return
+        rows = rehearsal.rows(with_long=task.block != self._rehearsed)
+        sums = GroupSums(self._workers, adapter, task.block, None)
+        own = {"training": rehearsal.training(self._training), "mechanism": rehearsal.mechanism(self._mechanism)}
+        for client in cohort:
+            self._steps(sums, [rows], task, adapter, [client], **own)  # type: ignore[arg-type]
+        self._rehearsed = task.block
+
     def _train_group(self, task: RoundTask, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:
         started = time.perf_counter()
-        starts = [self.kept.start(client, task, adapter) for client in group]
-        ranks = [task.ranks[client] for client in group] if task.ranks else None
-        stack = Stack.of(starts, ranks=ranks, device=self._device)
-        inputs = self.kept.inputs(group, task, adapter, rule=self._training.rule, device=self._device)
-        sums = GroupSums(self._workers, adapter, task.block, self._parity)
-        steps = train_cohort(
-            sums,
-            self._threads,
-            stack,
-            [self._clients[client] for client in group],
-            training=self._training,
-            mechanism=self._mechanism,
-            randomness=self._randomness,
-            client_ids=group,
-            round_index=task.round_index,
-            inputs=inputs,
+        sums: FusedSums = GroupSums(self._workers, adapter, task.block, self._parity)
+        if self._rehearsal is not None:
+            sums = SafeSums(sums, self._rehearsal)
+        shares = [self._clients[client] for client in group]
+        stack, inputs, steps = self._steps(
+            sums, shares, task, adapter, group, training=self._training, mechanism=self._mechanism
         )
         self.kept.remember(group, inputs)
         self._accounts.settle(task.round_index, dict.fromkeys(group, steps))
@@ -123,6 +132,36 @@ class FusedPool:
         for place, client in enumerate(group):
             sent = self.kept.keep(client, task, stack.tensors(place))
             yield ClientUpdate(client, sent, self._weights[client], task.round_index)
+
+    def _steps(
+        self,
+        sums: FusedSums,
+        shares: Sequence[Share],
+        task: RoundTask,
+        adapter: AdapterState,
+        group: Sequence[int],
+        *,
+        training: LocalTraining,
+        mechanism: Mechanism | None,
+    ) -> tuple[Stack, RuleInputs, int]:
+        """Take a round's steps from what the group is sent and keeps; what it keeps is not changed."""
+        starts = [self.kept.start(client, task, adapter) for client in group]
+        ranks = [task.ranks[client] for client in group] if task.ranks else None
+        stack = Stack.of(starts, ranks=ranks, device=self._device)
+        inputs = self.kept.inputs(group, task, adapter, rule=training.rule, device=self._device)
+        steps = train_cohort(
+            sums,
+            self._threads,
+            stack,
+            shares,
+            training=training,
+            mechanism=mechanism,
+            randomness=self._randomness,
+            client_ids=group,
+            round_index=task.round_index,
+            inputs=inputs,
+        )
+        return stack, inputs, steps
 
 
 class FusedWorker:

@@ -1,4 +1,8 @@
-"""What clients keep from round to round, each on its own disk, or on what would be one. Nothing of it is ever sent."""
+"""What clients keep from round to round, each on its own disk, or on what would be one.
+
+All of it is made of noised values, so it costs no privacy. Nothing of it is sent as it is: what a client sends is what
+it trained on from there.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,6 +12,7 @@ from torch import Tensor
 
 from fedlr.adapter import AdapterState, Slot, in_block
 from fedlr.client_rule import ClientRule, RuleInputs
+from fedlr.errors import InputError
 from fedlr.rounds import RoundTask
 
 
@@ -17,6 +22,24 @@ class Kept:
     def __init__(self) -> None:
         self.personal: dict[int, dict[Slot, Tensor]] = {}
         self._memory: dict[int, dict[Slot, Tensor]] = {}
+
+    def check(self, clients: Sequence[int], task: RoundTask, adapter: AdapterState) -> None:
+        """Compare a task with the adapter and with what these clients keep: before anybody is charged.
+
+        Raises:
+            InputError: where nothing would be trained or sent; where a client keeps tensors that this task does not
+                train as personal ones, or that have other shapes; where controls are not of the adapter.
+        """
+        trained = adapter.select(task.block)
+        if not adapter.select(task.shared):
+            raise InputError("Expected a block with tensors of the adapter that are sent, got none such")
+        mine = {slot: tensor.shape for slot, tensor in trained.items() if not in_block(slot, task.shared)}
+        every = {slot: tensor.shape for slot, tensor in adapter.tensors.items()}
+        for client in clients:
+            personal, memory = self.of(client)
+            _require_same("personal tensors that this round trains as such", personal, mine)
+            _require_same("memories of tensors of the adapter", memory, every)
+        _require_same("controls of tensors of the adapter", task.control, every)
 
     def start(self, client: int, task: RoundTask, adapter: AdapterState) -> dict[Slot, Tensor]:
         """Return the values that a client starts to train from."""
@@ -73,6 +96,15 @@ class Kept:
         for place, client in enumerate(clients):
             for slot, rows in inputs.memory.items():
                 self._memory.setdefault(client, {})[slot] = rows[place].to("cpu", copy=True)
+
+
+def _require_same(what: str, found: Mapping[Slot, Tensor], shapes: Mapping[Slot, torch.Size]) -> None:
+    for slot, tensor in found.items():
+        if shapes.get(slot) != tensor.shape:
+            raise InputError(
+                f"Expected {what}, got {slot.role[:40]} of shape {tuple(tensor.shape)} at {slot.path[:80]!r}; a round "
+                "keeps the blocks, personal roles and ranks of those before it"
+            )
 
 
 CLIENT_IDS = "client_ids"

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlr.adapter import (
     LAYOUT,
@@ -28,8 +28,10 @@ from fedlr.adapter import (
     train_only,
     write_adapter,
 )
+from fedlr.client_rule import RuleInputs
 from fedlr.data.tokenise import Share
 from fedlr.pools.kept import Kept
+from fedlr.pools.rehearsal import Rehearsal, SafeGradients
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import Dropout, RoundTask
@@ -134,6 +136,7 @@ class LocalPool:
         grad_sample_mode: hooks, ghost or loop.
         num_workers: threads.
         side: what merges a folded product into the model; None: made here.
+        rehearsal: what a device tries a round on before it is charged; None: nothing, as in a simulation.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class LocalPool:
         grad_sample_mode: str,
         num_workers: int,
         side: SideWeights | None = None,
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         self._clients, self._enrolled, self._weights = clients, enrolled, weights
         self._training, self._mechanism, self._randomness = training, mechanism, randomness
@@ -160,6 +164,8 @@ class LocalPool:
         mode = grad_sample_mode if mechanism is not None else "sum"
         for _ in range(num_workers):
             self._workers.put(Worker(sharing_base(model), mode))
+        self._rehearsal = rehearsal
+        self._rehearsed: Block | None = None  # with long rows too
         self.seconds: dict[int, float] = {}  # by client, of its latest round
 
     def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
@@ -167,6 +173,8 @@ class LocalPool:
         # What does not fit is an error here, before anybody is charged.
         adapter = replace(self._enrolled.overlaid(task.broadcast), side=task.side)
         self._side.merge(adapter)
+        self.kept.check(cohort, task, adapter)
+        self._rehearse(task, adapter, cohort)
         admitted, refused = self._accounts.reserve(task, cohort, self.kept)
         yield from refused
         for future in as_completed([self._threads.submit(self._train_one, task, adapter, c) for c in admitted]):
@@ -178,21 +186,59 @@ class LocalPool:
         while not self._workers.empty():
             self._workers.get().close()
 
+    def _rehearse(self, task: RoundTask, adapter: AdapterState, cohort: Sequence[int]) -> None:
+        """Try the round on constant rows; the first of a block on the longest there may be."""
+        if (rehearsal := self._rehearsal) is None:
+            return
+        rows = rehearsal.rows(with_long=task.block != self._rehearsed)
+        own = {"training": rehearsal.training(self._training), "mechanism": rehearsal.mechanism(self._mechanism)}
+        for client in cohort:
+            self._threads.submit(self._steps, rows, task, adapter, client, is_safe=False, **own).result()  # type: ignore[arg-type]
+        self._rehearsed = task.block
+
     def _train_one(self, task: RoundTask, adapter: AdapterState, client: int) -> ClientUpdate:
-        torch.set_num_threads(1)
         started = time.perf_counter()
+        tensors, inputs, steps = self._steps(
+            self._clients[client],
+            task,
+            adapter,
+            client,
+            training=self._training,
+            mechanism=self._mechanism,
+            is_safe=self._rehearsal is not None,
+        )
+        self.kept.remember([client], inputs)
+        self._accounts.settle(task.round_index, {client: steps})
+        self.seconds[client] = time.perf_counter() - started
+        return ClientUpdate(client, self.kept.keep(client, task, tensors), self._weights[client], task.round_index)
+
+    def _steps(
+        self,
+        share: Share,
+        task: RoundTask,
+        adapter: AdapterState,
+        client: int,
+        *,
+        training: LocalTraining,
+        mechanism: Mechanism | None,
+        is_safe: bool,
+    ) -> tuple[dict[Slot, Tensor], RuleInputs, int]:
+        """Take a round's steps from what a client is sent and keeps; what it keeps is not changed."""
+        torch.set_num_threads(1)
         worker = self._workers.get()
         try:
             start = adapter.with_tensors(self.kept.start(client, task, adapter))
             trained, gradients = worker.start_from(start, task.block)
+            if is_safe and self._rehearsal is not None:
+                gradients = SafeGradients(gradients, trained, self._rehearsal)
             device = next(iter(trained.values())).device
-            inputs = self.kept.inputs([client], task, adapter, rule=self._training.rule, device=device)
+            inputs = self.kept.inputs([client], task, adapter, rule=training.rule, device=device)
             steps = train_client(
                 worker.model,
                 gradients,
-                self._clients[client],
-                training=self._training,
-                mechanism=self._mechanism,
+                share,
+                training=training,
+                mechanism=mechanism,
                 randomness=self._randomness,
                 client_id=client,
                 round_index=task.round_index,
@@ -202,10 +248,7 @@ class LocalPool:
             tensors = {slot: parameter.detach().to("cpu", copy=True) for slot, parameter in trained.items()}
         finally:
             self._workers.put(worker)
-        self.kept.remember([client], inputs)
-        self._accounts.settle(task.round_index, {client: steps})
-        self.seconds[client] = time.perf_counter() - started
-        return ClientUpdate(client, self.kept.keep(client, task, tensors), self._weights[client], task.round_index)
+        return tensors, inputs, steps
 
 
 class Worker:

@@ -161,6 +161,7 @@ REQUESTS: Mapping[str, tuple[Mapping[str, Any], Mapping[Slot, torch.Tensor]]] = 
         {"rank": 2},
         {Slot(f"broadcast/{PATH}", LORA_A): ones(1, 16), Slot(f"broadcast/{PATH}", LORA_B): ones(16, 1)},
     ),
+    "a rank beside what is personal": ({"rank": 1, "block": [LORA_A, LORA_B], "personal": [LORA_B]}, {}),
     "another scale": ({"scale": 1e9}, {}),
     "a scale that is no number": ({"scale": NAN}, {}),
     "another adapter than it says": ({"enrolled_sha256": "0" * 64}, {}),

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import client.cli
+import client.node
 from client.device import Device
 from client.trainee import Trainee
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, read_adapter
@@ -81,6 +83,17 @@ def test_under_a_mechanism_every_row_is_computed_by_itself(tmp_path: Path, monke
     assert len(sizes) > 2 and set(sizes) == {1}  # two steps of some eight rows
 
 
+@pytest.mark.parametrize("rows", ["", "text,label\nfine,positive\nfine,unknown\n"])
+def test_data_that_cannot_be_used_are_found_before_a_device_connects(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device_settings(tmp_path / "device")
+    (tmp_path / "device" / "letters.csv").write_text(rows)
+    monkeypatch.setattr(client.node, "serve", lambda *_, **__: pytest.fail("it connected"))
+    assert client.cli.run([str(tmp_path / "device" / "client.yaml")]) == 2
+    assert "letters.csv" in capsys.readouterr().err
+
+
 def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
     settings, asked = device_settings(tmp_path / "device"), request()
     trainee = Trainee.prepare(settings, asked.terms, say=lambda line: None)
@@ -89,7 +102,7 @@ def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_p
     layers = asked.enrolled.factors()
     side = {path: LoraFactors(layer.lora_A, torch.ones_like(layer.lora_B)) for path, layer in layers.items()}
     for client_id, folded in ((0, side), (1, {})):
-        pool = trainee.pool(client_id, asked.enrolled, asked.task.block, Free())
+        pool = trainee.pool(client_id, asked.enrolled, Free())
         list(pool.train(replace(asked.task, side=folded), [client_id]))
         pool.close()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in trainee.working.state_dict().items())
@@ -99,7 +112,7 @@ def test_a_client_number_costs_no_memory(tmp_path: Path) -> None:
     asked = request()
     trainee = Trainee.prepare(device_settings(tmp_path / "device"), asked.terms, say=lambda line: None)
     assert asked.enrolled is not None
-    pool = trainee.pool(2**32 - 1, asked.enrolled, asked.task.block, Free())
+    pool = trainee.pool(2**32 - 1, asked.enrolled, Free())
     (update,) = pool.train(replace(asked.task, ranks={2**32 - 1: 1}), [2**32 - 1])
     pool.close()
     assert isinstance(update, ClientUpdate)
@@ -114,7 +127,7 @@ def test_an_enrolled_adapter_is_whole_and_of_its_types(tmp_path: Path) -> None:
     part = {slot: tensor for slot, tensor in tensors.items() if slot.role != LORA_A}
     for wrong in (part, {slot: tensor.double() for slot, tensor in tensors.items()}):
         with pytest.raises(InputError, match="tensors of the adapter, of its types"):
-            trainee.pool(0, replace(asked.enrolled, tensors=wrong), asked.task.block, Free())
+            trainee.pool(0, replace(asked.enrolled, tensors=wrong), Free())
 
 
 class Free:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
+import client.app
 import client.device
 import client.node
 from client.device import Device
@@ -121,6 +122,17 @@ def test_what_is_no_request_is_answered_without_a_word_of_it(tmp_path: Path, cap
     said = list[str]()
     sent = client.node.answer(device_of(tmp_path / "device"), asked, say=said.append)
     assert sent.has_error() and CANARY.encode() not in every_byte(sent) and len(said) == 1
+
+
+def test_a_stock_supernode_sends_no_word_of_a_device_that_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 100, 1
+    asked = reply_to("m1", 1, content=request_to())
+    monkeypatch.setenv("FEDLR_CLIENT", str(tmp_path / f"{CANARY}.yaml"))  # is not there
+    context = Context(run_id=1, node_id=100, node_config={}, state=RecordDict(), run_config={})
+    sent = client.app.train(asked, context)
+    assert sent.has_error() and CANARY.encode() not in every_byte(sent)
 
 
 def test_an_answer_is_as_long_for_fifty_rows_as_for_five_thousand(tmp_path: Path) -> None:
