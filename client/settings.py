@@ -17,7 +17,7 @@ from yaml import YAMLError
 from client.bounds import Policy
 from fedlr.addresses import host_and_port
 from fedlr.config_errors import dotted, first_problem, one_line, shown
-from fedlr.data.values import as_name
+from fedlr.data.values import named
 from fedlr.errors import InputError
 from fedlr.experiment import PositiveFloat, PositiveInt, Section, Target, device_name
 from fedlr.node_key import require_private
@@ -79,7 +79,7 @@ class Settings(Section):
     def label_names(self) -> tuple[str, ...]:
         """The names of the labels, in their order: from the file, never from the data."""
         section = self.data.section()
-        return tuple(as_name(label)[0] for label in section.get("labels") or section.get("label_groups") or ())
+        return tuple(named(label) for label in section.get("labels") or section.get("label_groups") or ())
 
     @property
     def ledger_path(self) -> Path:

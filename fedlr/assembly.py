@@ -16,8 +16,10 @@ from fedlr.adapter_config import AdapterConfig
 from fedlr.build import build, build_choice, build_optimizer, checked, naming
 from fedlr.client_rule import ClientRule
 from fedlr.client_rules.chain import Chain
+from fedlr.data.partition import Partition
+from fedlr.data.placement import split_train_test
 from fedlr.data.store import TableStore
-from fedlr.data.table import LabelledText, split_train_test
+from fedlr.data.table import LabelledText
 from fedlr.data.tokenise import TokenisedText
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, RuntimeSection, TrainerSection
@@ -62,11 +64,27 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
     from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
     if experiment.privacy.epsilon is not None and not experiment.data.public and from_data:
         raise InputError(
-            "Expected data.labels in a private run, got null: the names that are found tell what the data hold. If "
-            f"they are known anyway, say data.labels=[{','.join(data.label_names)}], or data.public=true"
+            "Expected data.labels in a private run, got null: the names that are found tell what the data hold; name "
+            "them as the file spells them, data.labels=[NAME,NAME], or say data.public=true if the data are no secret"
         )
     with naming("data", "num_test"):
         return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+
+
+def placement(experiment: Experiment, partition: Partition, *, num_shared: int) -> tuple[str, ...]:
+    """Say what, besides a row itself, decides where it lies; a run with any reason is not for release.
+
+    Args:
+        experiment: says how rows are held out.
+        partition: of the others over clients.
+        num_shared: texts that two or more clients hold.
+    """
+    found = [partition.depends_on] if partition.depends_on else []
+    if experiment.data.num_test >= 1:
+        found.append("all rows, as data.num_test is a number of them: set a share below 1, such as 0.2")
+    if num_shared:
+        found.append("its label or group alone, not its text: clients share texts; keep one row of each")
+    return tuple(found)
 
 
 def check_trainable(
@@ -163,9 +181,21 @@ def notes(
     held_out: LabelledText,
     tokenised: TokenisedText,
     test: TokenisedText,
+    *,
+    placed_by: tuple[str, ...],
+    num_shared: int,
 ) -> tuple[str, ...]:
     """Say what the run leaves out of the data it was given, and what would slow it down."""
     found = []
+    if experiment.privacy.randomness == "os":
+        found += [f"not for release: a row's place depends on {reason}" for reason in placed_by]
+    if num_shared:
+        found.append(f"{num_shared} texts are at two or more clients, in rows of different labels or groups")
+    if len(held_out) < experiment.data.num_test:
+        found.append(
+            f"{len(held_out)} rows are held out, fewer than data.num_test={experiment.data.num_test}: equal texts stay "
+            "together"
+        )
     if data.num_dropped:
         found.append(f"{data.num_dropped} bad rows of {data.source} were left out (data.on_bad_row=drop)")
     if cut := tokenised.num_truncated + test.num_truncated:

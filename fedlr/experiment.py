@@ -40,6 +40,13 @@ def device_name(name: str) -> str:
     return name
 
 
+def number_or_share(value: float) -> float:
+    """Refuse what is neither a number of rows nor a share of them."""
+    if not (0 < value < 1 or (isinstance(value, int) and value >= 1)):
+        raise ValueError("a number of rows, or a share of them between 0 and 1")
+    return value
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -67,7 +74,7 @@ class DataSection(Target):
 
     public: bool
     max_length: PositiveInt
-    num_test: PositiveInt
+    num_test: Annotated[int | float, AfterValidator(number_or_share)]
 
 
 class PrivacySection(Section):
@@ -233,7 +240,11 @@ def check_option(override: Override) -> None:
 def composable(override: Override) -> str:
     """Return an override as Hydra takes it, all keys allowed: unknown ones are found later, with better hints."""
     if override.is_sweep_override():
-        raise InputError(f"Expected one value, got several in {override.input_line} (-m runs them all)")
+        key, _, value = str(override.input_line).partition("=")
+        raise InputError(
+            f"Expected one value, got several in {override.input_line}: write a list as {key}=[{value}]; -m runs one "
+            "after the other"
+        )
     text = str(override.input_line).lstrip("+")
     is_group = (CONFIGS / override.key_or_group).is_dir()
     return text if is_group or override.is_delete() else f"++{text}"

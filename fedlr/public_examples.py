@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedlr.adapter_config import PublicTable
+from fedlr.data.placement import content
 from fedlr.data.rows import SUFFIXES, read_rows
 from fedlr.data.table import LabelledText, load_table
 from fedlr.data.values import text_problem
@@ -67,7 +68,7 @@ def read_public(
     except InputError as error:  # which speaks of the clients' table
         told = str(error).replace(", or leave such rows out with data.on_bad_row=drop", "")
         raise InputError(told.replace("data.", "adapter.public.")) from error
-    if shared := len(set(data.texts) & set(private_texts)):
+    if shared := len(set(map(content, data.texts)) & set(map(content, private_texts))):
         raise InputError(
             f"Expected a public table without a text of the clients', got {shared} of theirs in {table.path!r}: a "
             "start reads its rows without noise, outside every ledger; take them out of adapter.public.path"

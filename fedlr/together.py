@@ -17,6 +17,9 @@ def check_together(experiment: "Experiment") -> None:
     """
     e = experiment
     check_start(e)
+    most = e.model.section().get("max_length")
+    if isinstance(most, int) and 8 <= most < e.data.max_length:
+        raise InputError(f"Expected data.max_length <= model.max_length={most}, got {e.data.max_length}")
     if e.cohort_size > e.num_clients:
         raise InputError(f"Expected cohort_size <= num_clients={e.num_clients}, got {e.cohort_size}")
     if e.max_participations > e.num_rounds:

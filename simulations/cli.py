@@ -153,7 +153,9 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     overrides = parse_overrides(texts)
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and len(texts) == len(arguments):
-        raise InputError(f"Expected -m to run several values, got {swept[0].input_line} without it")
+        typed = str(swept[0].input_line)
+        key, _, value = typed.partition("=")
+        raise InputError(f"Expected -m to run several values, got {typed} without it; a list is {key}=[{value}]")
     keys = [override.key_or_group for override in overrides]
     if twice := [override.key_or_group for override in swept if keys.count(override.key_or_group) > 1]:
         raise InputError(f"Expected a key with several values once, got {twice[0]} again")

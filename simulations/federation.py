@@ -9,11 +9,20 @@ import numpy as np
 from torch import nn
 
 from fedlr.adapter import num_values, read_adapter
-from fedlr.assembly import check_trainable, load_examples, local_training, notes, private_mechanism, working_model
+from fedlr.assembly import (
+    check_trainable,
+    load_examples,
+    local_training,
+    notes,
+    placement,
+    private_mechanism,
+    working_model,
+)
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
 from fedlr.client_ranks import num_rows_and_columns
 from fedlr.data.partition import Partition
+from fedlr.data.placement import num_shared_texts
 from fedlr.data.table import LabelledText
 from fedlr.data.tokenise import Share, TokenisedText, tokenise
 from fedlr.experiment import Experiment
@@ -52,6 +61,7 @@ class Federation:
     weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
     ranks: tuple[int, ...] | None  # of each client; None: all have the adapter's
     side: SideWeights  # merges what the server folded away into the tensors that all copies of the model share
+    placed_by: tuple[str, ...]  # what besides a row itself decides where it lies, one reason each
     notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
 
     @property
@@ -87,6 +97,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
+    num_shared = num_shared_texts(data, partition.indices)
+    placed_by = placement(experiment, partition, num_shared=num_shared)
     budget, mechanism = private_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
@@ -126,7 +138,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
         side=SideWeights(working),
-        notes=notes(experiment, data, held_out, tokenised, test),
+        placed_by=placed_by,
+        notes=notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),
     )
 
 

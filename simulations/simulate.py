@@ -216,7 +216,8 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
     if federation.budget is None:
         statement = no_privacy_statement(federation.experiment.num_clients)
     else:
-        statement = privacy_statement(run_dir / LEDGER, list(range(federation.experiment.num_clients)))
+        clients = range(federation.experiment.num_clients)
+        statement = privacy_statement(run_dir / LEDGER, clients, placed_by=federation.placed_by)
     statement = with_origin(statement, federation.origin)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):

@@ -80,11 +80,12 @@ RANGES = {
     "data.num_examples=1": ["data.num_examples", "got 1"],
     "data.num_labels=9": ["data.num_labels in [2, 8], got 9"],
     "data.max_length=2": ["data.max_length in [3, 64]", "got 2"],
-    "data.max_length=500": ["data.max_length in [3, 64]", "got 500"],
+    "data.max_length=500": ["data.max_length <= model.max_length=64", "got 500"],
+    "data.labels=A,B": ["data.labels=A,B", "data.labels=[A,B]"],
     "partition.alpha=0": ["partition.alpha", "got 0"],
     "partition.alpha=inf": ["partition.alpha", "finite", "got inf"],
     "partition=by_group": ["set num_clients=4"],
-    "partition=dirichlet_by_label partition.min_examples=400": ["partition.min_examples in [1, 80]", "got 400"],
+    "partition=dirichlet_by_label partition.min_examples=400": ["partition.min_examples in [0, 80]", "got 400"],
     "model.hidden_size=33": ["model.hidden_size", "multiple of model.num_heads=2", "got 33"],
     "model.max_length=0": ["model.max_length", "got 0"],
     "runtime.num_workers=0": ["runtime.num_workers", "got 0"],
@@ -104,7 +105,7 @@ PRIVACY = {
     "privacy.delta=0": ["privacy.delta", "greater than 0, got 0"],
     "privacy.delta=1": ["privacy.delta", "less than 1, got 1"],
     "privacy.delta=2": ["privacy.delta", "less than 1, got 2"],
-    "privacy.delta=0.02": ["privacy.delta below 1/80", "got 0.02"],
+    "privacy.delta=0.02": ["privacy.delta below 1/", "got 0.02"],
     "privacy.noise_multiplier=0": ["privacy.noise_multiplier", "greater than 0, got 0"],
     "privacy.noise_multiplier=1e-160": ["privacy.noise_multiplier", ">= 0.001", "1e-160"],
     "privacy=dp privacy.epsilon=null": ["privacy=dp", "privacy.epsilon=None"],
@@ -262,7 +263,12 @@ def test_an_unknown_label_in_the_data_is_named_with_its_row(here: Path, capsys: 
     (here / "reviews.csv").write_text("text,label\nthe film is good,good\nthe film is bad,bda\n" * 20)
     assert cli.simulate(words("data=table data.path=reviews.csv data.labels=[good,bad] data.num_test=5")) == 2
     error = capsys.readouterr().err
-    assert "reviews.csv, row 3" in error and "'bda' is not one of 'good', 'bad'" in error and error.count("\n") == 1
+    assert (
+        "reviews.csv, row 3" in error
+        and "the label is not one of 'good', 'bad'" in error
+        and "bda" not in error
+        and error.count("\n") == 1
+    )
     assert [path.name for path in here.iterdir()] == ["reviews.csv"]
 
 

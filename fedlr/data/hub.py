@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedlr.data.rows import SUFFIXES, Row, Rows, check_columns, first_line
+from fedlr.data.rows import SUFFIXES, Row, Rows, check_columns
 from fedlr.errors import InputError
 
 
@@ -25,7 +25,7 @@ def read_hub(name: str, columns: Sequence[str], *, split: str) -> Rows:
     except Exception as error:  # every builder raises its own kind; none of them is a fault of this program
         raise InputError(
             f"{name!r} is not a file here, nor a Hugging Face dataset that loads with split {split!r} "
-            f"({first_line(error)}): check its name, configuration (owner/name:configuration) and split"
+            f"({type(error).__name__}): check its name, configuration (owner/name:configuration) and split"
         ) from error
     check_columns(name, dataset.column_names, columns)
     label = dataset.features[columns[1]]

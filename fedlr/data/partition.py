@@ -1,17 +1,20 @@
 """Partitions of one labelled table over simulated clients.
 
 Every function takes `(data, *, num_clients, seed, ...)` and is named by `_target_` in `configs/partition`.
-The same data, seed and arguments give the same partition. These are simulations: they see all labels, which
-no server does.
-Legend: N examples, C clients, L labels.
+The same data, seed and arguments give the same partition. A row's client is found by a hash of its text
+(`fedlr.data.placement`), so that removing a row moves no other one, except where a partition says otherwise in
+`depends_on`. Sizes of clients are therefore random. Legend: N examples, C clients, L labels.
 """
 
 import math
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlr.data.placement import client_positions
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
@@ -25,10 +28,12 @@ Indices = NDArray[np.int64]
 class Partition:
     """Which examples each client holds.
 
-    Guarantees: no example belongs to two clients. Each client's indices are ascending.
+    Guarantees: no row belongs to two clients. Each client's indices are ascending.
     """
 
-    indices: tuple[Indices, ...]  # one array a client
+    indices: tuple[Indices, ...]  # one array per client
+    # What besides the row itself decides about its client, and what to change; '' where nothing does.
+    depends_on: str = "partition._target_ does not say what a row's client depends on"
 
     def __post_init__(self) -> None:
         joined = np.concatenate(self.indices) if self.indices else np.empty(0, dtype=np.int64)
@@ -46,52 +51,46 @@ class Partition:
 
 
 def iid(data: LabelledText, *, num_clients: int, seed: int) -> Partition:
-    """Deal all examples at random; sizes differ by at most one.
+    """Give every example to a client at random, all clients being as likely.
 
     Raises:
         InputError: when there are fewer examples than clients.
     """
     _check_num_clients(data, num_clients)
-    order = stream(seed, Purpose.PARTITION).permutation(len(data))
-    return Partition(tuple(np.sort(part) for part in np.array_split(order, num_clients)))
+    even = np.full((len(data.label_names), num_clients), 1 / num_clients)
+    return Partition(_dealt(data, even, client_positions(data.texts, seed=seed)), depends_on="")
 
 
 def dirichlet(data: LabelledText, *, num_clients: int, seed: int, alpha: float) -> Partition:
-    """Give each client its own label proportions, drawn from Dir(alpha * prior), and equally many examples.
+    """Give each client its own label proportions, drawn from Dir(alpha / L).
 
-    The prior is the share of each label in `data`. Examples are drawn without replacement: when a label runs
-    out, the client's proportions are re-normalised over the labels left, so that late clients drift towards
-    those. The remainder of N / C examples goes to nobody.
+    An example of a label goes to a client with the probability of that client's proportion of it, over the sum of all
+    clients' proportions. If labels are equally frequent, so are the clients' expected sizes. Nothing of the data enters
+    the proportions: in the source the prior is the labels' frequency, and examples are drawn without replacement in
+    equal numbers, by which one row would move others.
 
     Raises:
         InputError: for alpha below 1e-6, or fewer examples than clients.
 
-    Source: Hsu, Qi and Brown 2019, sec. 3, https://arxiv.org/abs/1909.06335
+    Source: after Hsu, Qi and Brown 2019, sec. 3, https://arxiv.org/abs/1909.06335
     """
     _check_num_clients(data, num_clients)
     _check_alpha(alpha)
+    num_labels = len(data.label_names)
     generator = stream(seed, Purpose.PARTITION)
-    queues = _shuffled_by_label(data, generator)
-    left = np.array([len(queue) for queue in queues])
-    prior = left / left.sum()
-    clients = []
-    for _ in range(num_clients):
-        proportions = generator.dirichlet(alpha * prior)
-        counts = _draw_counts(proportions, left, len(data) // num_clients, generator)
-        starts = [len(queue) - rest for queue, rest in zip(queues, left, strict=True)]
-        taken = [q[start : start + n] for q, start, n in zip(queues, starts, counts, strict=True)]
-        clients.append(np.sort(np.concatenate(taken)))
-        left = left - counts
-    return Partition(tuple(clients))
+    wanted = generator.dirichlet(np.full(num_labels, alpha / num_labels), size=num_clients).T  # (L, C)
+    totals = wanted.sum(axis=1, keepdims=True)
+    shares = np.where(totals > 0, wanted, 1.0) / np.where(totals > 0, totals, num_clients)  # of nobody's: to all
+    return Partition(_dealt(data, shares, client_positions(data.texts, seed=seed)), depends_on="")
 
 
 def dirichlet_by_label(
     data: LabelledText, *, num_clients: int, seed: int, alpha: float, min_examples: int = 10
 ) -> Partition:
-    """Spread the examples of each label over the clients by Dir(alpha); sizes are unequal, and all examples
-    are used.
+    """Spread the examples of each label over the clients by Dir(alpha); sizes are unequal.
 
-    Drawn again, at most 1000 times, until every client has `min_examples`.
+    Drawn again, at most 1000 times, until every client has `min_examples`, which lets every row decide about all
+    others. With `min_examples` 0 there is one draw, and a row's client depends on that row alone.
 
     Raises:
         InputError: for alpha below 1e-6, or when no draw gives every client enough.
@@ -101,20 +100,21 @@ def dirichlet_by_label(
     """
     _check_num_clients(data, num_clients)
     _check_alpha(alpha)
-    if min_examples < 1 or min_examples * num_clients > len(data):
+    if not 0 <= min_examples * num_clients <= len(data):
         raise InputError(
-            f"Expected min_examples in [1, {len(data) // num_clients}] for {len(data)} examples and "
+            f"Expected min_examples in [0, {len(data) // num_clients}] for {len(data)} examples and "
             f"{num_clients} clients, got {min_examples}"
         )
     generator = stream(seed, Purpose.PARTITION)
-    queues = _shuffled_by_label(data, generator)
+    positions = client_positions(data.texts, seed=seed)
+    redrawn = "all rows, as clients are drawn again until each has partition.min_examples: set it to 0"
     best = 0
     for _ in range(_MAX_REDRAWS):
-        spreads = [_spread(len(queue), num_clients, alpha, generator) for queue in queues]
-        owner_counts = np.stack(spreads)  # (L, C)
-        smallest = int(owner_counts.sum(axis=0).min())
+        shares = generator.dirichlet(np.full(num_clients, alpha), size=len(data.label_names))  # (L, C)
+        indices = _dealt(data, shares, positions)
+        smallest = min(map(len, indices))
         if smallest >= min_examples:
-            return Partition(_dealt(queues, owner_counts))
+            return Partition(indices, depends_on=redrawn if min_examples else "")
         best = max(best, smallest)
     raise InputError(
         f"None of {_MAX_REDRAWS} Dirichlet draws with alpha={alpha} gives each of {num_clients} clients "
@@ -123,23 +123,33 @@ def dirichlet_by_label(
     )
 
 
-def by_group(data: LabelledText, *, num_clients: int, seed: int) -> Partition:
-    """Make each value of the group column one client, in the order of the names; `seed` changes nothing.
+def by_group(data: LabelledText, *, num_clients: int, seed: int, groups: Sequence[str] | None = None) -> Partition:
+    """Make each value of the group column one client, in the order of `groups`; `seed` changes nothing.
+
+    Without `groups` they are those that are found, sorted: then a row can decide which clients there are.
 
     Raises:
-        InputError: without a group column, or when the number of groups is not `num_clients`.
+        InputError: without a group column, when the number of groups is not `num_clients`, or when a row's group is
+            not among `groups`.
     """
     if data.groups is None:
         raise InputError(f"by_group needs the natural clients of {data.source}: set data.group_column")
-    names, owners = np.unique(np.array(data.groups, dtype=object), return_inverse=True)
+    names = sorted(set(data.groups)) if groups is None else [unicodedata.normalize("NFC", name) for name in groups]
+    if len(set(names)) < len(names):
+        raise InputError(f"Expected groups that differ, got {list(groups or ())!r}")
     if len(names) != num_clients:
-        shown = ", ".join(map(repr, names[:8])) + (" ..." if len(names) > 8 else "")
         raise InputError(
-            f"by_group makes one client a group and {data.source} has {len(names)} groups ({shown}), "
+            f"by_group makes one client per group and {data.source} has {len(names)} groups, "
             f"got num_clients={num_clients}: set num_clients={len(names)}"
         )
-    ends = np.cumsum(np.bincount(owners, minlength=num_clients))[:-1]
-    return Partition(tuple(np.split(np.argsort(owners, kind="stable"), ends)))
+    place = {name: client_id for client_id, name in enumerate(names)}
+    if strange := sum(name not in place for name in data.groups):
+        raise InputError(
+            f"Expected every row's group among groups={names}, got {strange} rows of {data.source} with another"
+        )
+    owners = np.array([place[name] for name in data.groups])
+    found = "the groups that other rows name: set partition.groups=[...]"
+    return Partition(_by_owner(owners, num_clients), depends_on=found if groups is None else "")
 
 
 def _check_num_clients(data: LabelledText, num_clients: int) -> None:
@@ -158,36 +168,16 @@ def _check_alpha(alpha: float) -> None:
         raise InputError(f"Expected alpha to be a number >= 1e-06, got {alpha!r}")
 
 
-def _shuffled_by_label(data: LabelledText, generator: np.random.Generator) -> list[Indices]:
-    """Return the shuffled indices of every label that has examples."""
-    return [generator.permutation(np.flatnonzero(data.labels == label)) for label in np.unique(data.labels)]
+def _dealt(data: LabelledText, shares: NDArray[np.float64], positions: NDArray[np.float64]) -> tuple[Indices, ...]:
+    """Give each row to the client in whose part of [0, 1) its position is; each label has parts, shape (L, C)."""
+    ends = np.cumsum(shares, axis=1)[:, :-1]
+    owners = np.zeros(len(data), dtype=np.int64)
+    for label, of_label in enumerate(ends):
+        rows = np.flatnonzero(data.labels == label)
+        owners[rows] = np.searchsorted(of_label, positions[rows], side="right")
+    return _by_owner(owners, shares.shape[1])
 
 
-def _draw_counts(
-    proportions: NDArray[np.float64], left: Indices, num_examples: int, generator: np.random.Generator
-) -> Indices:
-    """Draw `num_examples` labels with `proportions`, drawing anew those that find their label used up; counts
-    (L,)."""
-    counts = np.zeros_like(left)
-    while (missing := num_examples - int(counts.sum())) > 0:
-        free = left - counts
-        weights = np.where(free > 0, proportions, 0.0)
-        if weights.sum() <= 0:  # all the client wanted is gone, or underflowed: whatever is left
-            weights = free.astype(np.float64)
-        counts += np.minimum(generator.multinomial(missing, weights / weights.sum()), free)
-    return counts
-
-
-def _spread(num_examples: int, num_clients: int, alpha: float, generator: np.random.Generator) -> Indices:
-    """Divide a label's examples over the clients by Dir(alpha), rounding the cumulated shares; counts
-    (C,)."""
-    shares = generator.dirichlet(np.full(num_clients, alpha))
-    ends = np.floor(np.cumsum(shares)[:-1] * num_examples).clip(0, num_examples)
-    return np.diff(ends, prepend=0, append=num_examples).astype(np.int64)
-
-
-def _dealt(queues: list[Indices], owner_counts: Indices) -> tuple[Indices, ...]:
-    """Cut each label's queue at its counts; return the examples of each client."""
-    ends = np.cumsum(owner_counts, axis=1)[:, :-1]
-    parts = [np.split(queue, cuts) for queue, cuts in zip(queues, ends, strict=True)]
-    return tuple(np.sort(np.concatenate(of_client)) for of_client in zip(*parts, strict=True))
+def _by_owner(owners: Indices, num_clients: int) -> tuple[Indices, ...]:
+    ends = np.cumsum(np.bincount(owners, minlength=num_clients))[:-1]
+    return tuple(np.split(np.argsort(owners, kind="stable"), ends))

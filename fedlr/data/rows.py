@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlr.errors import InputError
+from fedlr.memory import free_memory
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -33,6 +34,18 @@ _WIDE_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+# Names of columns that are told where it is not certain that they are names.
+_WELL_KNOWN = frozenset(
+    (
+        "text texts sentence sentence1 review reviews content comment message tweet post body title subject "
+        "question answer premise hypothesis document description summary prompt instruction input output response "
+        "label labels class category sentiment target stars rating score topic intent emotion y id index group domain"
+    ).split()
+)
+_NO_TEXT = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
+_BYTES_IN_MEMORY = 4  # per byte of a file, while its rows are read
 
 
 class Row(NamedTuple):
@@ -59,7 +72,9 @@ def read_rows(path: Path, columns: Sequence[str], *, encoding: str) -> Rows:
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet_rows(path, columns)
+        from fedlr.data.parquet import parquet_rows  # takes half a second to import
+
+        return parquet_rows(path, columns)
     text = _decoded(_content(path), path, encoding)
     if suffix in (".csv", ".tsv"):
         return Rows(_csv_rows(text, path, columns, delimiter="," if suffix == ".csv" else "\t"))
@@ -67,15 +82,20 @@ def read_rows(path: Path, columns: Sequence[str], *, encoding: str) -> Rows:
 
 
 def check_columns(source: str, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a table with two columns of one name, or without a wanted column."""
+    """Refuse a table with two columns of one name, or without a wanted column.
+
+    A name that is not wanted is told only where it cannot be a value: a table without a header has its first row there.
+
+    Raises:
+        InputError: which names the wanted column, and what to set.
+    """
     twice = [name for name, count in Counter(found).items() if count > 1 and name]
     if twice:
-        raise InputError(f"{source} has more than one column named {twice[0]!r}: rename or remove one")
+        name = repr(twice[0]) if twice[0] in wanted else f"as column {found.index(twice[0]) + 1}"
+        raise InputError(f"{source} has more than one column named {name}: rename or remove one")
     for name in wanted:
         if name not in found:
-            shown = ", ".join(repr(c[:30]) for c in found[:20]) + (" ..." if len(found) > 20 else "")
-            hint = _column_hint(name, found)
-            raise InputError(f"{source} has no column {name!r}, its columns are {shown}: {hint}")
+            raise InputError(f"{source} has no column {name!r}, {_column_hint(name, found, wanted)}")
 
 
 def first_line(error: BaseException) -> str:
@@ -83,27 +103,58 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _column_hint(name: str, found: Sequence[str]) -> str:
+def _column_hint(name: str, found: Sequence[str], wanted: Sequence[str]) -> str:
     folded = {c.casefold(): c for c in found}
-    near = get_close_matches(name.casefold(), list(folded), n=1)
+    near = [] if name.casefold() not in folded else [name.casefold()]
+    near = near or get_close_matches(name.casefold(), [c for c in folded if len(c) < 2 * len(name)], n=1, cutoff=0.75)
     if near:
         return f"did you mean {folded[near[0]]!r}?"
     if len(found) == 1 and any(mark in found[0] for mark in ";\t|,"):
-        return "they seem to be separated by another character than the suffix says (.csv comma, .tsv tab)"
-    return "set data.text_column, data.label_column or data.group_column to one of them"
+        return (
+            "its only column seems to hold several, separated by another character than the suffix says (.csv comma, "
+            ".tsv tab)"
+        )
+    fix = "set data.text_column, data.label_column or data.group_column to one of them"
+    # With a wanted name among them the first row is a header; else only well-known names are surely no values.
+    is_header = any(c in found for c in wanted)
+    shown = [c for c in found[:20] if c and len(c) <= 30 and (is_header or c.casefold() in _WELL_KNOWN)]
+    if not shown:
+        return f"nor a well-known name among its {len(found)}: the first row must be a header with names; {fix}"
+    more = ", ..." if len(shown) < len(found) else ""
+    return f"its columns are {', '.join(map(repr, shown))}{more}: {fix}"
 
 
 def _content(path: Path) -> bytes:
     try:
+        check_fits(path, path.stat().st_size)
         return path.read_bytes()
+    except MemoryError as error:
+        raise InputError(f"{path} does not fit into memory: split the file") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def check_fits(path: Path, num_bytes: int) -> None:
+    """Refuse a table that memory could not hold.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    free = free_memory()
+    if free and num_bytes * _BYTES_IN_MEMORY > free:
+        raise InputError(
+            f"{path} has {num_bytes / 1e9:,.1f} GB, which needs about {_BYTES_IN_MEMORY} times as much memory, and "
+            f"{free / 1e9:,.1f} GB are free: split the file"
+        )
 
 
 def _decoded(content: bytes, path: Path, encoding: str) -> str:
     """Decode a text file, without its byte order mark."""
     try:
-        wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+        codec = codecs.lookup(encoding).name
+        if codec.replace("-", "_") in _NO_TEXT:
+            raise LookupError(encoding)
+        wide = codec.startswith(("utf-16", "utf-32"))
         mark = next((name for mark, name in _WIDE_MARKS if content.startswith(mark)), None)
         if mark and not wide:
             raise InputError(f"{path} is a {mark.upper()} file, not {encoding}: set data.encoding={mark}")
@@ -116,8 +167,12 @@ def _decoded(content: bytes, path: Path, encoding: str) -> str:
             f"{path}, row {row}: byte {error.start} (0x{content[error.start]:02x}) is not {encoding}: "
             "save the file as UTF-8, or name its encoding, such as data.encoding=cp1252 (Windows)"
         ) from error
-    except (LookupError, UnicodeError) as error:
-        raise InputError(f"Expected data.encoding to be one such as utf-8, got {encoding!r}") from error
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{path} does not fit into memory: split the file") from error
+    except (LookupError, TypeError, ValueError) as error:  # no codec, one from bytes to bytes, a NUL in its name
+        raise InputError(f"Expected data.encoding to be one such as utf-8, got {str(encoding)[:40]!r}") from error
     if wide:
         _check_no_nul(text.encode("utf-8", "surrogatepass"), path)
     if not text.strip():
@@ -211,10 +266,16 @@ def _json_object(line: str) -> tuple[dict[str, Any], str]:
         where = f"{error.msg} at character {error.pos + 1}"
         return {}, f"not valid JSON ({where}): expected one JSON object a line"
     except (ValueError, RecursionError) as error:
-        return {}, f"not a usable JSON object ({first_line(error)})"
+        return {}, f"not a usable JSON object ({_json_problem(error)})"
     if not isinstance(value, dict):
         return {}, f"a JSON {type(value).__name__} where an object with named fields is expected"
     return value, ""
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a field is named twice" if "twice" in str(error) else "a number has too many digits"
 
 
 def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -223,34 +284,3 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise ValueError("a field is named twice")
     return value
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is an empty file: expected a table with a text and a label in each row")
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            check_columns(str(path), schema.names, columns)
-            table = file.read(columns=list(dict.fromkeys(columns)))
-            values = [table.column(name).to_pylist() for name in columns]
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not a readable Parquet file ({first_line(error)}): it is damaged, cut short or of "
-            "another kind; write or copy it again"
-        ) from error
-    rows = [Row(i, v) for i, v in enumerate(zip(*values, strict=True), start=1)]
-    return Rows(rows, _parquet_class_names(schema.metadata or {}, columns[1]))
-
-
-def _parquet_class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...] | None:
-    """Return the ClassLabel names that Hugging Face `datasets` leaves in a Parquet schema."""
-    if b"huggingface" not in metadata:
-        return None
-    try:
-        return tuple(json.loads(metadata[b"huggingface"])["info"]["features"][label_column]["names"])
-    except (ValueError, KeyError, TypeError):  # the note is there, the column is no ClassLabel
-        return None

@@ -33,6 +33,7 @@ _JOINTS = "and while because but since though".split()
 _ARTICLES = "the this that my our their".split()
 
 MAX_LABELS = len(_SIGNALS)
+MAX_CLAUSES = 500_000  # of all sentences together: some 10 s
 
 # Every word that can occur, sorted: a word-level tokenizer built on it knows every text.
 VOCABULARY: tuple[str, ...] = tuple(
@@ -58,8 +59,12 @@ def synthetic_text(
         raise InputError(f"Expected num_labels in [2, {MAX_LABELS}], got {num_labels}")
     if num_examples < num_labels:
         raise InputError(f"Expected num_examples >= num_labels ({num_labels}), got {num_examples}")
-    if num_clauses < 1:
-        raise InputError(f"Expected num_clauses >= 1, got {num_clauses}")
+    if not 1 <= num_clauses <= 1000:
+        raise InputError(f"Expected num_clauses in [1, 1000], got {num_clauses}")
+    if num_examples * num_clauses > MAX_CLAUSES:
+        raise InputError(
+            f"Expected num_examples <= {MAX_CLAUSES // num_clauses} of num_clauses={num_clauses}, got {num_examples}"
+        )
     if not 0 <= label_noise < 1:
         raise InputError(f"Expected label_noise in [0, 1), got {label_noise}")
     generator = stream(seed, Purpose.DATA)

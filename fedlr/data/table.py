@@ -1,11 +1,13 @@
-"""Labelled texts from a table: what is accepted, what is refused, and the split into training and test
-examples.
+"""Labelled texts from a table: what is accepted, and what is refused.
 
 Everything a person can get wrong is one `InputError` that names the file, the row and the fix. Notable
 choices:
 
-* Labels become names: 0, 0.0 and "0" are the label "0", true is "true". An empty label, NaN and the word
-  "nan" are a missing label. Names are sorted (as numbers if all are integers) unless `labels` fixes them.
+* Labels become names: 0, 0.0 and the text "0" are the label "0", true is "true". Names are in Unicode's form C. An
+  empty label, NaN and words such as NA, null or None are a missing label, unless `labels` names them. Two spellings
+  of one number ("1" and "1.0") are refused, and so are many numbers with decimals: those are scores, not classes.
+  Names are sorted (as numbers if all are integers) unless `labels` fixes them.
+* No message holds a value of a row: it names the file, the row and the column.
 * Clients that hold their own files must all be given `labels`: the names found in one file depend on its
   rows.
 * A number is not a text: refused per row where the format knows types (JSON, Parquet), and for a csv, where
@@ -22,11 +24,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlr.data.classes import check_classes
 from fedlr.data.hub import read_hub
 from fedlr.data.rows import SUFFIXES, Row, Rows, read_rows
-from fedlr.data.values import as_name, class_name, text_problem
+from fedlr.data.values import as_name, class_name, named, text_problem
 from fedlr.errors import InputError
-from fedlr.streams import Purpose, stream
 
 # What ends like this is a file that is not there, never the name of a dataset.
 _FILE_SUFFIXES = SUFFIXES + tuple(
@@ -96,12 +98,14 @@ def load_table(
     known = list(group_of) or labels
     allowed = None if known is None else _allowed_labels(known)
     source, table = _read(os.fspath(path), columns, encoding=encoding, split=split, fetched_by=fetched_by)
-    cleaned, num_dropped = _cleaned(source, table, allowed=allowed, drop=on_bad_row == "drop")
+    cleaned, num_dropped = _cleaned(source, table, columns, allowed=allowed, drop=on_bad_row == "drop")
     texts = tuple(text for text, _, _ in cleaned)
     names = [group_of.get(name, name) for _, name, _ in cleaned]
     if label_groups is not None:
         allowed = tuple(label_groups)
-    _check_enough(source, texts, names, num_dropped, allowed)
+    _check_enough(source, texts, num_dropped, text_column)
+    if allowed is None:
+        check_classes(f"{source}, column {label_column!r}", names)
     label_names = allowed or table.class_names or _in_order(set(names))
     index = {name: i for i, name in enumerate(label_names)}
     groups = None if group_column is None else tuple(group for _, _, group in cleaned)
@@ -109,45 +113,9 @@ def load_table(
     return LabelledText(texts, integers, label_names, groups, source, num_dropped)
 
 
-def split_train_test(data: LabelledText, *, num_test: int, seed: int) -> tuple[LabelledText, LabelledText]:
-    """Split into training and test examples, each label in proportion (largest remainder), each in source
-    order.
-
-    Every label keeps at least one training example. The same data and seed give the same split.
-
-    Raises:
-        InputError: when `num_test` is not in [1, N - number of labels present].
-    """
-    counts = np.bincount(data.labels, minlength=len(data.label_names))
-    largest = len(data) - int((counts > 0).sum())
-    if not 1 <= num_test <= largest:
-        raise InputError(
-            f"Expected num_test in [1, {largest}] for {len(data)} examples of {data.source}, got {num_test}"
-        )
-    generator = stream(seed, Purpose.PARTITION, step=1)  # step 0 is the partition over clients
-    test = [
-        generator.permutation(np.flatnonzero(data.labels == label))[:quota]
-        for label, quota in enumerate(_test_quotas(counts, num_test))
-    ]
-    is_test = np.zeros(len(data), dtype=bool)
-    is_test[np.concatenate(test)] = True
-    return data.subset(np.flatnonzero(~is_test)), data.subset(np.flatnonzero(is_test))
-
-
-def _test_quotas(counts: NDArray[np.int64], num_test: int) -> NDArray[np.int64]:
-    exact = counts * num_test / counts.sum()
-    caps = np.maximum(counts - 1, 0)
-    quotas: NDArray[np.int64] = np.minimum(np.floor(exact).astype(np.int64), caps)
-    while (missing := num_test - int(quotas.sum())) > 0:
-        wish = np.where(quotas < caps, exact - quotas, -np.inf)
-        most_wished = np.argsort(-wish, kind="stable")[: min(missing, int((quotas < caps).sum()))]
-        quotas[most_wished] += 1
-    return quotas
-
-
 def _group_of(groups: Mapping[str, Sequence[str]], labels: object) -> dict[str, str]:
     """Return the group of each label; groups must be two or more, filled and disjoint."""
-    group_of = {as_name(label)[0]: group for group, members in groups.items() for label in members}
+    group_of = {named(label): group for group, members in groups.items() for label in members}
     num_members = sum(len(members) for members in groups.values())
     if labels is not None:
         raise InputError(f"Expected data.labels=null next to data.label_groups, which names the labels, got {labels!r}")
@@ -157,9 +125,11 @@ def _group_of(groups: Mapping[str, Sequence[str]], labels: object) -> dict[str, 
 
 
 def _allowed_labels(labels: Sequence[str | int | bool]) -> tuple[str, ...]:
-    names = () if isinstance(labels, str) else tuple(as_name(label)[0] for label in labels)
+    names = () if isinstance(labels, str) else tuple(map(named, labels))
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-        raise InputError(f"Expected data.labels to be two or more different names, got {labels!r}")
+        raise InputError(
+            f"Expected data.labels to be two or more different names, such as [negative,positive], got {labels!r}"
+        )
     return names
 
 
@@ -202,62 +172,51 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _cleaned(
-    source: str, table: Rows, *, allowed: tuple[str, ...] | None, drop: bool
+    source: str, table: Rows, columns: Sequence[str], *, allowed: tuple[str, ...] | None, drop: bool
 ) -> tuple[list[tuple[str, str, str]], int]:
     """Return (text, label name, group or '') of the good rows, and the number of rows dropped."""
     if not table.rows:
         raise InputError(f"{source} has a header and no rows: expected a text and a label in each row")
     cleaned = []
     for row in table.rows:
-        values, problem = _clean(row, table.class_names, allowed)
+        values, problem = _clean(row, columns, table.class_names, allowed)
         if values is not None:
             cleaned.append(values)
         elif not drop:
             fix = "fix the row, or leave such rows out with data.on_bad_row=drop"
-            raise InputError(f"{source}, row {row.number}: {problem}; {fix}")
+            raise InputError(f"{source}, row {row.number}{problem}; {fix}")
     return cleaned, len(table.rows) - len(cleaned)
 
 
 def _clean(
-    row: Row, class_names: tuple[str, ...] | None, allowed: tuple[str, ...] | None
+    row: Row, columns: Sequence[str], class_names: tuple[str, ...] | None, allowed: tuple[str, ...] | None
 ) -> tuple[tuple[str, str, str] | None, str]:
     """Return (text, label name, group or '') of a row, or what is wrong with it."""
     if row.problem:
-        return None, row.problem
+        return None, f": {row.problem}"
     text, label, *group = row.values
-    problem = text_problem(text)
+    if problem := text_problem(text):
+        return None, f", column {columns[0]!r}: {problem}"
+    where = f", column {columns[1]!r}: the label"
+    known = allowed or ()
+    name, problem = as_name(label, known=known) if class_names is None else class_name(label, class_names)
     if problem:
-        return None, problem
-    name, problem = as_name(label) if class_names is None else class_name(label, class_names)
-    if problem:
-        return None, f"the label {problem}"
+        return None, f"{where} {problem}"
     if allowed is not None and name not in allowed:
-        near = get_close_matches(name, allowed, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return None, f"the label {name[:40]!r} is not one of {', '.join(map(repr, allowed[:20]))}{hint}"
+        return None, (
+            f"{where} is not one of {', '.join(map(repr, allowed[:20]))}; if data.labels is wrong, spell it as the "
+            "file does (case counts), or set data.label_column"
+        )
     group_name, problem = as_name(group[0]) if group else ("", "")
-    return ((text, name, group_name), "") if not problem else (None, f"the group {problem}")
+    return (None, f", column {columns[2]!r}: the group {problem}") if problem else ((text, name, group_name), "")
 
 
-def _check_enough(
-    source: str, texts: Sequence[str], names: Sequence[str], num_dropped: int, allowed: tuple[str, ...] | None
-) -> None:
+def _check_enough(source: str, texts: Sequence[str], num_dropped: int, text_column: str) -> None:
     dropped = f" after {num_dropped} bad rows were dropped" if num_dropped else ""
     if len(texts) < 2:
         raise InputError(f"{source} has {len(texts)} usable rows{dropped}: expected at least 2")
-    if _is_number(texts[0]) and all(map(_is_number, texts)):
-        raise InputError(f"{source} has only numbers as texts, such as {texts[0][:40]!r}: set data.text_column")
-    num_labels = len(set(names))
-    if num_labels == 1 and allowed is None:
-        raise InputError(
-            f"{source} has only the label {names[0][:40]!r}{dropped}: expected two or more; "
-            "if it is one client's share, name all labels with data.labels=[...]"
-        )
-    if allowed is None and num_labels > max(20, len(texts) // 2):
-        raise InputError(
-            f"{source} has {num_labels} different labels in {len(texts)} rows, such as {names[0][:40]!r}: "
-            "the column looks like a text or a score; set data.label_column"
-        )
+    if all(map(_is_number, texts)):
+        raise InputError(f"{source} has only numbers as texts in column {text_column!r}: set data.text_column")
 
 
 def _is_number(text: str) -> bool:

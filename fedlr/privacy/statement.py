@@ -32,6 +32,7 @@ AMPLIFICATION = (
 )
 CONDITIONS = [
     "no training example is held by two clients",
+    "a row's client, and whether it is held out, depend on that row alone",
     "each client follows the protocol: it clips, adds its noise and keeps its ledger",
     "nobody lowered or replaced the ledger file; the head below lets a second party check",
 ]
@@ -55,12 +56,15 @@ RANDOMNESS = {
 }
 
 
-def privacy_statement(ledger_path: str | os.PathLike[str], enrolled_client_ids: Iterable[int]) -> dict[str, Any]:
+def privacy_statement(
+    ledger_path: str | os.PathLike[str], enrolled_client_ids: Iterable[int], *, placed_by: Sequence[str] = ()
+) -> dict[str, Any]:
     """State what a ledger's clients have spent, for whom it holds and what it leaves out.
 
     Args:
         ledger_path: the ledger; it is verified, and not changed.
         enrolled_client_ids: every client that was enrolled, whether or not it ever trained.
+        placed_by: reasons why where a row lies depends on more than that row; with any the run is not for release.
 
     Returns:
         Values that JSON can hold; an infinite epsilon is the string "inf".
@@ -78,9 +82,10 @@ def privacy_statement(ledger_path: str | os.PathLike[str], enrolled_client_ids: 
     spent = [charges.epsilon(client, header) for client in enrolled]
     mechanisms = _mechanisms(charges)
     return {
-        "statement": _sentence(header, max(spent), noiseless=_is_noiseless(charges)),
+        "statement": _sentence(header, max(spent), noiseless=_is_noiseless(charges), placed_by=placed_by),
         "differential_privacy": math.isfinite(max(spent)),
-        "for_release": math.isfinite(max(spent)) and header.randomness == "os",
+        "for_release": math.isfinite(max(spent)) and header.randomness == "os" and not placed_by,
+        "placement_depends_on": list(placed_by),
         "unit": UNIT,
         "neighbouring_relation": RELATION,
         "mechanisms": mechanisms,
@@ -136,8 +141,8 @@ def with_origin(statement: dict[str, Any], origin: str | None) -> dict[str, Any]
 def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
-    Only the number of enrolled clients, numbered from 0, and the origin of the start are taken from privacy.json: a
-    client that never trained has no row, and neither has a public table.
+    Only the number of enrolled clients, numbered from 0, what placed the rows, and the origin of the start are taken
+    from privacy.json: the ledger has none of them.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -152,11 +157,12 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         stated = json.loads(path.read_bytes())
         num_clients = int(stated["num_clients"])
+        placed_by = [str(reason) for reason in stated.get("placement_depends_on", ["unknown: the statement is silent"])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"Expected a privacy statement in {path}, got {error!r}") from error
     ledger_path = path.with_name("ledger.jsonl")
     if ledger_path.exists() or "ledger_head" in stated or stated.get("differential_privacy") is not False:
-        found = privacy_statement(ledger_path, range(num_clients))
+        found = privacy_statement(ledger_path, range(num_clients), placed_by=placed_by)
     else:
         found = no_privacy_statement(num_clients)
     found = with_origin(found, stated.get("start"))
@@ -166,7 +172,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def _sentence(header: Header, largest: float, *, noiseless: bool) -> str:
+def _sentence(header: Header, largest: float, *, noiseless: bool, placed_by: Sequence[str]) -> str:
     if math.isinf(largest):
         why = "no noise was added" if noiseless else "the noise is too small for the accountant"
         return f"No differential privacy: epsilon = inf, max over clients ({why})."
@@ -175,7 +181,11 @@ def _sentence(header: Header, largest: float, *, noiseless: bool) -> str:
         f"epsilon <= {rounded_up} at delta = {header.delta}, max over clients, for {UNIT} "
         f"({RELATION}), each client under its own accounting"
     )
-    return f"Not for release, {SIMULATION}. Simulated: {claim}." if header.randomness == "seeded" else f"{claim}."
+    if header.randomness == "seeded":
+        return f"Not for release, {SIMULATION}. Simulated: {claim}."
+    if placed_by:
+        return f"Not for release: a row's place depends on {placed_by[0]}. If rows stayed where they are: {claim}."
+    return f"{claim}."
 
 
 def _mechanisms(charges: Charges) -> list[dict[str, Any]]:

@@ -3,9 +3,6 @@
 import codecs
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlr.data.synthetic import synthetic_text
-from fedlr.data.table import LabelledText, load_table, split_train_test
+from fedlr.data.table import load_table
 from fedlr.errors import InputError
 
 ROWS = [
@@ -54,9 +50,41 @@ def test_every_format_gives_the_same_texts(suffix: str, tmp_path: Path) -> None:
 def test_words_that_look_like_missing_values_are_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\nNA,null\nnull,None\nNone,NA\n")
-    data = load_table(path)
+    data = load_table(path, labels=["NA", "None", "null"])
     assert data.texts == ("NA", "null", "None")
     assert data.label_names == ("NA", "None", "null")
+    for word in ("NA", "null", "None", "none", "n/a", "<NA>", "NaN"):
+        path.write_text(f"text,label\nx,a\ny,{word}\nz,b\n")
+        with pytest.raises(InputError, match="row 3, column 'label': the label is missing"):
+            load_table(path)
+
+
+def test_two_ways_to_write_an_accent_are_one_label(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nx,caf\u00e9\ny,cafe\u0301\nz,tea\n", encoding="utf-8")
+    assert load_table(path).label_names == ("caf\u00e9", "tea")
+    data = load_table(path, labels=["tea", "cafe\u0301"])
+    assert data.label_names == ("tea", "caf\u00e9") and data.labels.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("spelling", ["1.0", "01", "1e0", "+1", "1."])
+def test_two_spellings_of_a_number_are_refused_unless_named(spelling: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\nx,1\ny,{spelling}\nz,0\n")
+    with pytest.raises(InputError, match="column 'label' spells the number of one label in 2 ways"):
+        load_table(path)
+    assert len(load_table(path, labels=["0", "1", spelling]).label_names) == 3
+
+
+def test_many_numbers_with_decimals_are_scores(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},{i % 112 / 4}\n" for i in range(1000)))
+    with pytest.raises(InputError, match="112 different numbers with decimals.*regression"):
+        load_table(path)
+    path.write_text("text,label\n" + "".join(f"text {i},{i % 9 / 2}\n" for i in range(100)))
+    assert len(load_table(path).label_names) == 9  # half stars are classes
+    path.write_text("text,label\n" + "".join(f"text {i},{i % 150}\n" for i in range(1000)))
+    assert len(load_table(path).label_names) == 150  # numbered intents are too
 
 
 def test_marks_line_ends_and_blank_lines_change_nothing(tmp_path: Path) -> None:
@@ -122,7 +150,7 @@ def test_label_groups_rename_labels_in_their_own_order(tmp_path: Path) -> None:
         ({"a": ["shop"], "b": []}, None, "two or more groups"),
         ({"a": ["shop"], "b": ["shop", "home"]}, None, "different labels"),
         ({"a": ["shop"], "b": ["home"]}, ["shop", "home"], "data.labels=null"),
-        ({"a": ["shop"], "b": ["garden"]}, None, "'home' is not one of 'shop', 'garden'"),
+        ({"a": ["shop"], "b": ["garden"]}, None, "row 3, column 'site': the label is not one of 'shop', 'garden'"),
     ],
 )
 def test_label_groups_that_cannot_be_used_are_refused(
@@ -140,7 +168,7 @@ def test_class_names_in_a_parquet_file_of_datasets_are_used(tmp_path: Path) -> N
     data = load_table(path)
     assert data.label_names == ("neg", "pos") and data.labels.tolist() == [1, 0]
     datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, -1]}, features=features).to_parquet(path)
-    with pytest.raises(InputError, match="row 2: the label is missing"):
+    with pytest.raises(InputError, match="row 2, column 'label': the label is missing"):
         load_table(path)
 
 
@@ -165,50 +193,3 @@ def test_a_text_of_any_length_is_accepted_and_the_csv_limit_is_put_back(tmp_path
     path.write_text(f"text,label\n{'word ' * 100_000},a\nshort,b\n")
     assert len(load_table(path).texts[0]) == 500_000
     assert csv.field_size_limit() == before
-
-
-def test_the_split_keeps_proportions_and_loses_nothing() -> None:
-    labels = np.array([0] * 60 + [1] * 30 + [2] * 9 + [3])
-    data = LabelledText(tuple(map(str, range(100))), labels, ("a", "b", "c", "d"), None, "here")
-    train, test = split_train_test(data, num_test=20, seed=3)
-    assert sorted([*train.texts, *test.texts], key=int) == list(data.texts)
-    assert np.bincount(test.labels, minlength=4).tolist() == [12, 6, 2, 0]
-    assert np.bincount(train.labels, minlength=4).min() >= 1
-
-
-def test_the_split_is_a_function_of_the_seed() -> None:
-    data = LabelledText(tuple(map(str, range(50))), np.arange(50) % 2, ("a", "b"), None, "here")
-    first, again, other = (split_train_test(data, num_test=10, seed=s)[1].texts for s in (1, 1, 2))
-    assert first == again != other
-
-
-@pytest.mark.parametrize("num_test", [1, 5, 48])
-def test_the_split_has_exactly_the_number_asked_for(num_test: int) -> None:
-    data = LabelledText(tuple(map(str, range(50))), np.arange(50) // 49, ("a", "b"), None, "here")
-    train, test = split_train_test(data, num_test=num_test, seed=0)
-    assert (len(train), len(test)) == (50 - num_test, num_test)
-    assert set(train.labels) == {0, 1}
-
-
-@pytest.mark.parametrize("num_test", [-1, 0, 49, 1000])
-def test_a_split_that_leaves_a_label_untrained_is_refused(num_test: int) -> None:
-    data = LabelledText(tuple(map(str, range(50))), np.arange(50) // 49, ("a", "b"), None, "here")
-    with pytest.raises(InputError, match=rf"num_test in \[1, 48\].*got {num_test}"):
-        split_train_test(data, num_test=num_test, seed=0)
-
-
-def test_the_same_seed_gives_the_same_split_in_another_process() -> None:
-    code = (
-        "from fedlr.data import split_train_test, synthetic_text;"
-        "print(split_train_test(synthetic_text(30, 5), num_test=5, seed=9)[1].texts)"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    there = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-        env=environment,
-    )
-    here = split_train_test(synthetic_text(30, 5), num_test=5, seed=9)[1].texts
-    assert there.stdout.decode().strip() == str(here)

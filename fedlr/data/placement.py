@@ -1,0 +1,112 @@
+"""Where a row of a table lies, by a keyed hash of its text: held out for evaluation, or at which client.
+
+Notable choices:
+
+* Removing or adding one row moves no other row, unless the caller asks for an exact number of held-out rows. Otherwise
+  one row would change what many clients hold, which no client's epsilon covers.
+* The hash reads the text as `content` gives it, so that equal texts lie at the same place: no example is at two
+  clients, or both trained on and evaluated.
+* The key is the seed's. Nothing here is secret: who knows seed and text knows the place.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlr.data.table import LabelledText
+from fedlr.errors import InputError
+from fedlr.streams import Purpose, stream
+
+# Steps of Purpose.PARTITION: 0 draws the clients' label proportions.
+_SPLIT_STEP, _CLIENT_STEP = 1, 2
+
+
+def content(text: str) -> str:
+    """Return what makes two texts equal here: case, width of characters and white space do not count.
+
+    >>> content("So  GOOD\\n") == content("so good")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def client_positions(texts: Sequence[str], *, seed: int) -> NDArray[np.float64]:
+    """Return where in [0, 1) each text lies for a partition over clients, shape (N,); each depends on itself alone."""
+    return _positions(texts, seed=seed, step=_CLIENT_STEP)
+
+
+def split_train_test(data: LabelledText, *, num_test: float, seed: int) -> tuple[LabelledText, LabelledText]:
+    """Split into training and test examples, each in source order; equal texts are on one side.
+
+    The same data and seed give the same split.
+
+    Args:
+        data: all examples.
+        num_test: below 1 a share: each row is held out with this probability, by a hash of itself alone. From 1 on a
+            number, of each label in proportion (largest remainder), by rank of the hash: other rows have a say, and
+            every label keeps a training example. Fewer are held out where equal texts do not fit in.
+        seed: keys the hash.
+
+    Raises:
+        InputError: when `num_test` leaves one of the two sides without rows, or a label without a training example.
+    """
+    positions = _positions(data.texts, seed=seed, step=_SPLIT_STEP)
+    is_test = positions < num_test if 0 < num_test < 1 else _lowest(data, positions, num_test=int(num_test))
+    if is_test.all() or not is_test.any():
+        raise InputError(
+            f"Expected num_test to leave rows of {data.source} on both sides, got {num_test}, which holds out "
+            f"{int(is_test.sum())} of {len(data)}; equal texts stay together"
+        )
+    return data.subset(np.flatnonzero(~is_test)), data.subset(np.flatnonzero(is_test))
+
+
+def num_shared_texts(data: LabelledText, indices: Sequence[NDArray[np.int64]]) -> int:
+    """Count the texts that two or more clients hold."""
+    holders: dict[str, int] = {}
+    shared = set()
+    for client_id, rows in enumerate(indices):
+        for row in rows.tolist():
+            text = content(data.texts[row])
+            if holders.setdefault(text, client_id) != client_id:
+                shared.add(text)
+    return len(shared)
+
+
+def _positions(texts: Sequence[str], *, seed: int, step: int) -> NDArray[np.float64]:
+    key = stream(seed, Purpose.PARTITION, step=step).bytes(32)
+    digests = b"".join(blake2b(content(text).encode(), digest_size=8, key=key).digest() for text in texts)
+    return (np.frombuffer(digests, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _lowest(data: LabelledText, positions: NDArray[np.float64], *, num_test: int) -> NDArray[np.bool_]:
+    """Mark the rows of the lowest positions, each label in proportion and equal texts together."""
+    counts = np.bincount(data.labels, minlength=len(data.label_names))
+    largest = len(data) - int((counts > 0).sum())
+    if not 1 <= num_test <= largest:
+        raise InputError(
+            f"Expected num_test in [1, {largest}] for {len(data)} examples of {data.source}, got {num_test}"
+        )
+    order = np.argsort(positions, kind="stable")
+    starts = np.flatnonzero(np.diff(positions[order])) + 1
+    left = _test_quotas(counts, num_test)
+    is_test = np.zeros(len(data), dtype=bool)
+    for rows in np.split(order, starts):
+        wanted = np.bincount(data.labels[rows], minlength=len(left))
+        if (wanted <= left).all():
+            left = left - wanted
+            is_test[rows] = True
+    return is_test
+
+
+def _test_quotas(counts: NDArray[np.int64], num_test: int) -> NDArray[np.int64]:
+    exact = counts * num_test / counts.sum()
+    caps = np.maximum(counts - 1, 0)
+    quotas: NDArray[np.int64] = np.minimum(np.floor(exact).astype(np.int64), caps)
+    while (missing := num_test - int(quotas.sum())) > 0:
+        wish = np.where(quotas < caps, exact - quotas, -np.inf)
+        most_wished = np.argsort(-wish, kind="stable")[: min(missing, int((quotas < caps).sum()))]
+        quotas[most_wished] += 1
+    return quotas
