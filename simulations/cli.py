@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedlr.experiment import Experiment
 
 MULTIRUN = ("-m", "--multirun")
-COMPARISON = "comparison.html"
+COMPARISON, SUMMARY = "comparison.html", "summary.json"
 command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint")
 
 
@@ -48,7 +48,7 @@ def simulate(arguments: list[str]) -> None:
     elif run_dirs:
         say(f"report in {run_dirs[0] / 'report.html'}")
     if failed := len(jobs) - len(run_dirs):
-        raise InputError(f"{failed} of {len(jobs)} runs could not start; the reasons are above")
+        raise InputError(f"{failed} of {len(jobs)} runs failed; the reasons are above")
 
 
 @command
@@ -85,6 +85,7 @@ def plan(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--against METHOD] [--out FILE.html]
 
+    A folder that holds runs, such as outputs/NAME, stands for all finished ones in it.
     --against METHOD pairs the runs of that method with all others by seed, data and privacy, and adds the mean
     difference of every arm with its paired 95 % interval, as a table and a picture.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
@@ -93,9 +94,9 @@ def compare(arguments: list[str]) -> None:
 
     against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
     out = free_name(Path(COMPARISON)) if named is None else new_page(named)
-    if len(arguments) < 2:
-        raise InputError(f"Expected two or more run directories, got {len(arguments)}")
-    run_dirs = [existing_run(argument) for argument in arguments]
+    run_dirs = list(dict.fromkeys(run_dir for argument in arguments for run_dir in finished_runs(argument)))
+    if len(run_dirs) < 2:
+        raise InputError(f"Expected two or more run directories, or a folder of them, got {len(run_dirs)}")
     print(comparison_table(run_dirs, against=against))
     print(f"comparison in {write_comparison(run_dirs, out, against=against)}")
 
@@ -230,6 +231,18 @@ def existing_run(argument: str) -> Path:
     if not path.is_dir():
         raise InputError(f"Expected a run directory (outputs/NAME/TIME), got {argument!r}")
     return path
+
+
+def finished_runs(argument: str) -> list[Path]:
+    """Return a run's directory, or the finished ones in a folder of runs, by their time."""
+    path = existing_run(argument)
+    if (path / SUMMARY).exists() or not any(path.glob(f"*/{SUMMARY}")):
+        return [path]
+    runs = sorted(run_dir for run_dir in path.iterdir() if (run_dir / "config.yaml").exists())
+    done = [run_dir for run_dir in runs if (run_dir / SUMMARY).exists()]
+    if len(done) < len(runs):
+        say(f"note: {len(runs) - len(done)} of {len(runs)} runs in {path} are not finished, and are left out")
+    return done
 
 
 def only_one(arguments: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from fedlr.data.tokenise import Share, TokenisedText, tokenise
 from fedlr.experiment import Experiment
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel
+from fedlr.moves import check_moves
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
 from fedlr.side import SideWeights
@@ -104,6 +105,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
     check_aggregate(start, method, experiment, weights=weights)
+    first = task_of(start, method, train_head=experiment.adapter.train_head).block
+    faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism and mechanism.max_grad_norm)
     working, (tokenised, test) = working_model(experiment.runtime, model, [tokenised, test], say=say)
     return Federation(
         experiment=experiment,
@@ -126,7 +129,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
         side=SideWeights(working),
-        notes=notes(experiment, data, held_out, tokenised, test),
+        notes=(*notes(experiment, data, held_out, tokenised, test), *([faint] if faint else [])),
     )
 
 

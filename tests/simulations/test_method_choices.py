@@ -326,7 +326,7 @@ def test_alone_there_is_nobody_to_share_with(tmp_path: Path) -> None:
     for name in ("fedit", "fedsa_lora", "scaffold"):
         f = federation(f"method={name}", "privacy=none", *SGD)
         with closing(make_pool(f, None)) as pool:
-            found[name] = list(train_alone(f, pool, client_done=lambda: None))
+            found[name] = [arm.state for arm in train_alone(f, pool, client_done=lambda: None)]
     for client, state in enumerate(found["fedit"]):
         assert far(state, federation("method=fedit", "privacy=none", *SGD).start)
         for name in ("fedsa_lora", "scaffold"):
