@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlr.adapter import LORA_A, LORA_B, AdapterState, Slot, side_tensors
 
 SMALLER_STEPS = "lower trainer.optimizer.lr, or raise trainer.divisor"
-LARGER_STEPS = "raise trainer.optimizer.lr, or lower trainer.divisor"
+LARGER_STEPS = "raise trainer.optimizer.lr or trainer.sample_rate, or lower trainer.divisor"
 MORE_BUDGET = "raise privacy.epsilon, or lower privacy.max_participations or trainer.num_steps"
 # By the reason that is given most often.
 ADVICE: Mapping[str, str] = {

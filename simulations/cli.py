@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedlr.commands import command as any_command
 from fedlr.commands import ready
+from fedlr.config_errors import shown
 from fedlr.errors import InputError
 from fedlr.offline import go_offline
 
@@ -171,8 +172,13 @@ def check_output_dir(experiment: "Experiment") -> None:
     """Refuse a folder that cannot be made, before the work of a run."""
     wanted = experiment.tracking.output_dir
     place = Path(wanted) / experiment.name
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+    except OSError as error:
+        raise InputError(
+            f"Expected tracking.output_dir to be a folder that can be made, got {shown(wanted)}: {error.strerror}"
+        ) from error
     if not place.is_dir():
         raise InputError(f"Expected tracking.output_dir to be a folder, got {wanted!r}: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):

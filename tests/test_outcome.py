@@ -23,14 +23,16 @@ from simulations.simulate import simulate
 from tests.simulations.small_runs import RUN_FILES, experiment, lines
 
 TINY = ("experiment=tiny", "data.num_examples=120", "data.num_test=24", "num_clients=4", "cohort_size=3")
-FILES = {*RUN_FILES, "ledger.jsonl"}
 
 
 @pytest.mark.parametrize(
     ("wrong", "fragments"),
     [
-        (["trainer.optimizer.lr=1e38"], ["none in 1 rounds (3 too_large)", "lower trainer.optimizer.lr"]),
-        (["trainer.optimizer.lr=1e-50"], ["got 3 that leave it as it was", "raise trainer.optimizer.lr"]),
+        (
+            ["trainer.optimizer.lr=1e6", "trainer.divisor=1e-6", "trainer.check_parity=false"],
+            ["none in 1 rounds (3 too_large)", "lower trainer.optimizer.lr"],
+        ),
+        (["trainer.sample_rate=1e-7", "privacy=none"], ["got 3 that leave it as it was", "raise trainer.optimizer.lr"]),
     ],
     ids=str,
 )
@@ -42,7 +44,8 @@ def test_a_run_for_nothing_is_an_error_after_all_is_written(
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and all(fragment in told.err for fragment in fragments), told.err
     (run,) = (tmp_path / "tiny").iterdir()
-    assert str(run) in told.err and {path.name for path in run.iterdir()} == FILES
+    ledger = set() if "privacy=none" in wrong else {"ledger.jsonl"}
+    assert str(run) in told.err and {path.name for path in run.iterdir()} == RUN_FILES | ledger
     assert json.loads((run / "summary.json").read_text())["problem"] in told.err
     assert "Nothing was learnt" in (run / "report.html").read_text()
     assert cli.statement([str(run)]) == 0, "what was spent stays stated"
@@ -64,7 +67,13 @@ def test_a_round_without_a_usable_update_is_told(tmp_path: Path) -> None:
 
 def test_baselines_that_learn_nothing_are_told_too(tmp_path: Path) -> None:
     said: list[str] = []
-    wrong = ("trainer.optimizer.lr=1e38", "tracking.run_alone=true", "num_rounds=1")
+    wrong = (
+        "trainer.optimizer.lr=1e6",
+        "trainer.divisor=1e-6",
+        "trainer.check_parity=false",
+        "tracking.run_alone=true",
+        "num_rounds=1",
+    )
     with pytest.raises(InputError, match="at least one update"):
         simulate(experiment(f"tracking.output_dir={tmp_path}", *wrong), say=said.append)
     assert any("NO USABLE UPDATE of 4 clients alone" in line for line in said)
