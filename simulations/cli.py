@@ -6,6 +6,7 @@ comma-separated values: `fedlr simulate experiment=tiny -m method=fedsvd,ffa_lor
 
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from fedlr.offline import go_offline
 if TYPE_CHECKING:
     from fedlr.experiment import Experiment
 
+MOST_RUNS = 2_000  # of a sweep
 MULTIRUN = ("-m", "--multirun")
 COMPARISON, SUMMARY = "comparison.html", "summary.json"
 command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint")
@@ -160,11 +162,13 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     if twice := [override.key_or_group for override in swept if keys.count(override.key_or_group) > 1]:
         raise InputError(f"Expected a key with several values once, got {twice[0]} again")
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        [f"{o.get_key_element()}={value}" for value in itertools.islice(o.sweep_string_iterator(), MOST_RUNS + 1)]
         if o.is_sweep_override()
         else [str(o.input_line)]
         for o in overrides
     ]
+    if math.prod(map(len, choices)) > MOST_RUNS:
+        raise InputError(f"Expected a sweep of at most {MOST_RUNS:,} runs, got more: sweep in parts")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -218,7 +222,7 @@ def free_name(path: Path) -> Path:
 
 def new_page(argument: str) -> Path:
     """Return the path of a page that is to be written."""
-    path = Path(argument)
+    path = usable_path(argument)
     if path.exists():
         raise InputError(f"Expected --out to be a new file, got {argument!r}, which exists")
     if path.suffix != ".html" or not path.parent.is_dir():
@@ -231,9 +235,19 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def usable_path(argument: str) -> Path:
+    """Return a path that the system can look for."""
+    path = Path(argument)
+    try:
+        path.exists()
+    except OSError as error:
+        raise InputError(f"Expected a path that this system takes, got {shown(argument)}: {error.strerror}") from error
+    return path
+
+
 def existing_run(argument: str) -> Path:
     """Return a run's directory."""
-    path = Path(argument)
+    path = usable_path(argument)
     if not path.is_dir():
         raise InputError(f"Expected a run directory (outputs/NAME/TIME), got {argument!r}")
     return path

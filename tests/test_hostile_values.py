@@ -2,7 +2,7 @@
 
 The table is made: the keys are those of the composed experiment, the values one of each kind of nonsense, so a new key
 is tried as soon as it is there. More than a thousand configurations in seconds, as none is parsed by Hydra; what its
-parser must survive is a table of its own. Mutants: a key without an upper bound; numbers that reach float32 as infinity;
+parser must survive is a table of its own. Mutants: a key without an upper bound; numbers that float32 has not;
 a pattern with a repeated group.
 """
 
