@@ -85,7 +85,9 @@ def assemble(
         start = initial_state(begun.adapter, method)
         check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)
         first = task_of(start, method, train_head=experiment.adapter.train_head).block
-        if faint := check_moves(model, start.adapter, first, max_grad_norm=mechanism and mechanism.max_grad_norm):
+        if faint := check_moves(
+            model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None
+        ):
             say(f"note: {faint}")
         working, (test,) = working_model(experiment.runtime, model, [test], say=say)
     terms = Terms.of(

@@ -175,11 +175,12 @@ class Run:
             personal=served.method.personal,
         )
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
-        numbers = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
+        numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
         summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         write_json(self.run_dir / "summary.json", summary)
         write_report(self.run_dir)
-        return summary["problem"]
+        problem: str | None = summary["problem"]
+        return problem
 
     def _started(self) -> Progress:
         progress = Progress(self.served.start)
@@ -263,7 +264,7 @@ class Run:
         """Write the lines of a state, and of the round that led to it."""
         evaluation, evaluate_s = self.served.evaluator.score(progress.state)
         spent = progress.epsilon.values()
-        told = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
+        told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
         row = metrics_row(progress.state, evaluation, spent=spent, **told)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:

@@ -106,7 +106,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
     check_aggregate(start, method, experiment, weights=weights)
     first = task_of(start, method, train_head=experiment.adapter.train_head).block
-    faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism and mechanism.max_grad_norm)
+    faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None)
     working, (tokenised, test) = working_model(experiment.runtime, model, [tokenised, test], say=say)
     return Federation(
         experiment=experiment,
