@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from fedlr.errors import InputError
+from fedlr.limits import pattern_problem
 
 # Of peft 0.21.2, those that leave the base model alone and read no examples; tests/test_experiment.py tries them all.
 INITIALISERS = (True, False, "gaussian", "orthogonal")
@@ -19,6 +20,7 @@ WITH_SIDE = (*FROM_WEIGHTS, "corda", "corda_ipm", "lora_ga")  # B A is not zero:
 CHANGE_THE_BASE = ("loftq",)  # PEFT's pissa_niter_N too
 # Of a trained number: itself, where it started, its sum, its noise, two moments, and three of a rule after the noise.
 BYTES_A_NUMBER = 9 * 4
+LARGEST_SIZE = 1_000_000  # of another system: PEFT allocates what it is asked for
 
 
 class PublicTable(BaseModel):
@@ -35,7 +37,7 @@ class PublicTable(BaseModel):
     label_column: str = "label"
     labels: list[str | int | bool] | None = None
     num_examples: Annotated[int, Field(ge=2, le=4096)] = 256
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 1e-3
 
 
 class AdapterConfig(BaseModel):
@@ -53,16 +55,16 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    rank: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    rank: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    lora_alpha: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
     target_modules: str | list[str]
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    layers: list[Annotated[int, Field(ge=0, le=10_000)]] | None = None
     init_lora_weights: Any = True
     public: PublicTable | None = None
     use_rslora: bool = False
     train_head: bool = False
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = None
-    client_memory_mb: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    client_memory_mb: list[Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]] | None = None
     system: str = "lora"
     sizes: dict[str, Any] | None = None
 
@@ -137,8 +139,18 @@ class AdapterConfig(BaseModel):
         if isinstance(value, str):
             try:
                 re.compile(value)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"a list of names or a regular expression ({error})") from error
+            if problem := pattern_problem(value):
+                raise ValueError(f"a list of names, or a regular expression {problem}")
+        return value
+
+    @field_validator("sizes")
+    @classmethod
+    def _are_of_use(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, size in (value or {}).items():
+            if isinstance(size, int | float) and abs(size) > LARGEST_SIZE:
+                raise ValueError(f"sizes of at most {LARGEST_SIZE:,}, not {name}={size:g}")
         return value
 
     @field_validator("layers")

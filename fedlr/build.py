@@ -17,7 +17,7 @@ from torch import nn
 from fedlr.config_errors import dotted, first_problem, keyed, one_line, shown, unknown_key
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
-from fedlr.errors import InputError
+from fedlr.errors import InputError, in_range
 from fedlr.experiment import DataSection, Experiment, TrainerSection
 from fedlr.method import Method
 from fedlr.models import BaseModel
@@ -119,6 +119,8 @@ def build_optimizer(trainer: TrainerSection) -> "partial[torch.optim.Optimizer]"
     if not (isinstance(function, type) and issubclass(function, torch.optim.Optimizer)):
         raise InputError(f"Expected {where}._target_ to be a torch optimizer, got {section['_target_']!r}")
     _, arguments = checked(section, where, ["params"])
+    if isinstance(lr := arguments.get("lr"), int | float) and lr >= 0:  # of one below, torch has its own words
+        in_range(1e-12, 1e6, **{f"{where}.lr": lr})
     make: partial[torch.optim.Optimizer] = partial(function, **arguments)
     try:
         make([nn.Parameter(torch.zeros(1))])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlr.adapter import ClientUpdate
+from fedlr.adapter import LORA_A, LORA_B, ClientUpdate
 from fedlr.adapter_config import WITH_SIDE
 from fedlr.client_rule import ClientRule
 from fedlr.errors import InputError
@@ -59,6 +59,11 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
     if method.personal and (experiment.adapter.has_client_ranks or method.prunes):
         raise InputError(f"Expected adapter.client_ranks=null with method.personal, got ranks for method={name}")
     rule.active(0, frozenset(method.block_schedule.roles))  # raises where the rule needs another block
+    if rule.needs_both_factors and not {LORA_A, LORA_B} <= set(method.block_schedule.roles):
+        raise InputError(
+            "Expected a method that trains lora_A and lora_B for trainer.after_noise, such as fedit, got "
+            f"{name}: where one of them trains LoRA+ is another trainer.optimizer.lr and nothing else"
+        )
     if rule.alternates and experiment.trainer.engine != "fused":
         raise InputError(f"Expected trainer.engine=fused for method={name}, got {experiment.trainer.engine}")
     if rule.alternates and experiment.trainer.num_steps < 2:

@@ -54,11 +54,13 @@ class ClientRule:
     """Leaves the gradient alone: the rule of a method that has none, and the base of the others.
 
     `remembers` says whether `remember` gives something that the client keeps, on its own disk, for its next round;
-    `alternates`, whether `active` leaves anything out.
+    `alternates`, whether `active` leaves anything out; `needs_both_factors`, whether it is no more than another
+    learning rate where one factor alone trains.
     """
 
     remembers: bool = False
     alternates: bool = False
+    needs_both_factors: bool = False
 
     @property
     def changes(self) -> bool:

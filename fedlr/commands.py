@@ -41,6 +41,13 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
         except InputError as error:
             print(f"{name}: {error}", file=sys.stderr)
             return USAGE_ERROR
+        except (MemoryError, RecursionError, OverflowError) as error:  # ranges come first; this is what they missed
+            print(
+                f"{name}: Expected numbers that this machine can work with, got {type(error).__name__} "
+                f"({' '.join(str(error).split())[:120] or 'no details'}): lower what is large, and raise what is tiny",
+                file=sys.stderr,
+            )
+            return USAGE_ERROR
         except KeyboardInterrupt:
             if interrupted:
                 print(f"\n{interrupted}", file=sys.stderr)

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
+from fedlr.limits import check_limits, check_word
 from fedlr.outlying import MAX_UPDATE_RATIO
 from fedlr.together import check_together
 
@@ -28,14 +29,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def folder_name(name: str) -> str:
     """Refuse a run's name that would be several folders, a hidden one, or none."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError("letters, digits, '_', '-' and '.', such as my-run")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ValueError("at most 100 letters, digits, '_', '-' and '.', such as my-run")
     return name
 
 
 def device_name(name: str) -> str:
     """Refuse what is no name of a processor that PyTorch computes on."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise ValueError("cpu, cuda, or one GPU of several such as cuda:1")
     return name
 
@@ -47,9 +48,22 @@ def number_or_share(value: float) -> float:
     return value
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1)]
+def between(least: float, most: float) -> AfterValidator:
+    """Return what refuses a number that is not between two others, with both in the message."""
+
+    def check(number: float) -> float:
+        if not least <= number <= most:
+            raise ValueError(f"between {least:g} and {most:g}")
+        return number
+
+    return AfterValidator(check)
+
+
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of rounds, steps or clients
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Rate = Annotated[float, Field(gt=0, le=1), between(1e-7, 1)]  # below, Renyi divergences round to less than nothing
 
 
 class Section(BaseModel):
@@ -80,10 +94,10 @@ class DataSection(Target):
 class PrivacySection(Section):
     """The budget of each client over the whole run; `epsilon: null` is no privacy."""
 
-    epsilon: PositiveFloat | None
+    epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     max_grad_norm: PositiveFloat = 1.0
-    max_participations: PositiveInt | None = None
+    max_participations: Count | None = None
     noise_multiplier: PositiveFloat | None = None
     accountant: Literal["pld", "rdp"] = "pld"
     randomness: Literal["seeded", "os"] = "seeded"
@@ -92,9 +106,9 @@ class PrivacySection(Section):
 class TrainerSection(Section):
     """Local training: everything here is public and the same for every client."""
 
-    num_steps: PositiveInt
+    num_steps: Count
     sample_rate: Rate
-    divisor: PositiveFloat
+    divisor: Annotated[float, Field(allow_inf_nan=False), between(1e-9, 1e9)]
     optimizer: Target
     after_noise: Target | None
     engine: Literal["fused", "opacus"]
@@ -108,8 +122,8 @@ class RuntimeSection(Section):
 
     kind: Literal["local", "flower", "superlink"]
     device: Annotated[str, AfterValidator(device_name)]
-    num_workers: PositiveInt
-    num_processes: PositiveInt
+    num_workers: Threads
+    num_processes: Threads
     memory_gb: PositiveFloat | None
     base_dtype: Literal["float32", "bfloat16"]
     cache_prefix: bool
@@ -120,7 +134,7 @@ class RuntimeSection(Section):
 class DeploymentSection(Section):
     """How a server waits for devices, and where it finds them; read with runtime=superlink and runtime=flower."""
 
-    superlink: Annotated[str, Field(pattern=r"^[^:/]+:\d+$")]
+    superlink: Annotated[str, Field(pattern=r"^[^:/]+:\d{1,5}$")]
     root_certificates: str
     superexec_secret: str
     roster: str
@@ -145,9 +159,9 @@ class Experiment(Section):
 
     name: Annotated[str, AfterValidator(folder_name)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None
-    num_rounds: PositiveInt
-    num_clients: PositiveInt
-    cohort_size: PositiveInt
+    num_rounds: Count
+    num_clients: Count
+    cohort_size: Count
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     model: Target
@@ -184,6 +198,10 @@ def compose_experiment(overrides: Sequence[str]) -> Experiment:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise InputError(f"Expected a value for {missing[0]}, got none: add {missing[0]}=...")
         tree = OmegaConf.to_container(config, resolve=True)
+    except (RecursionError, OverflowError, MemoryError, UnicodeError) as error:  # of Hydra's parser, whatever it meets
+        raise InputError(
+            f"Expected overrides that can be parsed, got {type(error).__name__}: {one_line(error)[:120]}"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         text = one_line(error).replace("ConfigKeyError raised while composing config: ", "")
         raise InputError(f"Expected overrides that fit the configuration, got an error: {text}") from error
@@ -209,6 +227,7 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     found = []
     for text in texts:
+        check_word(text)
         try:
             override = parser.parse_overrides([text])[0]
         except HydraException as error:
@@ -251,7 +270,12 @@ def composable(override: Override) -> str:
 
 
 def check_experiment(tree: Mapping[str, Any]) -> Experiment:
-    """Turn a plain tree into an `Experiment`, with every rule that spans several keys."""
+    """Turn a plain tree into an `Experiment`, with every rule that spans several keys.
+
+    Raises:
+        InputError: for the first value that is wrong, by itself or beside others.
+    """
+    check_limits(tree)
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:

@@ -4,6 +4,7 @@ a fifth: a rule of the clients, roles that stay with them, or a side product tha
 A method of configs/method is a `Method` written in YAML. No other file of fedlr asks which method runs.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -96,6 +97,10 @@ class Method:
         return bool(getattr(self.aggregate, "prunes", False))
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w .+-]{0,99}", self.name):
+            raise InputError(
+                f"Expected method.name to be at most 100 letters, digits, '_', '-' and '.', got {self.name!r}"
+            )
         roles = set(self.block_schedule.roles)
         if isinstance(self.personal, str) or not set(self.personal) < roles:
             raise InputError(
@@ -175,7 +180,7 @@ class Alternate:
 def _checked_roles(given: Iterable[str]) -> Sequence[str]:
     # A string would be read as its letters; a one-shot iterable would be empty from round 1 on.
     roles = () if isinstance(given, str) else tuple(given)
-    if not roles or not set(roles) <= set(ROLES):
+    if not roles or not all(role in ROLES for role in roles):
         raise InputError(f"Expected roles to be a list of {', '.join(ROLES)}, got {given!r}")
     return roles
 

@@ -30,7 +30,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlr.adapter_config import INFORMED, INITIALISERS, AdapterConfig
 from fedlr.data.synthetic import VOCABULARY
-from fedlr.errors import InputError
+from fedlr.errors import InputError, in_range
 from fedlr.fingerprint import tensor_fingerprint
 from fedlr.informed import inform
 
@@ -81,8 +81,8 @@ def pretrained(
         InputError: if nothing can be loaded from there, with what to change.
     """
     location = resolve(name_or_path)
-    if head_std is not None and not 0 < head_std < float("inf"):
-        raise InputError(f"Expected model.head_std > 0, got {head_std}")
+    if head_std is not None:
+        in_range(1e-9, 1e3, **{"model.head_std": head_std})
     drawn = {} if head_std is None else {"initializer_range": head_std}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
@@ -145,8 +145,9 @@ def tiny_random(
             f"Expected hidden_size to be a multiple of num_heads={num_heads}, and num_layers={num_layers} to be 1 or "
             f"more, got {hidden_size}"
         )
-    if max_length < 8:
-        raise InputError(f"Expected max_length >= 8, got {max_length}")
+    in_range(1, 4096, hidden_size=hidden_size)
+    in_range(1, 256, num_layers=num_layers)
+    in_range(8, 65536, max_length=max_length)
     tokenizer = word_tokenizer(VOCABULARY, max_length=max_length)
     config = BertConfig(
         vocab_size=len(tokenizer),

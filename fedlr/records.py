@@ -4,11 +4,14 @@ Formats are in docs/files.md. Times stand apart under `seconds`: all other value
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedlr.evaluate import Evaluation
 from fedlr.experiment import Experiment
+from fedlr.method import Method
+from fedlr.outcome import finite, problem_of
 from fedlr.rounds import RoundDiagnostics, ServerState
 
 NEVER_ASKED = ("offline", "not_sent")
@@ -21,10 +24,12 @@ def metrics_row(
     spent: Collection[float],
     diagnostics: RoundDiagnostics | None = None,
     evaluate_s: float,
+    noise_sd: float | None = None,
 ) -> dict[str, Any]:
     """Return the line of metrics.jsonl for a state, and for the round that led to it.
 
-    `spent` is the epsilon of every enrolled client, empty without privacy.
+    `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
+    noise in one number of a client's update, where it is known (`fedlr.training.noise`).
     """
     d = diagnostics
     errors = d.aggregation_error if d else {}
@@ -34,19 +39,21 @@ def metrics_row(
     return {
         "rounds_completed": state.round_index,
         "accuracy": evaluation.accuracy,
-        "loss": evaluation.loss,
+        "loss": finite(evaluation.loss),
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
         "num_trained": len(d.trained) if d else 0,
         "num_refused": statuses.count("refused"),
         "num_rejected": statuses.count("rejected"),
+        "reasons": dict(sorted(Counter(dropout.reason for dropout in d.dropouts).items())) if d else {},
         "aggregation_error": (statistics.fmean(errors.values()) if errors else 0.0) if is_measured else None,
         "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0)
         if is_measured
         else None,
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
+        "noise_to_signal": d.change.noise_to_signal(noise_sd) if d and d.change else None,
         "bytes_up": d.bytes_up if d else 0,
         "bytes_down": d.bytes_down if d else 0,
         "seconds": {
@@ -93,20 +100,21 @@ def client_rows(
 
 def summarise(
     experiment: Experiment,
+    start: ServerState,
     state: ServerState,
     rows: Sequence[Mapping[str, Any]],
     *,
-    method: str,
+    method: Method,
     seed: int,
     num_trained_values: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Return summary.json from the metrics of all rounds."""
+    """Return summary.json from the metrics of all rounds, with why they were for nothing, if they were."""
     e, last = experiment, rows[-1]
     is_private = e.privacy.epsilon is not None
     return {
         "name": e.name,
-        "method": method,
+        "method": method.name,
         "privacy": "dp" if is_private else "none",
         "seed": seed,
         "num_rounds": e.num_rounds,
@@ -121,5 +129,6 @@ def summarise(
         "num_trained_parameters": num_trained_values,
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
+        "problem": problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal)),
         "seconds": seconds,
     }

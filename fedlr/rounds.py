@@ -16,7 +16,13 @@ from typing import Protocol
 from torch import Tensor
 
 from fedlr.adapter import HEAD, AdapterState, Block, ClientUpdate, LoraFactors, Slot, num_bytes, roles_of, side_tensors
-from fedlr.aggregate.diagnostics import aggregation_error, aggregation_error_sd, singular_values
+from fedlr.aggregate.diagnostics import (
+    ChangeWatch,
+    MeanChange,
+    aggregation_error,
+    aggregation_error_sd,
+    singular_values,
+)
 from fedlr.aggregate.ideal import Ideal
 from fedlr.client_ranks import narrowed, ranks_now, widened
 from fedlr.client_rule import CONTROL
@@ -105,6 +111,7 @@ class RoundDiagnostics:
     aggregate_s: float
     aggregation_error_sd: Mapping[str, float] = field(default_factory=dict)  # by layer: 0.0 where the error is exact
     ranks: Mapping[int, int] = field(default_factory=dict)  # by client of the cohort; empty: all have the adapter's
+    change: MeanChange | None = None  # of the updates that were used; None: there was none, or ranks differ
 
 
 def initial_state(adapter: AdapterState, method: Method) -> ServerState:
@@ -150,12 +157,12 @@ def run_round(
 
     started = time.perf_counter()
     answers = Answers(pool, task, cohort, expected=expected, max_update_ratio=max_update_ratio)
-    updates, ideal = iter(answers), Ideal(state.adapter)
+    updates, ideal, change = iter(answers), Ideal(state.adapter), ChangeWatch(expected)
     first = next(updates, None)
     if first is None:
         aggregated = adapter = state.adapter
     else:
-        counted = ideal.watch(chain([first], updates))
+        counted = change.watch(ideal.watch(chain([first], updates)))
         del first
         aggregated = method.aggregate(state.adapter, counted)
         deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
@@ -173,6 +180,7 @@ def run_round(
         train_s=answers.train_s,
         aggregate_s=time.perf_counter() - started - answers.train_s,
         ranks=task.ranks,
+        change=None if task.ranks else change.mean(),
     )
     return ServerState(adapter, state.round_index + 1), diagnostics
 

@@ -95,5 +95,7 @@ def finish(this: "Run") -> None:
                 this.say(f"  {failures} runs ended without a round; look at the SuperLink's log. Start this again")
                 raise SystemExit(1) from error  # not the operator's mistake: whoever watches may start it again
             time.sleep(min(failures, LONGEST_PAUSE_S))
-    this.leave_behind()
+    problem = this.leave_behind()
     this.say(f"\nresults in {this.run_dir}")
+    if problem:
+        raise InputError(problem)

@@ -25,11 +25,13 @@ from fedlr.evaluate import Evaluator
 from fedlr.experiment import Experiment
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel
+from fedlr.moves import check_moves
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds import ServerState, initial_state, task_of
 from fedlr.side import SideWeights
 from fedlr.starts import start_of
 from fedlr.terms import Terms
+from fedlr.training.noise import update_noise
 from fedlr.tuners.attach import attach
 
 
@@ -48,6 +50,7 @@ class Served:
     origin: str | None  # a sentence, where the start was made from public examples
     terms: Terms
     evaluator: Evaluator
+    noise_sd: float | None  # in one number of a client's update, where it is known (fedlr.training.noise)
 
     @property
     def num_trained_values(self) -> int:
@@ -81,6 +84,11 @@ def assemble(
         begun = start_of(experiment, base, model, seed=seed)
         start = initial_state(begun.adapter, method)
         check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)
+        first = task_of(start, method, train_head=experiment.adapter.train_head).block
+        if faint := check_moves(
+            model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None
+        ):
+            say(f"note: {faint}")
         working, (test,) = working_model(experiment.runtime, model, [test], say=say)
     terms = Terms.of(
         experiment,
@@ -91,7 +99,10 @@ def assemble(
         label_names=data.label_names,
     )
     evaluator = Evaluator(working, test, side=SideWeights(working), num_threads=experiment.runtime.num_workers)
-    return Served(experiment, seed, base, model, working, method, mechanism, start, begun.origin, terms, evaluator)
+    noise_sd = update_noise(training, mechanism)
+    return Served(
+        experiment, seed, base, model, working, method, mechanism, start, begun.origin, terms, evaluator, noise_sd
+    )
 
 
 def check_served(experiment: Experiment) -> None:

@@ -145,8 +145,8 @@ class Run:
                     attempts = 0
                     self._finished(state, diagnostics)
 
-    def leave_behind(self) -> None:
-        """Write the privacy statement, the adapter, the summary and the report."""
+    def leave_behind(self) -> str | None:
+        """Write statement, adapter, summary and report; return why all was for nothing, if it was (`fedlr.outcome`)."""
         e, served, state = self.experiment, self.served, self.progress.state
         statement = reported_statement(
             e.privacy.delta if served.mechanism else None,
@@ -172,17 +172,12 @@ class Run:
             personal=served.method.personal,
         )
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
-        summary = summarise(
-            e,
-            state,
-            rows,
-            method=served.method.name,
-            seed=served.seed,
-            num_trained_values=served.num_trained_values,
-            seconds=self.progress.seconds,
-        )
+        numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
+        summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         write_json(self.run_dir / "summary.json", summary)
         write_report(self.run_dir)
+        problem: str | None = summary["problem"]
+        return problem
 
     def _started(self) -> Progress:
         progress = Progress(self.served.start)
@@ -266,7 +261,8 @@ class Run:
         """Write the lines of a state, and of the round that led to it."""
         evaluation, evaluate_s = self.served.evaluator.score(progress.state)
         spent = progress.reports.epsilon.values()
-        row = metrics_row(progress.state, evaluation, spent=spent, diagnostics=diagnostics, evaluate_s=evaluate_s)
+        told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
+        row = metrics_row(progress.state, evaluation, spent=spent, **told)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:
             rows = client_rows(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fedlr.client_rule import CONTROL
 from fedlr.method import full_adapter
@@ -13,8 +13,16 @@ from simulations.progress import alone_rounds
 AT_ONCE = 64  # clients whose states are held: they train, then the caller looks at them, and no thread is at work
 
 
-def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callable[[], None]) -> Iterator[ServerState]:
-    """Yield each client's state after as many rounds as it takes part in on average, by client id.
+@dataclass(frozen=True)
+class Arm:
+    """Where one client stands after its rounds alone, and how many of them gave an update that could be used."""
+
+    state: ServerState
+    num_updates: int
+
+
+def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callable[[], None]) -> Iterator[Arm]:
+    """Yield each client's arm after as many rounds as it takes part in on average, by client id.
 
     A client that refuses (its budget is spent) keeps what it has. Nobody shares: nothing is personal, and SCAFFOLD has
     no drift to correct. A server optimizer steps for one client as it does for a cohort.
@@ -24,10 +32,10 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
     if method.personal:
         method = replace(method, broadcast=full_adapter, personal=())
 
-    def train(client_id: int) -> ServerState:
-        state = federation.start
+    def train(client_id: int) -> Arm:
+        state, num_updates = federation.start, 0
         for _ in range(alone_rounds(e)):
-            state, _ = run_round(
+            state, diagnostics = run_round(
                 state,
                 [client_id],
                 pool=pool,
@@ -37,8 +45,9 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
             )
             memory = {name: tensors for name, tensors in state.adapter.memory.items() if name != CONTROL}
             state = replace(state, adapter=replace(state.adapter, memory=memory))
+            num_updates += len(diagnostics.trained)
             client_done()
-        return state
+        return Arm(state, num_updates)
 
     # A product that is folded into the base is there for all who compute at that time.
     num_threads = 1 if federation.method.folds else e.runtime.num_workers

@@ -6,6 +6,7 @@ comma-separated values: `fedlr simulate experiment=tiny -m method=fedsvd,ffa_lor
 
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING
 
 from fedlr.commands import command as any_command
 from fedlr.commands import ready
+from fedlr.config_errors import shown
 from fedlr.errors import InputError
 from fedlr.offline import go_offline
 
 if TYPE_CHECKING:
     from fedlr.experiment import Experiment
 
+MOST_RUNS = 2_000  # of a sweep
 MULTIRUN = ("-m", "--multirun")
-COMPARISON = "comparison.html"
+COMPARISON, SUMMARY = "comparison.html", "summary.json"
 command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint")
 
 
@@ -48,7 +51,7 @@ def simulate(arguments: list[str]) -> None:
     elif run_dirs:
         say(f"report in {run_dirs[0] / 'report.html'}")
     if failed := len(jobs) - len(run_dirs):
-        raise InputError(f"{failed} of {len(jobs)} runs could not start; the reasons are above")
+        raise InputError(f"{failed} of {len(jobs)} runs failed; the reasons are above")
 
 
 @command
@@ -85,6 +88,7 @@ def plan(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--against METHOD] [--out FILE.html]
 
+    A folder that holds runs, such as outputs/NAME, stands for all finished ones in it.
     --against METHOD pairs the runs of that method with all others by seed, data and privacy, and adds the mean
     difference of every arm with its paired 95 % interval, as a table and a picture.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
@@ -93,9 +97,9 @@ def compare(arguments: list[str]) -> None:
 
     against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
     out = free_name(Path(COMPARISON)) if named is None else new_page(named)
-    if len(arguments) < 2:
-        raise InputError(f"Expected two or more run directories, got {len(arguments)}")
-    run_dirs = [existing_run(argument) for argument in arguments]
+    run_dirs = list(dict.fromkeys(run_dir for argument in arguments for run_dir in finished_runs(argument)))
+    if len(run_dirs) < 2:
+        raise InputError(f"Expected two or more run directories, or a folder of them, got {len(run_dirs)}")
     print(comparison_table(run_dirs, against=against))
     print(f"comparison in {write_comparison(run_dirs, out, against=against)}")
 
@@ -160,11 +164,13 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     if twice := [override.key_or_group for override in swept if keys.count(override.key_or_group) > 1]:
         raise InputError(f"Expected a key with several values once, got {twice[0]} again")
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        [f"{o.get_key_element()}={value}" for value in itertools.islice(o.sweep_string_iterator(), MOST_RUNS + 1)]
         if o.is_sweep_override()
         else [str(o.input_line)]
         for o in overrides
     ]
+    if math.prod(map(len, choices)) > MOST_RUNS:
+        raise InputError(f"Expected a sweep of at most {MOST_RUNS:,} runs, got more: sweep in parts")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -172,8 +178,13 @@ def check_output_dir(experiment: "Experiment") -> None:
     """Refuse a folder that cannot be made, before the work of a run."""
     wanted = experiment.tracking.output_dir
     place = Path(wanted) / experiment.name
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+    except OSError as error:
+        raise InputError(
+            f"Expected tracking.output_dir to be a folder that can be made, got {shown(wanted)}: {error.strerror}"
+        ) from error
     if not place.is_dir():
         raise InputError(f"Expected tracking.output_dir to be a folder, got {wanted!r}: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -213,7 +224,7 @@ def free_name(path: Path) -> Path:
 
 def new_page(argument: str) -> Path:
     """Return the path of a page that is to be written."""
-    path = Path(argument)
+    path = usable_path(argument)
     if path.exists():
         raise InputError(f"Expected --out to be a new file, got {argument!r}, which exists")
     if path.suffix != ".html" or not path.parent.is_dir():
@@ -226,12 +237,34 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def usable_path(argument: str) -> Path:
+    """Return a path that the system can look for."""
+    path = Path(argument)
+    try:
+        path.exists()
+    except OSError as error:
+        raise InputError(f"Expected a path that this system takes, got {shown(argument)}: {error.strerror}") from error
+    return path
+
+
 def existing_run(argument: str) -> Path:
     """Return a run's directory."""
-    path = Path(argument)
+    path = usable_path(argument)
     if not path.is_dir():
         raise InputError(f"Expected a run directory (outputs/NAME/TIME), got {argument!r}")
     return path
+
+
+def finished_runs(argument: str) -> list[Path]:
+    """Return a run's directory, or the finished ones in a folder of runs, by their time."""
+    path = existing_run(argument)
+    if (path / SUMMARY).exists() or not any(path.glob(f"*/{SUMMARY}")):
+        return [path]
+    runs = sorted(run_dir for run_dir in path.iterdir() if (run_dir / "config.yaml").exists())
+    done = [run_dir for run_dir in runs if (run_dir / SUMMARY).exists()]
+    if len(done) < len(runs):
+        say(f"note: {len(runs) - len(done)} of {len(runs)} runs in {path} are not finished, and are left out")
+    return done
 
 
 def only_one(arguments: Sequence[str]) -> str:

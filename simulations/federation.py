@@ -28,6 +28,7 @@ from fedlr.data.tokenise import Share, TokenisedText, tokenise
 from fedlr.experiment import Experiment
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel
+from fedlr.moves import check_moves
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
 from fedlr.side import SideWeights
@@ -116,6 +117,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
     check_aggregate(start, method, experiment, weights=weights)
+    first = task_of(start, method, train_head=experiment.adapter.train_head).block
+    faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None)
     working, (tokenised, test) = working_model(experiment.runtime, model, [tokenised, test], say=say)
     return Federation(
         experiment=experiment,
@@ -139,7 +142,10 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
         side=SideWeights(working),
         placed_by=placed_by,
-        notes=notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),
+        notes=(
+            *notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),
+            *([faint] if faint else []),
+        ),
     )
 
 

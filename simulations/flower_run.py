@@ -13,8 +13,9 @@ from pkgutil import resolve_name
 from secrets import randbits
 
 from fedlr.commands import quiet_flower
+from fedlr.errors import InputError
 from fedlr.experiment import Experiment
-from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, write_json, write_origin, write_text
+from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin, write_text
 from simulations.devices import write_devices
 
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"
@@ -62,4 +63,6 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
+    if (run_dir / "summary.json").exists() and (problem := read_json(run_dir / "summary.json").get("problem")):
+        raise InputError(f"{problem} (all that there is of the run is in {run_dir})")
     return run_dir

@@ -21,6 +21,7 @@ from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.report.wording import epsilon_text
 from fedlr.wire import num_bytes
 from simulations.federation import Federation, assemble
 from simulations.progress import alone_rounds
@@ -76,10 +77,11 @@ def privacy_lines(federation: Federation) -> list[str]:
     lines = [
         f"noise       multiplier {mechanism.noise_multiplier:g}, clip {mechanism.max_grad_norm:g}, "
         f"sample rate {mechanism.sample_rate:g}, {federation.training.num_steps} steps a round",
-        f"epsilon     {spent(expected):.3f} expected: a client trains in about {expected} of {e.num_rounds} rounds",
-        f"            {spent(busiest):.3f} for the busiest client in {whose}: {busiest} rounds",
-        f"            {spent(e.max_participations):.3f} worst case: {e.max_participations} rounds, the most that one "
-        f"client may train in; budget {budget.epsilon:g} at delta {budget.delta:g}",
+        f"epsilon     {epsilon_text(spent(expected))} expected: a client trains in about {expected} of "
+        f"{e.num_rounds} rounds",
+        f"            {epsilon_text(spent(busiest))} for the busiest client in {whose}: {busiest} rounds",
+        f"            {epsilon_text(spent(e.max_participations))} worst case: {e.max_participations} rounds, the "
+        f"most that one client may train in; budget {budget.epsilon:g} at delta {budget.delta:g}",
     ]
     if spent(e.max_participations) > budget.epsilon:
         lasting = max(n for n in range(e.max_participations) if spent(n) <= budget.epsilon)

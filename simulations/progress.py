@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedlr.experiment import Experiment
+from fedlr.outcome import SMALLER_STEPS, counted
+from fedlr.report.wording import epsilon_text
 
 
 class Progress:
@@ -29,7 +31,7 @@ class Progress:
     def arm(self, name: str, row: dict[str, Any]) -> None:
         """Announce a federated run and its start."""
         self.say(f"\n{name}: {self._experiment.num_clients} clients, {self._experiment.cohort_size} a round")
-        self.say(f"  start        accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}")
+        self.say(f"  start        accuracy {row['accuracy']:.3f}   {loss_text(row)}")
 
     def taken_up(self, num_rounds: int) -> None:
         """Announce a federated run that goes on."""
@@ -40,15 +42,18 @@ class Progress:
         """Report one finished round."""
         self._done += num_clients
         number = f"{row['rounds_completed']:>{len(str(self._experiment.num_rounds))}}/{self._experiment.num_rounds}"
-        epsilon = "no privacy" if row["epsilon_max"] is None else f"epsilon {row['epsilon_max']:.2f}"
+        epsilon = "no privacy" if row["epsilon_max"] is None else f"epsilon {epsilon_text(row['epsilon_max'])}"
         budget = self._experiment.privacy.epsilon
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
-        lost = row["num_refused"] + row["num_rejected"]
-        absent = f"   {lost} without an update" if lost else ""
+        absent = f"   without an update: {counted(row['reasons'])}" if row["reasons"] else ""
         self.say(
-            f"  round {number}  accuracy {row['accuracy']:.3f}   loss {row['loss']:.3f}   {epsilon}{of_budget}"
+            f"  round {number}  accuracy {row['accuracy']:.3f}   {loss_text(row)}   {epsilon}{of_budget}"
             f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
         )
+        if not row["num_trained"]:
+            self.say(f"  NO USABLE UPDATE in round {row['rounds_completed']}: the model stays as it was")
+        if row["loss"] is None:
+            self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")
 
     def alone(self) -> None:
         """Announce the clients that train alone."""
@@ -59,17 +64,24 @@ class Progress:
         with self._lock:
             self._done += 1
 
-    def alone_done(self, accuracies: Sequence[float]) -> None:
+    def alone_done(self, accuracies: Sequence[float], *, num_idle: int) -> None:
         """Report how the clients alone came out."""
         self.say(
             f"  accuracy mean {statistics.fmean(accuracies):.3f}, worst {min(accuracies):.3f}, "
             f"best {max(accuracies):.3f}"
         )
+        if num_idle:
+            self.say(f"  NO USABLE UPDATE of {num_idle} clients alone: they stay at the start")
 
     def left(self) -> str:
         """Return the estimated time left, as minutes and seconds."""
         seconds = (time.perf_counter() - self._started) / max(self._done, 1) * (self._total - self._done)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def loss_text(row: dict[str, Any]) -> str:
+    """Write the loss of a state; one that is not finite has no number."""
+    return "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
 
 
 def alone_rounds(experiment: Experiment) -> int:

@@ -35,6 +35,7 @@ from fedlr.run_dir import (
     write_origin,
 )
 from fedlr.streams import Purpose, SeededRandomness, stream
+from fedlr.training.noise import update_noise
 from simulations.alone import train_alone
 from simulations.checkpoints import Checkpoints
 from simulations.federation import Federation, assemble, describe
@@ -74,12 +75,19 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
 
 
 def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, progress: Progress) -> None:
-    """Train, compare, and leave everything behind in `run_dir`; what of it is there already is not done again."""
+    """Train, compare, and leave everything behind in `run_dir`; what of it is there already is not done again.
+
+    Raises:
+        InputError: at the end, when all is written: not one update could be used, or nothing moved.
+    """
     state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
     run_baselines(federation, run_dir, progress=progress)
     leave_behind(federation, run_dir, state)
-    write_json(run_dir / "summary.json", summary(federation, state, rows, seconds=seconds))
+    told = summary(federation, state, rows, seconds=seconds)
+    write_json(run_dir / "summary.json", told)
     write_report(run_dir)
+    if told["problem"]:
+        raise InputError(f"{told['problem']} (all that there is of the run is in {run_dir})")
 
 
 def summary(
@@ -88,9 +96,10 @@ def summary(
     """Return summary.json from the metrics of all rounds."""
     return summarise(
         federation.experiment,
+        federation.start,
         state,
         rows,
-        method=federation.method.name,
+        method=federation.method,
         seed=federation.seed,
         num_trained_values=federation.num_trained_values,
         seconds=seconds,
@@ -116,12 +125,14 @@ def run_rounds(
     spent = spent_in_rounds(ledger, range(e.num_clients), state.round_index)
     participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
     personal: list[Mapping[Slot, Tensor]] = []
+    noise_sd = update_noise(federation.training, federation.mechanism)
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
         evaluation, evaluate_s = evaluator.score(state, personal=personal)
-        rows.append(
-            metrics_row(state, evaluation, spent=spent.values(), diagnostics=diagnostics, evaluate_s=evaluate_s)
+        told = metrics_row(
+            state, evaluation, spent=spent.values(), diagnostics=diagnostics, evaluate_s=evaluate_s, noise_sd=noise_sd
         )
+        rows.append(told)
         append_lines(folder / METRICS, rows[-1:])
         return rows[-1]
 
@@ -200,15 +211,16 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     ledger = open_ledger(federation, path) if path.exists() else create_ledger(federation, path)
     with closing(make_pool(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)
-        states = train_alone(federation, pool, client_done=progress.client_done)
-        accuracies = [evaluator.score(state)[0].accuracy for state in states]
-    spent = ledger.spent_all(range(len(accuracies))) if ledger else {}
+        arms = train_alone(federation, pool, client_done=progress.client_done)
+        found = [(evaluator.score(arm.state)[0].accuracy, arm.num_updates) for arm in arms]
+    spent = ledger.spent_all(range(len(found))) if ledger else {}
     clients = [
-        {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id)}
-        for client_id, accuracy in enumerate(accuracies)
+        {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id), "num_updates": num_updates}
+        for client_id, (accuracy, num_updates) in enumerate(found)
     ]
     write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
-    progress.alone_done(accuracies)
+    accuracies, idle = [accuracy for accuracy, _ in found], sum(not num_updates for _, num_updates in found)
+    progress.alone_done(accuracies, num_idle=idle)
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:

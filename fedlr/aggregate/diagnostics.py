@@ -3,7 +3,13 @@
 Legend: R rank.
 """
 
-from fedlr.adapter import AdapterState
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedlr.adapter import AdapterState, ClientUpdate, Slot, num_values
 from fedlr.aggregate.ideal import Ideal
 from fedlr.refactor import product_singular_values
 
@@ -54,3 +60,56 @@ def singular_values(adapter: AdapterState) -> dict[str, list[float]]:
         path: (abs(adapter.scale) * product_singular_values(layer)[: ranks[path]]).tolist()
         for path, layer in adapter.products().items()
     }
+
+
+@dataclass(frozen=True)
+class MeanChange:
+    """The weighted mean of what clients changed, all released tensors of a round taken as one vector.
+
+    Its norm holds the noise of the clients too. `weights_norm` is sqrt(sum_k p_k^2): independent noise of standard
+    deviation s in each of `num_values` numbers of every client has an expected norm of about
+    s * weights_norm * sqrt(num_values) in the mean.
+    """
+
+    norm: float
+    weights_norm: float
+    num_values: int
+
+    def noise_to_signal(self, noise_sd: float | None) -> float | None:
+        """Return the expected norm of the noise in the mean over the norm of the mean; None where it is not known.
+
+        Args:
+            noise_sd: standard deviation of the noise in one number that a client returns; None: not known.
+
+        >>> MeanChange(norm=2.0, weights_norm=0.5, num_values=16).noise_to_signal(3.0)
+        3.0
+        """
+        ratio = math.nan if not noise_sd else noise_sd * self.weights_norm * math.sqrt(self.num_values)
+        return ratio / self.norm if math.isfinite(ratio) and self.norm > 0 else None
+
+
+class ChangeWatch:
+    """Adds up what the updates of a round change while they stream by; memory of one update."""
+
+    def __init__(self, before: Mapping[Slot, Tensor]) -> None:
+        """Start at nothing; `before` is what the clients began with."""
+        self._before = before
+        self._sums: dict[Slot, Tensor] = {}
+        self._total = self._squares = 0.0
+
+    def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
+        """Pass the updates on, and take in each of them on its way."""
+        for update in updates:
+            self._total += update.weight
+            self._squares += update.weight**2
+            for slot, tensor in update.tensors.items():
+                change = (tensor - self._before[slot]).double() * update.weight
+                self._sums[slot] = change if slot not in self._sums else self._sums[slot].add_(change)
+            yield update
+
+    def mean(self) -> MeanChange | None:
+        """Return the mean of the updates so far; None without any."""
+        if not self._sums:
+            return None
+        norm = math.sqrt(sum(float(total.square().sum()) for total in self._sums.values())) / self._total
+        return MeanChange(norm, math.sqrt(self._squares) / self._total, num_values(self._before.values()))

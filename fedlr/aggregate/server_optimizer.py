@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlr.adapter import AdapterState, ClientUpdate, Slot
 from fedlr.aggregate.mean import weighted_mean
-from fedlr.errors import InputError
+from fedlr.errors import InputError, in_range
 
 MOMENTUM, SECOND_MOMENT = "momentum", "second_moment"
 
@@ -159,6 +159,7 @@ def _check(lr: float, tau: float = 1.0, **decays: float) -> None:
     for name, value in (("lr", lr), ("tau", tau)):
         if not 0 < value < math.inf:
             raise InputError(f"Expected {name} to be finite and above 0, got {value}")
+        in_range(1e-12, 1e10, **{name: value})
     for name, value in decays.items():
         if not 0 <= value < 1:
             raise InputError(f"Expected {name} in [0, 1), got {value}")

@@ -27,6 +27,7 @@ class Chain(ClientRule):
     rules: Sequence[ClientRule]
     remembers: bool = field(init=False, default=False)
     alternates: bool = field(init=False, default=False)
+    needs_both_factors: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         rules = tuple(self.rules)
@@ -36,7 +37,8 @@ class Chain(ClientRule):
         remembers, alternates = any(r.remembers for r in rules), any(r.alternates for r in rules)
         if remembers and alternates:
             raise InputError(f"Expected rules that count the same steps, got {names}; drop the one that alternates")
-        for name, value in (("rules", rules), ("remembers", remembers), ("alternates", alternates)):
+        found = {"rules": rules, "remembers": remembers, "alternates": alternates}
+        for name, value in (found | {"needs_both_factors": any(r.needs_both_factors for r in rules)}).items():
             object.__setattr__(self, name, value)
 
     def active(self, step: int, block: Block) -> Block:

@@ -28,7 +28,7 @@ class LoraPlus(ClientRule):
         optimizer, weight_decay: `_target_` and option of the local optimizer, ${trainer.optimizer._target_} in YAML.
 
     Privacy: the noise of lora_B is multiplied as its signal is; epsilon is that of SGD. Where lora_B alone trains the
-    rule is no more than another learning rate.
+    rule would be another learning rate under the paper's name: a configuration that asks for it is refused.
 
     Guarantees: ratio = 1 leaves the gradient as it is.
 
@@ -38,6 +38,8 @@ class LoraPlus(ClientRule):
     ratio: float
     optimizer: str
     weight_decay: float = 0.0
+
+    needs_both_factors = True
 
     def __post_init__(self) -> None:
         check_positive(ratio=self.ratio)

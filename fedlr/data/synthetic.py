@@ -8,7 +8,7 @@ and the actor seems really happy". The nouns tell the domain (the `groups`), not
 import numpy as np
 
 from fedlr.data.table import LabelledText
-from fedlr.errors import InputError
+from fedlr.errors import InputError, in_range
 from fedlr.streams import Purpose, stream
 
 _SIGNALS = {
@@ -55,12 +55,11 @@ def synthetic_text(
     Raises:
         InputError: for a number out of range.
     """
-    if not 2 <= num_labels <= MAX_LABELS:
-        raise InputError(f"Expected num_labels in [2, {MAX_LABELS}], got {num_labels}")
+    in_range(2, MAX_LABELS, num_labels=num_labels)
+    in_range(1, 200_000, num_examples=num_examples)
+    in_range(1, 100, num_clauses=num_clauses)
     if num_examples < num_labels:
         raise InputError(f"Expected num_examples >= num_labels ({num_labels}), got {num_examples}")
-    if not 1 <= num_clauses <= 1000:
-        raise InputError(f"Expected num_clauses in [1, 1000], got {num_clauses}")
     if num_examples * num_clauses > MAX_CLAUSES:
         raise InputError(
             f"Expected num_examples <= {MAX_CLAUSES // num_clauses} of num_clauses={num_clauses}, got {num_examples}"

@@ -1,8 +1,33 @@
-"""Where the files of a run contradict each other: a report says so and never picks the nicer number."""
+"""What a reader must be warned of: files that contradict each other, and rounds or runs that came to nothing."""
 
 import math
+from collections.abc import Sequence
 
-from fedlr.report.run_files import Run, spent_by_client
+from fedlr.report.run_files import Run, State, spent_by_client
+
+MOST_NAMED = 8  # rounds in a sentence
+
+
+def for_nothing(run: Run) -> list[str]:
+    """Return one sentence for each arm of the run, and for its rounds, that trained for nothing."""
+    found = [] if run.summary.problem is None else [f"Nothing was learnt: {run.summary.problem}."]
+    found += _without_update(run.states, "")
+    found += _without_update(run.no_privacy, " of the run without privacy")
+    if idle := [one.client_id for one in run.alone if one.num_updates == 0]:
+        found.append(f"{len(idle)} of {len(run.alone)} clients alone had no usable update: they stayed at the start.")
+    return found
+
+
+def _without_update(states: Sequence[State], whose: str) -> list[str]:
+    rounds = [state.rounds_completed for state in states if state.rounds_completed and state.num_trained == 0]
+    if not rounds:
+        return []
+    named = ", ".join(map(str, rounds[:MOST_NAMED])) + (" and others" if len(rounds) > MOST_NAMED else "")
+    of_all = f" ({len(rounds)} of {len(states) - 1})" if len(rounds) > 1 else ""
+    return [
+        f"Round{'s' if len(rounds) > 1 else ''} {named}{of_all}{whose} had no usable update: the model stayed as it was"
+        f" ({', '.join(sorted({reason for state in states for reason in state.reasons})) or 'no reason given'})."
+    ]
 
 
 def disagreements(run: Run) -> list[str]:

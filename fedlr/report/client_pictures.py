@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from fedlr.report.picture import MOST_CLIENTS, Picture, client_axis, drawn
 from fedlr.report.run_files import Partition, Run, spent_by_client
 from fedlr.report.svg import SERIES, colour, legend, log_axis
-from fedlr.report.wording import epsilon_text
+from fedlr.report.wording import short
 
 MOST_STACKED_LABELS = len(SERIES)
 MOST_TICKS = 20
@@ -36,7 +36,7 @@ def epsilon_by_client(run: Run) -> Picture:
         axes = figure.subplots()
         axes.bar(range(len(spent)), list(spent.values()), width=0.8, color=colour("blue"), label="spent")
         if budget is not None:
-            label = f"budget, epsilon {epsilon_text(budget)}"
+            label = f"budget, epsilon {short(budget)}"
             axes.axhline(budget, color=colour("vermillion"), linestyle="--", linewidth=1.4, label=label)
         axes.set_ylim(0, 1.08 * max([*spent.values(), budget or 0.0, 1e-9]))
         axes.set_ylabel("Epsilon")
@@ -80,7 +80,7 @@ def _paint_spread(figure: Figure, spent: Mapping[int, float], budget: float | No
     axes = figure.subplots()
     axes.stairs(counts, edges, baseline=0.5, fill=True, color=colour("blue"), label="clients")
     if budget is not None:
-        label = f"budget, epsilon {epsilon_text(budget)}"
+        label = f"budget, epsilon {short(budget)}"
         axes.axvline(budget, color=colour("vermillion"), linestyle="--", linewidth=1.4, label=label)
     log_axis(axes)
     axes.set_ylim(0.5, 2 * max(counts))

@@ -55,7 +55,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path, *, against: str | None
     over_seeds = table(_LONG_ARM_HEADER, list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
     body = [
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
-        *(paragraph(text, kind="warning") for text in differences(runs)),
+        *(paragraph(text, kind="warning") for text in (*_for_nothing(runs), *differences(runs))),
         *([_paired_section(pairs, against)] if against is not None else []),
         section("Pictures", [gallery([final_accuracy(arms), accuracy_of_each_run(arms), costs(arms)])]),
         *([section("Over seeds", [over_seeds, _OVER])] if _has_seeds(arms) else []),
@@ -64,6 +64,12 @@ def write_comparison(run_dirs: Sequence[Path], out: Path, *, against: str | None
     out = Path(out)
     out.write_text(page(f"{len(runs)} runs compared", body), encoding="utf-8")
     return out
+
+
+def _for_nothing(runs: Sequence[Run]) -> list[str]:
+    """Name the runs that trained for nothing: what they show is the model they started from."""
+    idle = [run.summary for run in runs if run.summary.problem]
+    return [f"Nothing was learnt by {one.method}, seed {seed_text(one.seed)}: {one.problem}." for one in idle]
 
 
 def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None) -> str:

@@ -31,6 +31,7 @@ def traffic(run: Run) -> Picture:
         right.set_ylabel(f"{unit} so far, all clients")
         for axes in (left, right):
             round_axis(axes, label="Round")
+        bar_limits(left, rounds[0], rounds[-1])
         legend(figure, left)
 
     caption = (
@@ -55,9 +56,9 @@ def time_spent(run: Run, *, is_wide: bool = False) -> Picture:
             paint_colour = colour(SERIES[index % len(SERIES)])
             axes.bar(rounds, values, bottom=bottom, width=0.8, color=paint_colour, label=name)
             bottom = [low + value for low, value in zip(bottom, values, strict=True)]
-        bar_limits(axes, rounds[0], rounds[-1])
         axes.set_ylabel("Seconds")
         round_axis(axes, label="Round")
+        bar_limits(axes, rounds[0], rounds[-1])
         legend(figure, axes, columns=4)
 
     totals = {name: sum(values) for name, values in phases.items()}
@@ -79,7 +80,6 @@ def _paint_each_round(axes: Axes, rounds: Sequence[int], up: Sequence[int], down
             axes.bar([r + shift for r in rounds], heights, width=0.4, color=colour(name), label=label)
         else:
             axes.plot(rounds, heights, color=colour(name), linestyle=dashes, label=label)
-    bar_limits(axes, rounds[0], rounds[-1])
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{unit} in the round, all clients")
 

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from fedlr.report import client_pictures, cost_pictures, learning_pictures, server_pictures
-from fedlr.report.checks import disagreements
+from fedlr.report.checks import disagreements, for_nothing
 from fedlr.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.report.overview import headline_card, sentence, worth
 from fedlr.report.picture import Picture
@@ -37,7 +37,7 @@ def report_page(run: Run) -> str:
         [
             f"<header>\n<h1>{escape(run.summary.name)}</h1>",
             f"{paragraph(sentence(run), kind='lead')}\n</header>",
-            *(paragraph(text, kind="warning") for text in disagreements(run)),
+            *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
             section("What it is worth", worth(run)),
             section("Privacy", privacy_parts(run)),

@@ -40,6 +40,6 @@ def drawn(
 def client_axis(axes: Axes, client_ids: list[int]) -> None:
     """Label one position a client, with every id when there is room."""
     every = -(-len(client_ids) // 20)
-    axes.set_xticks(range(0, len(client_ids), every), [str(one) for one in client_ids[::every]])
     bar_limits(axes, 0, len(client_ids) - 1)
+    axes.set_xticks(range(0, len(client_ids), every), [str(one) for one in client_ids[::every]])
     axes.set_xlabel("Client")

@@ -85,7 +85,7 @@ def _odds(epsilon: float) -> str:
     if epsilon > 30:
         return f"e^{epsilon_text(epsilon)}"
     odds = math.exp(epsilon)
-    return epsilon_text(odds) if odds < 10 else f"{math.ceil(odds):,}"
+    return f"{math.ceil(100 * odds) / 100:.2f}" if odds < 10 else f"{math.ceil(odds):,}"
 
 
 def _value(value: object) -> str:

@@ -25,6 +25,8 @@ class State:
     bytes_up: int
     bytes_down: int
     noise_to_signal: float | None
+    num_trained: int | None  # None: not stated
+    reasons: Mapping[str, float]  # of the clients without a usable update, with their counts
     seconds: Mapping[str, float]
 
 
@@ -60,6 +62,7 @@ class Summary:
     bytes_up: int
     bytes_down: int
     seconds: float
+    problem: str | None  # why the whole run was for nothing
 
     @property
     def is_private(self) -> bool:
@@ -82,6 +85,7 @@ class Alone:
     client_id: int
     accuracy: float
     epsilon: float | None
+    num_updates: int | None  # that could be used; None: not stated
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def _state(row: Record) -> State:
         bytes_up=int(row.optional_number("bytes_up") or 0),
         bytes_down=int(row.optional_number("bytes_down") or 0),
         noise_to_signal=row.optional_number("noise_to_signal"),
+        num_trained=None if row.values.get("num_trained") is None else row.integer("num_trained"),
+        reasons=row.numbers("reasons"),
         seconds=row.numbers("seconds"),
     )
 
@@ -204,6 +210,7 @@ def _summary(row: Record) -> Summary:
         bytes_up=row.integer("bytes_up"),
         bytes_down=row.integer("bytes_down"),
         seconds=row.number("seconds"),
+        problem=None if row.values.get("problem") is None else row.text("problem"),
     )
 
 
@@ -221,7 +228,8 @@ def _partition(row: Record) -> Partition | None:
 
 
 def _alone(row: Record) -> Alone:
-    return Alone(row.integer("client_id"), row.number("accuracy"), row.optional_number("epsilon"))
+    num_updates = None if row.values.get("num_updates") is None else row.integer("num_updates")
+    return Alone(row.integer("client_id"), row.number("accuracy"), row.optional_number("epsilon"), num_updates)
 
 
 def _budget_epsilon(statement: Mapping[str, object], config: str, where: str) -> float | None:

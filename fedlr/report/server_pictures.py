@@ -56,7 +56,7 @@ def aggregation_error(run: Run) -> Picture:
 
 
 def noise_to_signal(run: Run) -> Picture | None:
-    """How large the noise in the aggregate is beside the update; None when no round states it."""
+    """How large the noise in the mean of the updates is beside it; None when no round states it."""
     states = [s for s in run.states if s.noise_to_signal is not None and math.isfinite(s.noise_to_signal)]
     if not states:
         return None
@@ -74,8 +74,9 @@ def noise_to_signal(run: Run) -> Picture | None:
         legend(figure, axes)
 
     caption = (
-        "Lower is better: the norm of the noise expected in the aggregate, over the norm of the aggregate, "
-        "which holds that noise too."
+        "Lower is better, and near 1 the update is noise: the norm of the noise that is expected in the mean of the "
+        "updates, over the norm of that mean, which holds the noise too; from what was released and the configuration "
+        "alone."
     )
     return drawn("noise", "Noise beside the update", caption, paint)
 

@@ -135,9 +135,14 @@ def round_axis(axes: Axes, *, label: str = "Rounds completed") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def bar_limits(axes: Axes, first: float, last: float) -> None:
-    """Leave room beside the bars from `first` to `last`, so that a few of them stay narrow."""
+def bar_limits(axes: Axes, first: int, last: int) -> None:
+    """Leave room beside the bars from `first` to `last`, so that a few of them stay narrow; ticks are under bars only.
+
+    Call it after `round_axis`, whose ticks would go on into that room.
+    """
     pad = max(0.6, (6 - (last - first)) / 2)
+    ticks = MaxNLocator(integer=True, nbins=8, min_n_ticks=1, steps=[1, 2, 5, 10]).tick_values(first, last)
+    axes.set_xticks(sorted({first, last} | {int(tick) for tick in ticks if first <= tick <= last}))
     axes.set_xlim(first - pad, last + pad)
 
 

@@ -46,16 +46,16 @@ def seed_text(seed: int | None) -> str:
 
 
 def epsilon_text(epsilon: float | None) -> str:
-    """Return an epsilon with two decimals, rounded up.
+    """Return an epsilon with three decimals, rounded up, as the privacy statement has it: the one way to write it.
 
-    >>> epsilon_text(5.931), epsilon_text(5.9), epsilon_text(None)
-    ('5.94', '5.90', 'no DP')
+    >>> epsilon_text(5.9311), epsilon_text(5.9), epsilon_text(None)
+    ('5.932', '5.900', 'no DP')
     """
     if epsilon is None:
         return "no DP"
     if not math.isfinite(epsilon):
         return "infinite"
-    return str(Decimal(repr(epsilon)).quantize(Decimal("0.01"), rounding=ROUND_CEILING))
+    return str(Decimal(repr(epsilon)).quantize(Decimal("0.001"), rounding=ROUND_CEILING))
 
 
 def short(value: float) -> str:

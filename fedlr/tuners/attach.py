@@ -36,6 +36,9 @@ NOT_IN_RUNS: Mapping[str, str] = {
     "corda": _PUBLIC.format(name="corda"),
     "lora_ga": _PUBLIC.format(name="lora_ga"),
     "pissa": _START.format(name="pissa"),
+    "lora_plus": "its tensors are LoRA's, and it is two learning rates: set adapter=lora trainer=lora_plus",
+    "adalora": "its ranks are allocated by gradients before the noise, and without that it is LoRA with a diagonal of "
+    "hardly any gradient; set adapter=lora method=rank_budget, whose server allocates ranks, or adapter=lora_xs",
     "olora": _START.format(name="olora"),
     "kasa": _BASE,
     "frod": "its saved folder opens as another model where a singular value decomposition has other signs",

@@ -89,7 +89,7 @@ def test_a_sweep_over_names_puts_its_table_above_them() -> None:
 def test_a_sweep_goes_on_after_a_run_that_cannot_start(here: Path, capsys) -> None:
     assert cli.simulate([*TINY, "-m", "privacy=none", "num_clients=1000,4"]) == 2
     told = capsys.readouterr()
-    assert "1 of 2 runs could not start" in told.err and "1000 clients" in told.err
+    assert "1 of 2 runs failed" in told.err and "1000 clients" in told.err
     assert len(table_rows(told.out)) == 1
     only_run(here / "outputs" / "tiny")
 
@@ -247,13 +247,18 @@ def test_a_sweep_is_compared_with_one_of_its_methods_pair_by_pair(here: Path, ca
 @pytest.mark.parametrize(
     ("command", "words", "fragment"),
     [
-        (cli.compare, [], "two or more run directories, got 0"),
-        (cli.compare, ["here"], "two or more run directories, got 1"),
+        (cli.compare, [], "two or more run directories, or a folder of them, got 0"),
+        (cli.compare, ["."], "two or more run directories, or a folder of them, got 1"),
         (cli.compare, ["a", "b"], "run directory (outputs/NAME/TIME), got 'a'"),
         (cli.compare, [".", ".", "--out"], "file name after --out"),
         (cli.compare, [".", ".", "--against"], "a method after --against"),
         (cli.compare, [".", ".", "--out", "no/such/page.html"], "'no/such/page.html'"),
-        (cli.compare, [".", "."], "config.yaml"),
+        (cli.compare, [".", "/proc"], "config.yaml"),
+        (cli.compare, ["a" * 5000, "b"], "File name too long"),
+        (cli.compare, [".", ".", "--out", "a" * 5000 + ".html"], "File name too long"),
+        (cli.simulate, ["experiment=tiny", "-m", "seed=range(1000000000)"], "at most 2,000 runs"),
+        (cli.simulate, ["experiment=tiny", "-m", "seed=range(50)", "num_rounds=range(50)"], "at most 2,000 runs"),
+        (cli.report, ["a" * 5000], "File name too long"),
         (cli.report, [], "one run directory, got 0"),
         (cli.report, ["a", "b"], "one run directory, got 2"),
         (cli.report, ["."], "config.yaml"),

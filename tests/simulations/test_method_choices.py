@@ -88,14 +88,15 @@ def test_together_and_one_by_one_give_the_same_numbers(tmp_path: Path, name: str
 
 
 def test_a_rule_of_the_trainer_acts_before_the_optimizer(tmp_path: Path) -> None:
+    # orthonormal rows of A: g_B (A A^T + reg I)^-1 is g_B / (1 + reg)
     rule = (
-        "trainer.after_noise._target_=fedlr.client_rules.preconditioned.LoraPlus",
-        "trainer.after_noise.ratio=2.0",
-        "trainer.after_noise.optimizer=${trainer.optimizer._target_}",
+        "trainer.after_noise._target_=fedlr.client_rules.preconditioned.ScaledGradient",
+        "trainer.after_noise.reg=1.0",
     )
-    doubled = play(federation("method=ffa_lora", *SGD, *rule), tmp_path / "rule", num_rounds=1)
-    faster = play(federation("method=ffa_lora", *SGD, "trainer.optimizer.lr=0.2"), tmp_path / "faster", num_rounds=1)
-    assert_close(faster[-1], doubled[-1])
+    method = "method=ffa_lora_orthonormal"
+    halved = play(federation(method, *SGD, *rule), tmp_path / "rule", num_rounds=1)
+    slower = play(federation(method, *SGD, "trainer.optimizer.lr=0.05"), tmp_path / "slower", num_rounds=1)
+    assert_close(slower[-1], halved[-1])
 
 
 # Personal tensors.
@@ -326,7 +327,7 @@ def test_alone_there_is_nobody_to_share_with(tmp_path: Path) -> None:
     for name in ("fedit", "fedsa_lora", "scaffold"):
         f = federation(f"method={name}", "privacy=none", *SGD)
         with closing(make_pool(f, None)) as pool:
-            found[name] = list(train_alone(f, pool, client_done=lambda: None))
+            found[name] = [arm.state for arm in train_alone(f, pool, client_done=lambda: None)]
     for client, state in enumerate(found["fedit"]):
         assert far(state, federation("method=fedit", "privacy=none", *SGD).start)
         for name in ("fedsa_lora", "scaffold"):

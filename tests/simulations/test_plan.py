@@ -15,6 +15,7 @@ from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.report.wording import epsilon_text
 from simulations import cli
 from simulations.plan import make_plan
 
@@ -42,7 +43,7 @@ def test_epsilons_are_the_accountants(here: Path, capsys: pytest.CaptureFixture[
     assert told(text, r"multiplier ([\d.]+)") == noise
 
     def spent(rounds: int) -> float:
-        return round(epsilon([(PoissonSampler(0.2).dp_event(noise), 2 * rounds)], 1e-5, accountant="rdp"), 3)
+        return float(epsilon_text(epsilon([(PoissonSampler(0.2).dp_event(noise), 2 * rounds)], 1e-5, accountant="rdp")))
 
     assert told(text, r"epsilon +([\d.]+) expected: .* 2 of 4 rounds") == spent(2)
     assert told(text, r"([\d.]+) worst case: 4 rounds") == spent(4) <= 6
