@@ -1,4 +1,4 @@
-"""What `fedlr server terms` writes, a device's doctor reads: accepted, or refused for the reason that the run would give.
+"""What `fedlr server terms` writes, a device's doctor reads: accepted, or refused as the run would be.
 
 Mutants these tests reject: terms of another seed or run than the directory's; a doctor that takes another base model
 for the server's; a file that is overwritten, or left half written.
