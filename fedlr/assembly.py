@@ -109,18 +109,28 @@ def working_model(
     runtime: RuntimeSection, model: AdaptedModel, tables: list[TokenisedText], *, say: Callable[[str], None]
 ) -> tuple[nn.Module, list[TokenisedText]]:
     """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached."""
+    whole, working = whole_and_working(runtime, model)
+    if not runtime.cache_prefix:
+        return working, tables
+    store = state_store(runtime, say=say)
+    found = "" if store.folder is None else f", or come from {store.folder}"
+    say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
+    return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
+
+
+def whole_and_working(runtime: RuntimeSection, model: AdaptedModel) -> tuple[nn.Module, nn.Module]:
+    """Return the model as it computes, and what of it trains: the same, or the part above its cached prefix."""
     model.to(runtime.device)
     whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
-    if not runtime.cache_prefix:
-        return whole, tables
-    working = without_prefix(whole)
+    return whole, without_prefix(whole) if runtime.cache_prefix else whole
+
+
+def state_store(runtime: RuntimeSection, *, say: Callable[[str], None]) -> TableStore:
+    """Return where the states of texts past the frozen layers stay."""
     # Which of the places it is changes no bit.
     memory = free_memory() if runtime.memory_gb is None else int(runtime.memory_gb * 1e9)
     folder = None if runtime.cache_dir is None else Path(runtime.cache_dir).expanduser()
-    store = TableStore(folder, max_bytes=memory // 2 or None, say=say)
-    found = "" if folder is None else f", or come from {folder}"
-    say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
-    return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
+    return TableStore(folder, max_bytes=memory // 2 or None, say=say)
 
 
 def local_training(trainer: TrainerSection, rule: ClientRule) -> LocalTraining:
@@ -165,13 +175,15 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
         sample_rate=trainer.sample_rate,
         divisor=trainer.divisor,
     )
-    event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
-    one_round = epsilon([(event, trainer.num_steps)], budget.delta, accountant=privacy.accountant)
-    if one_round > budget.epsilon:
-        raise InputError(
-            f"Expected a privacy.noise_multiplier with which one round stays within epsilon {budget.epsilon:g}, got "
-            f"{noise_multiplier:g}, which spends {one_round:.3g}; null finds the least that lasts the whole run"
-        )
+    if privacy.noise_multiplier is not None:  # what was calibrated lasts for all rounds
+        event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
+        one_round = epsilon([(event, trainer.num_steps)], budget.delta, accountant=privacy.accountant)
+        if one_round > budget.epsilon:
+            raise InputError(
+                "Expected a privacy.noise_multiplier with which one round stays within epsilon "
+                f"{budget.epsilon:g}, got {noise_multiplier:g}, which spends {one_round:.3g}; null finds the least "
+                "that lasts the whole run"
+            )
     return budget, mechanism
 
 

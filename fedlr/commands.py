@@ -86,6 +86,21 @@ def ready(overrides: Sequence[str]) -> "Experiment":
     return experiment
 
 
+def option(arguments: list[str], name: str, what: str) -> str | None:
+    """Take an option and its value out of the arguments and return the value, None without it.
+
+    >>> option(words := ["a", "--out", "b.html"], "--out", "a file name"), words
+    ('b.html', ['a'])
+    """
+    if name not in arguments:
+        return None
+    place = arguments.index(name)
+    if place + 1 == len(arguments):
+        raise InputError(f"Expected {what} after {name}, got none")
+    arguments.pop(place)
+    return arguments.pop(place)
+
+
 def quiet_libraries() -> None:
     """Keep other libraries' chatter out of the run's own lines; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

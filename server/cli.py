@@ -17,6 +17,7 @@ COMMANDS = {
     "enrol": ("server.enrol", "enrol"),
     "revoke": ("server.enrol", "revoke"),
     "devices": ("server.devices", "devices"),
+    "terms": ("server.terms", "terms"),
     "proxy": ("server.proxy", "proxy"),
     "run": ("server.cli", "run"),
     "view": ("server.view.commands", "view"),
@@ -34,6 +35,7 @@ def server(arguments: Sequence[str]) -> int:
     enrol         let a device in, by its public key
     revoke        shut a device out
     devices       list who is enrolled and who is connected
+    terms         write what an experiment asks of devices, for their doctor
     proxy         the public door: devices reach the SuperLink through it, and nothing else
     run           run an experiment on the enrolled devices, or go on with one
     view          serve the operator's view of a run, read-only

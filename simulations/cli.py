@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.commands import command as any_command
-from fedlr.commands import ready
+from fedlr.commands import option, ready
 from fedlr.config_errors import shown
 from fedlr.errors import InputError
 from fedlr.offline import go_offline
@@ -189,21 +189,6 @@ def check_output_dir(experiment: "Experiment") -> None:
         raise InputError(f"Expected tracking.output_dir to be a folder, got {wanted!r}: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"Expected tracking.output_dir to be writable, got {wanted!r}: {place} is not")
-
-
-def option(arguments: list[str], name: str, what: str) -> str | None:
-    """Take an option and its value out of the arguments and return the value, None without it.
-
-    >>> option(words := ["a", "--out", "b.html"], "--out", "a file name"), words
-    ('b.html', ['a'])
-    """
-    if name not in arguments:
-        return None
-    place = arguments.index(name)
-    if place + 1 == len(arguments):
-        raise InputError(f"Expected {what} after {name}, got none")
-    arguments.pop(place)
-    return arguments.pop(place)
 
 
 def shared_folder(run_dirs: Sequence[Path]) -> Path:

@@ -81,12 +81,25 @@ class Federation:
 
 
 def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Federation:
-    """Load the data and the model, split, attach the adapter, calibrate the noise, tokenise.
+    """Return a federation that is ready to train: `prepare`, then all texts pass the frozen layers if that is cached.
 
     Args:
         experiment: the checked configuration.
         seed: of the public randomness (the configuration's, or one drawn for this run).
         say: told what takes long, once nothing can be wrong any more.
+
+    Raises:
+        InputError: for anything that could not run as configured.
+    """
+    f = prepare(experiment, seed=seed)
+    table = f.clients[0].table
+    working, (table, test) = working_model(experiment.runtime, f.model, [table, f.test], say=say)
+    clients = tuple(Share(table, client.rows) for client in f.clients)
+    return replace(f, working=working, clients=clients, test=test, side=SideWeights(working))
+
+
+def prepare(experiment: Experiment, *, seed: int) -> Federation:
+    """Load data and model, split, attach the adapter, calibrate the noise, tokenise; no example has passed the model.
 
     Raises:
         InputError: for anything that could not run as configured.
@@ -119,13 +132,12 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     check_aggregate(start, method, experiment, weights=weights)
     first = task_of(start, method, train_head=experiment.adapter.train_head).block
     faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None)
-    working, (tokenised, test) = working_model(experiment.runtime, model, [tokenised, test], say=say)
     return Federation(
         experiment=experiment,
         seed=seed,
         base=base,
         model=model,
-        working=working,
+        working=model,
         method=method,
         start=start,
         origin=begun.origin,
@@ -140,7 +152,7 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
         weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
-        side=SideWeights(working),
+        side=SideWeights(model),
         placed_by=placed_by,
         notes=(
             *notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),

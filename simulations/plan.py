@@ -1,32 +1,37 @@
 """What an experiment will spend, said before it runs: epsilon, bytes, memory and time.
 
-Time and memory are measured, not guessed: one client's step on held-out text, and one evaluation, on this machine.
+Epsilon and bytes are the run's own. Time and memory are an estimate, from a few texts that are measured here
+(simulations/costs.py).
 """
 
 import math
-import resource
 import statistics
-import time
-from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 from secrets import randbits
 
 import numpy as np
 
 from fedlr.adapter import SHIPPED, num_values, roles_of
+from fedlr.assembly import torch_threads
 from fedlr.client_ranks import narrowed
 from fedlr.cohorts import cohorts
-from fedlr.data.tokenise import Share
 from fedlr.experiment import Experiment
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.report.wording import epsilon_text
 from fedlr.wire import num_bytes
-from simulations.federation import Federation, assemble
-from simulations.progress import alone_rounds
-from simulations.runtime import make_pool
-from simulations.simulate import evaluator_of
+from simulations.costs import (
+    Costs,
+    cohort_bytes,
+    measure,
+    num_evaluations,
+    num_passes,
+    num_steps,
+    num_texts,
+    num_threads,
+    state_places,
+)
+from simulations.federation import Federation, prepare
 
 
 def make_plan(experiment: Experiment) -> str:
@@ -35,7 +40,8 @@ def make_plan(experiment: Experiment) -> str:
     Raises:
         InputError: for an experiment that cannot run.
     """
-    federation = assemble(experiment, seed=randbits(32) if experiment.seed is None else experiment.seed)
+    with torch_threads(1):  # as in the run, whose start must be the same
+        federation = prepare(experiment, seed=randbits(32) if experiment.seed is None else experiment.seed)
     e = experiment
     title = (
         f"{e.name}: {federation.method.name}, {e.num_rounds} rounds, {e.cohort_size} of {e.num_clients} clients each"
@@ -118,22 +124,45 @@ def places(federation: Federation) -> str:
 
 
 def cost_lines(federation: Federation) -> list[str]:
-    """Measure a step and an evaluation, and say what the run costs in time and memory."""
-    e = federation.experiment
-    step_s = measure_step(federation)
-    _, evaluate_s = evaluator_of(federation).score(federation.start)
-    client_rounds = e.num_rounds * e.cohort_size
-    arms = 1 + int(e.tracking.run_no_privacy and federation.mechanism is not None)
-    alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
-    evaluations = arms * (e.num_rounds + 1) + (e.num_clients if e.tracking.run_alone else 0)
-    steps = (arms * client_rounds + alone) * federation.training.num_steps
-    total = steps * step_s / e.runtime.num_workers + evaluations * evaluate_s
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kB
-    return [
-        f"time        about {duration(total)} here: {steps:,} steps of {duration(step_s)} in {e.runtime.num_workers} "
-        f"workers, {evaluations} evaluations of {duration(evaluate_s)}",
-        f"memory      {size(peak)} at its peak while this was measured, and about the same in the run",
+    """Measure a few texts, and say what the run costs in time and memory: an estimate."""
+    e, costs = federation.experiment, measure(federation)
+    threads, steps, evaluations = num_threads(federation), num_steps(federation), num_evaluations(federation)
+    passes = num_passes(federation)
+    prefix_s = passes * costs.prefix.of_the_run / threads if costs.prefix else 0.0
+    steps_s, evaluations_s = steps * costs.step.of_the_run / threads, evaluations * costs.evaluation.of_the_run
+    lines = [
+        f"time        about {duration(prefix_s + steps_s + evaluations_s)} here, an estimate from "
+        f"{costs.num_texts} held-out texts ({costs.num_tokens:,} tokens) that were measured"
     ]
+    if costs.prefix:
+        stored = ", less those that lie in runtime.cache_dir already" if e.runtime.cache_dir else ""
+        times = "once" if passes == 1 else f"{passes} times, once in each process"
+        lines.append(
+            f"            {duration(prefix_s)}: {num_texts(federation):,} texts pass the frozen layers {times}{stored}"
+        )
+    return [
+        *lines,
+        f"            {duration(steps_s)}: {steps:,} steps of {duration(costs.step.of_the_run)} in {threads} threads",
+        f"            {duration(evaluations_s)}: {evaluations} evaluations of {duration(costs.evaluation.of_the_run)}",
+        *memory_lines(federation, costs),
+    ]
+
+
+def memory_lines(federation: Federation, costs: Costs) -> list[str]:
+    """Say what the run takes of memory, and of a disk while it lasts."""
+    processes = federation.experiment.runtime.num_processes
+    states, on_disk = state_places(federation, costs)
+    cohort = cohort_bytes(federation)
+    each = f" in each of {1 + processes} processes" if processes > 1 else ""
+    of_states = f", {size(states)} for states of the frozen layers" if states else ""
+    lines = [
+        f"memory      about {size(costs.peak_bytes + states + cohort)}{each}, an estimate: {size(costs.peak_bytes)} at "
+        f"the peak of this process{of_states}, {size(cohort)} for clients that train at once"
+    ]
+    if on_disk:
+        folder = federation.experiment.runtime.cache_dir or "a temporary file"
+        lines.append(f"disk        {size(on_disk)} for states of the frozen layers, in {folder}")
+    return lines
 
 
 def size(num_bytes: float) -> str:
@@ -159,24 +188,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def measure_step(federation: Federation) -> float:
-    """Return the seconds of one private step of an average client, on held-out text: no client's data are read."""
-    expected = (
-        statistics.fmean(len(client) for client in federation.clients) * federation.experiment.trainer.sample_rate
-    )
-    rows = np.arange(max(1, round(expected))) % len(federation.test)
-    everything = replace(federation.training, num_steps=1, sampler=PoissonSampler(1.0))
-    probe = replace(
-        federation.without_privacy(),
-        clients=(Share.whole(federation.test.subset(rows)),),
-        training=everything,
-        weights=(1.0,),
-    )
-    task = federation.task()
-    with closing(make_pool(probe, None)) as pool:
-        list(pool.train(task, [0]))  # the first step pays for what later ones find ready
-        started = time.perf_counter()
-        list(pool.train(task, [0]))
-        return time.perf_counter() - started

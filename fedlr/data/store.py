@@ -66,7 +66,7 @@ class TableStore:
         try:
             if self.folder is not None:
                 return self._kept(self.folder, key(), shape, np.dtype(dtype), fill)
-            if self.max_bytes is not None and num_bytes > self.max_bytes:
+            if not self.is_in_memory(num_bytes):
                 return _unnamed(shape, np.dtype(dtype), fill)
         except OSError as error:
             place = self.folder or _temporary_folder()
@@ -81,6 +81,14 @@ class TableStore:
 
         fill(put)
         return rows
+
+    def is_in_memory(self, num_bytes: int) -> bool:
+        """Return whether a table of this size stays in memory.
+
+        >>> TableStore(max_bytes=100).is_in_memory(101)
+        False
+        """
+        return self.folder is None and (self.max_bytes is None or num_bytes <= self.max_bytes)
 
     def _kept(
         self, folder: Path, key: Key, shape: tuple[int, int], dtype: np.dtype[Any], fill: Callable[[Put], None]

@@ -234,9 +234,17 @@ def group_size(trained: Mapping[Slot, Tensor], memory_gb: float | None, *, has_r
     """
     if memory_gb is None:
         return LARGEST_GROUP
+    return max(1, min(LARGEST_GROUP, int(memory_gb * 1e9 / bytes_a_client(trained, has_rule=has_rule))))
+
+
+def bytes_a_client(trained: Mapping[Slot, Tensor], *, has_rule: bool) -> int:
+    """Return what one more client of a group needs while it trains.
+
+    >>> bytes_a_client({Slot("layer", "lora_B"): torch.zeros(1000, 1000)}, has_rule=False)
+    24000000
+    """
     num_rows = ROWS_A_CLIENT + (ROWS_OF_A_RULE if has_rule else 0)
-    bytes_a_client = 4 * num_rows * sum(tensor.numel() for tensor in trained.values())
-    return max(1, min(LARGEST_GROUP, int(memory_gb * 1e9 / bytes_a_client)))
+    return 4 * num_rows * sum(tensor.numel() for tensor in trained.values())
 
 
 def _one_thread() -> None:

