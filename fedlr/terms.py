@@ -15,6 +15,7 @@ from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, PositiveFloat, PositiveInt, Rate, Section, Target, TrainerSection
+from fedlr.privacy.accountant import MOST_STEPS
 from fedlr.privacy.mechanism import Mechanism
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -109,6 +110,10 @@ class Terms(Section):
     def private_steps(self) -> Mechanism | None:
         """Return the mechanism of every step; None without privacy."""
         return None if self.mechanism is None else Mechanism(**self.mechanism.model_dump(exclude={"delta"}))
+
+    def announced_steps(self) -> int:
+        """Return how many private steps a device is told to expect at most, over all rounds."""
+        return min(self.num_rounds * self.trainer.num_steps, MOST_STEPS)
 
     def section(self) -> dict[str, Any]:
         """Return the terms as plain values."""
