@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
+from fedlr.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM
 from fedlr.together import check_together
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -74,7 +75,7 @@ class PrivacySection(Section):
 
     epsilon: PositiveFloat | None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 1.0
     max_participations: PositiveInt | None = None
     noise_multiplier: PositiveFloat | None = None
     accountant: Literal["pld", "rdp"] = "pld"

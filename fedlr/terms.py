@@ -15,8 +15,8 @@ from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, PositiveFloat, PositiveInt, Rate, Section, Target, TrainerSection
-from fedlr.privacy.accountant import MOST_STEPS
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.ranges import MOST_STEPS
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=200)]

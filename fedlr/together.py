@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedlr.errors import InputError
+from fedlr.ranges import require_delta
 from fedlr.start_checks import check_start
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ def check_together(experiment: "Experiment") -> None:
     """
     e = experiment
     check_start(e)
+    if e.privacy.epsilon is not None:
+        require_delta(e.privacy.delta, e.privacy.accountant)
     if e.cohort_size > e.num_clients:
         raise InputError(f"Expected cohort_size <= num_clients={e.num_clients}, got {e.cohort_size}")
     if e.max_participations > e.num_rounds:

@@ -16,23 +16,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import dp_accounting
 
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import PrivacyBudget, require_sample_rate
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.ranges import MOST_STEPS, AccountantName, require_delta
 
-AccountantName = Literal["pld", "rdp"]
 Events = Sequence[tuple[dp_accounting.DpEvent, int]]
 Accountant = Any  # of dp-accounting, whose questions are not those of its base class
 Answer = TypeVar("Answer")
 
-# Below, the rounding of the Fourier transform is as large as what it adds up, and epsilon is no upper bound any more:
-# at 1e-14 28.670 for an exact 28.686, from 1e-9 right to 1e-5 (measured).
-LEAST_DELTA = {"pld": 1e-10, "rdp": 1e-300}
-MOST_STEPS = 10_000_000  # a Renyi divergence is right to 1e-16 a step (float64), so that a sum of these is to 1e-9
 GRID = 1000  # a calibrated noise_multiplier is a multiple of 1 / GRID
 
 
@@ -153,23 +149,6 @@ def calibrate_noise_multiplier(
         low, high, stride = max(0, low - stride), low, 2 * stride
     passing = range(low + 1, high)
     return (low + 1 + bisect_left(passing, True, key=lambda index: spent(index) <= budget.epsilon)) / GRID
-
-
-def require_accountant(name: str) -> None:
-    """Raise InputError unless the accountant is one of those above."""
-    if name not in get_args(AccountantName):
-        raise InputError(f"Expected an accountant of {list(get_args(AccountantName))}, got {name!r}")
-
-
-def require_delta(delta: float, accountant: str) -> None:
-    """Raise InputError unless the accountant is known, and delta where its epsilon is an upper bound."""
-    require_accountant(accountant)
-    least = LEAST_DELTA[accountant]
-    if not least <= delta < 1:
-        way = "; set a larger one, or privacy.accountant=rdp" if accountant == "pld" and 0 < delta < least else ""
-        raise InputError(
-            f"Expected privacy.delta in [{least:g}, 1) with privacy.accountant={accountant}, got {delta}{way}"
-        )
 
 
 @lru_cache(maxsize=65536)

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedlr.privacy.accountant import (
-    AccountantName,
     Events,
     epsilon,
     longest_lasting_order,
@@ -33,6 +32,7 @@ from fedlr.privacy.accountant import (
 )
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.ranges import AccountantName
 
 MARGIN = 1e-3  # of delta, kept back for the rounding of loss distributions (1e-14, measured; delta is 1e-10 at least)
 

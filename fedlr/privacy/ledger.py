@@ -18,10 +18,10 @@ from typing import Literal, Self
 
 from fedlr.errors import InputError
 from fedlr.privacy import chain
-from fedlr.privacy.accountant import AccountantName
 from fedlr.privacy.charges import Charge, Charges, Header, parse_header, recovered
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.rows import RandomnessKind, checked
+from fedlr.ranges import AccountantName
 
 
 @dataclass(frozen=True)

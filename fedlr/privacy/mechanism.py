@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from fedlr.errors import InputError
-
-# Below about 1e-152 the Renyi accountant of dp-accounting 0.6 overflows to nan and answers 0 (measured): no noise would
-# be stated as perfect privacy. Nothing useful lies below 0.001, where one step costs an epsilon of 500,000.
-LEAST_NOISE_MULTIPLIER = 1e-3
-LARGEST_NOISE_MULTIPLIER = 1e6  # far above, one step's Renyi divergence is lost in the rounding of float64
-# Gradients, their sum and its noise are float32. Below 1e-6 noise and clipped gradients fall under its smallest numbers:
-# at 1e-45 68 % of the noise was exactly 0, at 1e-10 a gradient of 9e34 passed at 1.26 of the bound (measured). Above 1e6
-# noise of the largest scale would have squares that it cannot hold.
-LEAST_GRAD_NORM, LARGEST_GRAD_NORM = 1e-6, 1e6
-LEAST_DIVISOR, LARGEST_DIVISOR = 1e-6, 1e12  # the step on the noisy sum is float32 too
+from fedlr.ranges import (
+    LARGEST_DIVISOR,
+    LARGEST_GRAD_NORM,
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_DIVISOR,
+    LEAST_GRAD_NORM,
+    LEAST_NOISE_MULTIPLIER,
+)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ FLOATING_POINT = (
 )
 ONE_MECHANISM = "steps of one mechanism, announced before the first of them: their events are added up"
 FILTER = (
-    "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), which "
-    "the budget and the first mechanism fixed before anything was released"
+    "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
+    "which the budget and the first mechanism fixed before anything was released"
 )
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {

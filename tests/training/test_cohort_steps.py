@@ -130,10 +130,12 @@ def test_two_clients_with_the_same_rows_release_different_sums(bench: CohortBenc
 
 
 def test_noise_of_the_operating_system_does_not_repeat(bench: CohortBench) -> None:
+    """Two entries are close by chance with probability 3.2e-6: more than 8 of under 5,000 with one below 1e-20."""
     runs = [bench.releases(shipped, [silent_data(1)] * 2, randomness=OsRandomness())[0] for _ in range(2)]
     vectors = torch.cat(runs)
+    assert 50 < vectors.shape[1] < 5_000
     for one, other in itertools.combinations(vectors, 2):
-        assert not torch.isclose(one, other).any()
+        assert torch.isclose(one, other).sum() <= 8
 
 
 def test_no_global_generator_is_used(bench: CohortBench) -> None:

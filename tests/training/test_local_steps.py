@@ -172,8 +172,9 @@ def test_shared_or_missing_noise_is_caught(change: tuple[str, str], bench: Bench
 
 
 def test_noise_of_the_operating_system_does_not_repeat(bench: Bench) -> None:
+    """Two entries are close by chance with probability 3.2e-6: more than 8 of under 5,000 with one below 1e-20."""
     runs = [bench.releases(shipped, silent_data(1), randomness=OsRandomness())[0] for _ in range(2)]
-    assert not torch.isclose(*runs).any()
+    assert 50 < len(runs[0]) < 5_000 and torch.isclose(*runs).sum() <= 8
 
 
 def check_global_generators_are_left_alone(local: ModuleType, bench: Bench) -> None:
