@@ -8,7 +8,14 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedlr.experiment import PositiveFloat, PositiveInt, Rate, Section
+from fedlr.experiment import PositiveInt, Rate, Section
+from fedlr.ranges import (
+    LARGEST_DIVISOR,
+    LARGEST_GRAD_NORM,
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_DIVISOR,
+    LEAST_GRAD_NORM,
+)
 from fedlr.terms import Sha256
 from fedlr.tuners.blocks import LORA
 from fedlr.tuners.registry import TUNERS
@@ -39,7 +46,6 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 RULES: tuple[RuleName, ...] = get_args(RuleName)
 
 # Bounds that no owner needs to move.
-LEAST_GRAD_NORM = 1e-6  # far below, float32 rounds noise of this size away
 LARGEST_ARGUMENT = 1e6  # of an optimizer or a rule
 LARGEST_SCALE = 1e3  # lora_alpha / rank
 LARGEST_SIZE = 65_536  # any number in adapter.sizes
@@ -68,10 +74,10 @@ class Policy(Section):
     max_steps_per_round: PositiveInt = 100
     max_sample_rate: Rate = 0.25
     min_noise_multiplier: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 0.3
-    max_noise_multiplier: PositiveFloat = 1_000.0
-    max_grad_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, allow_inf_nan=False)] = 10.0
-    min_divisor: PositiveFloat = 1.0
-    max_divisor: PositiveFloat = 1e6
+    max_noise_multiplier: Annotated[float, Field(gt=0, le=LARGEST_NOISE_MULTIPLIER)] = 1_000.0
+    max_grad_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 10.0
+    min_divisor: Annotated[float, Field(ge=LEAST_DIVISOR)] = 1.0
+    max_divisor: Annotated[float, Field(gt=0, le=LARGEST_DIVISOR)] = 1e6
     max_length: PositiveInt = 512  # tokens of one text
     max_token_budget: PositiveInt = 65_536  # tokens of one forward pass
     max_rank: PositiveInt = 64

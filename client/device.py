@@ -27,6 +27,7 @@ from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import LocalPool
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.terms import Terms
 from fedlr.wire import Limits, RecordDict
 
 OWN = 0  # this device in its own ledger, whatever number a server gives it
@@ -146,7 +147,7 @@ class Device:
         if self._pool is None or self._pool[0] != key:
             self.close()
             ledger = None if trainee.terms.mechanism is None else self._ledger
-            charges = None if ledger is None else OwnCharges(ledger, trainee.terms.sha256())
+            charges = None if ledger is None else OwnCharges(ledger, trainee.terms)
             self._pool = key, trainee.pool(client_id, enrolled, charges)
         return self._pool[1]
 
@@ -177,11 +178,12 @@ def limits_of(policy: Policy) -> Limits:
 class OwnCharges:
     """The device's ledger as a pool asks for it: rounds are numbered over the life of the ledger, whoever asks.
 
-    `terms_sha256` is part of every task: the same request under other steps is another computation.
+    The terms are part of every task: the same request under other steps is another computation. They announce how many
+    steps there will be.
     """
 
-    def __init__(self, ledger: PrivacyLedger, terms_sha256: str) -> None:
-        self._ledger, self._terms_sha256 = ledger, terms_sha256
+    def __init__(self, ledger: PrivacyLedger, terms: Terms) -> None:
+        self._ledger, self._terms_sha256, self._announced = ledger, terms.sha256(), terms.announced_steps()
         self._round = 0
 
     def reserve(
@@ -198,7 +200,8 @@ class OwnCharges:
             task = hashlib.sha256(f"{self._terms_sha256} {task}".encode()).hexdigest()
         before = self._ledger.round_of(OWN, task) if task is not None and self._ledger.is_seeded else None
         self._round = self._ledger.participations(OWN) if before is None else before
-        return {client: self._ledger.reserve(self._round, mechanism, num_steps, [OWN], task)[OWN]}
+        answers = self._ledger.reserve(self._round, mechanism, num_steps, [OWN], task, self._announced)
+        return {client: answers[OWN]}
 
     def settle_all(self, round_index: int, steps_taken: Mapping[int, int]) -> None:
         """Say how many steps were taken."""

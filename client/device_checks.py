@@ -16,7 +16,7 @@ from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.memory import free_memory
 from fedlr.models import BaseModel, resolve
-from fedlr.privacy.charges import read_ledger
+from fedlr.privacy.charges import Charge, read_ledger
 from fedlr.privacy.mechanism import check_delta
 from fedlr.terms import Terms
 
@@ -137,8 +137,8 @@ def rounds_left(settings: Settings, terms: Terms) -> int:
     header, charges, _ = read_ledger(settings.ledger_path)
 
     def is_paid(num_rounds: int) -> bool:
-        more = (mechanism, num_rounds * terms.trainer.num_steps)
-        return charges.epsilon(OWN, header, more=more) <= header.epsilon
+        more = Charge(mechanism, num_rounds * terms.trainer.num_steps, announced_steps=terms.announced_steps())
+        return charges.epsilon_with(OWN, header, more) <= header.epsilon
 
     least, most = 0, min(terms.num_rounds, settings.policy.max_rounds)
     while least < most:

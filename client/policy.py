@@ -46,7 +46,6 @@ from client.bounds import (
     LARGEST_ARGUMENT,
     LARGEST_SCALE,
     LARGEST_SIZE,
-    LEAST_GRAD_NORM,
     MODULE_NAME,
     MOST_BLOCKS,
     MOST_NAMES,
@@ -73,6 +72,7 @@ from fedlr.config_errors import shown
 from fedlr.errors import InputError
 from fedlr.experiment import Target
 from fedlr.messages import Request
+from fedlr.ranges import LEAST_GRAD_NORM
 from fedlr.terms import Terms
 from fedlr.tuners.blocks import LORA, entry_of, role_of
 

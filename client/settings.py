@@ -23,6 +23,7 @@ from fedlr.experiment import PositiveFloat, PositiveInt, Section, Target, device
 from fedlr.node_key import require_private
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
+from fedlr.ranges import require_delta
 
 FOLDER_MODE = 0o700
 Text = Annotated[str, Field(min_length=1, max_length=200)]
@@ -184,6 +185,8 @@ def check_consistent(settings: Settings) -> None:
             "Expected data.labels to be two or more different names, as names that are found in data tell what they "
             f"hold, got {shown(section.get('labels'))}"
         )
+    if privacy.epsilon is not None:
+        require_delta(privacy.delta, privacy.accountant)
     if privacy.epsilon is None and not policy.allow_no_privacy:
         raise InputError(
             "Expected policy.allow_no_privacy=true with privacy.epsilon=null, got false: without a budget everything "

@@ -22,6 +22,7 @@ from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_ke
 from fedlr.errors import InputError
 from fedlr.limits import check_limits, check_word
 from fedlr.outlying import MAX_UPDATE_RATIO
+from fedlr.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM
 from fedlr.together import check_together
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -96,7 +97,7 @@ class PrivacySection(Section):
 
     epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 1.0
     max_participations: Count | None = None
     noise_multiplier: PositiveFloat | None = None
     accountant: Literal["pld", "rdp"] = "pld"

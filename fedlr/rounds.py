@@ -147,10 +147,9 @@ def run_round(
 ) -> tuple[ServerState, RoundDiagnostics]:
     """Broadcast, train, validate, aggregate, finalise.
 
-    Updates are aggregated as they come, in ascending client order, and few are kept: memory does not grow with the
-    cohort. A client of smaller rank (`ranks`, by client id; None: all have the adapter's) has zeros beyond it here; one
-    that moved `max_update_ratio` times as far as others is left out (`fedlr.outlying`). A round without a usable update
-    leaves the adapter as it was and still counts as a round.
+    Updates are aggregated in ascending client order and few are kept: memory does not grow with the cohort. A client of
+    smaller rank (`ranks`, by id; None: all have the adapter's) has zeros beyond it here; one that moved too far beside
+    the others is left out (`fedlr.outlying`). A round without a usable update keeps the adapter, and counts.
     """
     task = task_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
@@ -189,10 +188,9 @@ class Answers:
     """What comes of a round. Iterating, once, trains the cohort and gives the usable updates in ascending client order,
     so that no schedule of the pool changes a sum.
 
-    The first few are held, and whoever moved much further than these is an event. Later ones are held only until every
-    lower client is heard. A client's first usable update counts and stays, whatever else comes in its name; a client of
-    which nothing is heard is an event too. One that sent only what cannot be used is waited for while few updates are
-    held, and then no longer: it could otherwise make the server hold them all.
+    The first few are held, later ones until every lower client is heard. A client's first usable update counts and
+    stays; one of which nothing is heard is an event. One that sent only what cannot be used is waited
+    for while few updates are held, and then no longer: it could otherwise make the server hold them all.
     """
 
     def __init__(
@@ -207,17 +205,16 @@ class Answers:
         self.trained: list[int] = []  # ascending
         self.dropouts: list[Dropout] = []
         self.train_s = 0.0  # spent waiting for the pool
-        self._outcomes = iter(pool.train(task, cohort))
+        self._outcomes, self._max_update_ratio = iter(pool.train(task, cohort)), max_update_ratio
         self._task, self._cohort, self._expected = task, cohort, expected
-        self._max_update_ratio = max_update_ratio
 
     def __iter__(self) -> Iterator[ClientUpdate]:
-        for update in near_the_others(self._in_order(), max_ratio=self._max_update_ratio, reject=self._too_far):
+        def too_far(update: ClientUpdate) -> None:
+            self.dropouts.append(Dropout(update.client_id, "rejected", "too_far"))
+
+        for update in near_the_others(self._in_order(), max_ratio=self._max_update_ratio, reject=too_far):
             self.trained.append(update.client_id)
             yield update
-
-    def _too_far(self, update: ClientUpdate) -> None:
-        self.dropouts.append(Dropout(update.client_id, "rejected", "too_far"))
 
     def _in_order(self) -> Iterator[tuple[ClientUpdate, Moves]]:
         """Yield the updates of the right form, with how far each moved, in ascending client order."""

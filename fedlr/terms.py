@@ -16,6 +16,7 @@ from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, PositiveFloat, PositiveInt, Rate, Section, Target, TrainerSection
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.ranges import MOST_STEPS
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -109,6 +110,10 @@ class Terms(Section):
     def private_steps(self) -> Mechanism | None:
         """Return the mechanism of every step; None without privacy."""
         return None if self.mechanism is None else Mechanism(**self.mechanism.model_dump(exclude={"delta"}))
+
+    def announced_steps(self) -> int:
+        """Return how many private steps a device is told to expect at most, over all rounds."""
+        return min(self.num_rounds * self.trainer.num_steps, MOST_STEPS)
 
     def section(self) -> dict[str, Any]:
         """Return the terms as plain values."""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedlr.errors import InputError
+from fedlr.ranges import require_delta
 from fedlr.start_checks import check_start
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ def check_together(experiment: "Experiment") -> None:
     """
     e = experiment
     check_start(e)
+    if e.privacy.epsilon is not None:
+        require_delta(e.privacy.delta, e.privacy.accountant)
     most = e.model.section().get("max_length")
     if isinstance(most, int) and 8 <= most < e.data.max_length:
         raise InputError(f"Expected data.max_length <= model.max_length={most}, got {e.data.max_length}")

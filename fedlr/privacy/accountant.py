@@ -2,7 +2,8 @@
 
 Unit: one training example of one client. Relation: add or remove one example. A client's events are all its
 steps of all rounds; adaptive composition covers that each start model depends on earlier releases. The order
-does not matter.
+does not matter. The list itself must not depend on releases: events that were chosen after some are a filter's
+business (fedlr.privacy.filter).
 
 "pld" adds privacy loss distributions, rounded so that epsilon is an upper bound (Koskela et al. 2020;
 Doroshenko et al. 2022). "rdp" is Renyi accounting (Mironov 2017): faster, and 10 to 20 % looser.
@@ -10,21 +11,23 @@ Doroshenko et al. 2022). "rdp" is Renyi accounting (Mironov 2017): faster, and 1
 
 import logging
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, TypeVar
 
 import dp_accounting
 
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import PrivacyBudget, require_sample_rate
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.ranges import MOST_STEPS, AccountantName, require_delta
 
-AccountantName = Literal["pld", "rdp"]
 Events = Sequence[tuple[dp_accounting.DpEvent, int]]
+Accountant = Any  # of dp-accounting, whose questions are not those of its base class
+Answer = TypeVar("Answer")
 
 GRID = 1000  # a calibrated noise_multiplier is a multiple of 1 / GRID
 
@@ -34,30 +37,71 @@ def epsilon(events: Events, delta: float, *, accountant: AccountantName = "pld")
 
     Args:
         events: (event, how many times) in any order; the same event may occur more than once.
-        delta: in (0, 1), for the whole list and not for each event.
+        delta: below 1 and not too small for the accountant, for the whole list and not for each event.
         accountant: "pld" or "rdp".
 
     Returns:
         An upper bound: 0.0 for no event, `inf` where an event has no noise. Results are cached.
 
     Raises:
-        InputError: an event or accountant is not supported, or delta is outside (0, 1).
+        InputError: an event or accountant is not supported, delta is outside its range, or there are more than
+            `MOST_STEPS` of one event.
 
     >>> round(epsilon([(PoissonSampler(0.032).dp_event(1.0), 500)], 1e-5), 3)
     4.605
     >>> epsilon([(PoissonSampler(0.032).dp_event(0.0), 1)], 1e-5)
     inf
     """
-    require_accountant(accountant)
-    if not 0 < delta < 1:
-        raise InputError(f"Expected privacy.delta in (0, 1), got {delta}")
+    require_delta(delta, accountant)
+    return _epsilon(_merged(events), float(delta), accountant)
+
+
+def spent_delta(events: Events, epsilon: float) -> float:
+    """Return the delta, at this epsilon, of everything in the list together, by loss distributions.
+
+    >>> round(spent_delta([(PoissonSampler(0.032).dp_event(1.0), 500)], 4.605) * 1e5, 2)
+    1.0
+    """
+    merged = _merged(events)
+    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=_interval(merged, delta=1e-5))
+    return _composed(accountant, merged, lambda found: found.get_delta(epsilon))
+
+
+def renyi_epsilon(events: Events, delta: float, *, order: float) -> float:
+    """Return the epsilon, at this delta, of the sum of Renyi divergences of one order (Canonne et al. 2020)."""
+    accountant = dp_accounting.rdp.RdpAccountant(orders=[order])
+    return _composed(accountant, _merged(events), lambda found: found.get_epsilon(delta))
+
+
+@lru_cache(maxsize=1024)
+def longest_lasting_order(event: dp_accounting.DpEvent, budget: PrivacyBudget) -> float:
+    """Return the Renyi order by which the most repetitions of an event stay within a budget.
+
+    >>> longest_lasting_order(PoissonSampler(0.05).dp_event(0.643), PrivacyBudget(6.0, 1e-5))
+    3.0
+    """
+
+    def epsilon_and_order(count: int) -> tuple[float, float]:
+        accountant = dp_accounting.rdp.RdpAccountant()
+        return _composed(accountant, [(event, count)], lambda a: a.get_epsilon_and_optimal_order(budget.delta))
+
+    most = 1
+    while most < MOST_STEPS and epsilon_and_order(most)[0] <= budget.epsilon:
+        most = min(2 * most, MOST_STEPS)
+    affordable = range(most // 2 + 1, most + 1)  # half of it was, and `most` is not, unless it is the end
+    most = most // 2 + bisect_right(affordable, budget.epsilon, key=lambda count: epsilon_and_order(count)[0])
+    return float(epsilon_and_order(max(1, most))[1])
+
+
+def _merged(events: Events) -> tuple[tuple[dp_accounting.DpEvent, int], ...]:
     totals: Counter[dp_accounting.DpEvent] = Counter()
     for event, count in events:
         if count < 0:
             raise InputError(f"Expected a count of events >= 0, got {count} of {event}")
         totals[event] += count
-    merged = sorted(((event, count) for event, count in totals.items() if count), key=repr)
-    return _epsilon(tuple(merged), float(delta), accountant)
+        if totals[event] > MOST_STEPS:
+            raise InputError(f"Expected at most {MOST_STEPS} private steps, got {totals[event]} of {event}")
+    return tuple(sorted(((event, count) for event, count in totals.items() if count), key=repr))
 
 
 @lru_cache(maxsize=1024)
@@ -83,10 +127,12 @@ def calibrate_noise_multiplier(
     >>> calibrate_noise_multiplier(PrivacyBudget(6.0, 1e-5), sample_rate=0.05, num_steps=60)
     0.725
     """
-    require_accountant(accountant)
+    require_delta(budget.delta, accountant)
     require_sample_rate(sample_rate)
     if num_steps < 1:
         raise InputError(f"Expected at least 1 private step to calibrate the noise for, got {num_steps}")
+    if num_steps > MOST_STEPS:
+        raise InputError(f"Expected at most {MOST_STEPS} private steps to calibrate the noise for, got {num_steps}")
     sampler = PoissonSampler(sample_rate)
 
     def spent(grid_index: int) -> float:
@@ -105,35 +151,41 @@ def calibrate_noise_multiplier(
     return (low + 1 + bisect_left(passing, True, key=lambda index: spent(index) <= budget.epsilon)) / GRID
 
 
-def require_accountant(name: str) -> None:
-    """Raise InputError unless the accountant is one of those above."""
-    if name not in get_args(AccountantName):
-        raise InputError(f"Expected an accountant of {list(get_args(AccountantName))}, got {name!r}")
-
-
 @lru_cache(maxsize=65536)
 def _epsilon(events: tuple[tuple[dp_accounting.DpEvent, int], ...], delta: float, accountant: AccountantName) -> float:
     if not events:
         return 0.0
+    if accountant == "rdp":
+        return _composed(dp_accounting.rdp.RdpAccountant(), events, lambda a: a.get_epsilon(delta))
+    interval = _interval(events, delta=delta)
+    if interval is None:
+        return math.inf
+    return _composed(
+        dp_accounting.pld.PLDAccountant(value_discretization_interval=interval), events, lambda a: a.get_epsilon(delta)
+    )
+
+
+def _interval(events: tuple[tuple[dp_accounting.DpEvent, int], ...], *, delta: float) -> float | None:
+    """Return the interval of a loss distribution; None where epsilon is infinite."""
     renyi = dp_accounting.rdp.RdpAccountant()
-    known = accountant == "rdp" or all(renyi.supports(event) for event, _ in events)
-    bound = _composed(renyi, events, delta) if known else 1.0  # any moderate size keeps the usual interval
-    if accountant == "rdp" or not math.isfinite(bound):
-        return bound
+    known = all(renyi.supports(event) for event, _ in events)
+    # Any moderate size keeps the usual interval.
+    bound = _composed(renyi, events, lambda a: a.get_epsilon(delta)) if known else 1.0
+    if not math.isfinite(bound):
+        return None
     bound = bound or 1.0  # 0 may be an underflow of the Renyi bound: the loss distribution decides
     # A loss distribution has about epsilon / interval points, and its rounding up costs about one interval.
     # The usual 1e-4 took 9 GB at an epsilon of 10^5 and doubled one of 10^-3 (measured): both ends scale with
     # the answer.
-    interval = max(min(1e-4, 1e-3 * bound), 1e-6 * bound)
-    return _composed(dp_accounting.pld.PLDAccountant(value_discretization_interval=interval), events, delta)
+    return max(min(1e-4, 1e-3 * bound), 1e-6 * bound)
 
 
-def _composed(accountant: dp_accounting.PrivacyAccountant, events: Events, delta: float) -> float:
+def _composed(accountant: Accountant, events: Events, answer: Callable[[Accountant], Answer]) -> Answer:
     try:
         with _without_order_warnings():
             for event, count in events:
                 accountant.compose(event, count)
-            return float(accountant.get_epsilon(delta))
+            return answer(accountant)
     except dp_accounting.UnsupportedEventError as error:
         raise InputError(f"Expected an event with a known epsilon for add/remove one example, got {error}") from error
 
@@ -151,7 +203,7 @@ def _search(budget: PrivacyBudget, *, sampler: PoissonSampler, num_steps: int, a
         return dp_accounting.SelfComposedDpEvent(sampler.dp_event(grid_index / GRID), num_steps)
 
     def affordable(grid_index: int) -> bool:
-        return _composed(fresh(), [(event(grid_index), 1)], budget.delta) <= budget.epsilon
+        return _composed(fresh(), [(event(grid_index), 1)], lambda a: a.get_epsilon(budget.delta)) <= budget.epsilon
 
     # Start near the central limit's answer: a distribution of far too little noise is slow to compute.
     typical = sampler.sample_rate * math.sqrt(2 * num_steps * math.log(1 / budget.delta)) / budget.epsilon

@@ -9,18 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Self, get_args
 
 from fedlr.errors import InputError
 from fedlr.privacy import chain
-from fedlr.privacy.accountant import AccountantName, epsilon
-from fedlr.privacy.mechanism import Mechanism
-from fedlr.privacy.sampling import PoissonSampler
-
-VERSION = 1
-UNIT = "one training example of one client"
-RELATION = "add or remove one example"
-RandomnessKind = Literal["seeded", "os"]
+from fedlr.privacy.filter import Event, RenyiFilter, Steps, renyi_filter, spent, would_spend
+from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
+from fedlr.privacy.rows import RELATION, UNIT, VERSION, RandomnessKind, checked
+from fedlr.ranges import AccountantName, require_delta
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,36 @@ class Header:
     dataset_id: str
     randomness: RandomnessKind
 
+    @classmethod
+    def of(
+        cls, budget: PrivacyBudget, *, dataset_id: str, randomness: RandomnessKind, accountant: AccountantName
+    ) -> Self:
+        """Return the header of a ledger.
+
+        Raises:
+            InputError: an argument is out of range.
+        """
+        require_delta(budget.delta, accountant)
+        if randomness not in get_args(RandomnessKind):
+            raise InputError(f"Expected randomness 'seeded' or 'os', got {randomness!r}")
+        if not dataset_id:
+            raise InputError(f"Expected a name for the data, the same in every run on them, got {dataset_id!r}")
+        return cls(float(budget.epsilon), float(budget.delta), accountant, dataset_id, randomness)
+
+    def require(self, expected: "Header", *, name: str) -> None:
+        """Raise InputError unless the header is the one expected; `name` is the file's."""
+        for key, value in asdict(expected).items():
+            if getattr(self, key) != value:
+                raise InputError(
+                    f"Expected {key}={value!r} in row 0 of {name}, got {getattr(self, key)!r}: "
+                    "the ledger belongs to another budget, data set or kind of run"
+                )
+
+    @property
+    def budget(self) -> PrivacyBudget:
+        """What every client may spend."""
+        return PrivacyBudget(self.epsilon, self.delta)
+
     def row(self) -> chain.Row:
         """Return the header as a row."""
         return {"kind": "header", "version": VERSION, "unit": UNIT, "relation": RELATION, **asdict(self)}
@@ -43,7 +69,8 @@ class Charge:
     """One client's reservation for one round, and how much of it was used (None: not settled, so all).
 
     `task` is the SHA-256 of what the client was asked, where that was said. Who of several that computed it settles,
-    knows not what the others took, so a repeated one counts in full whatever is settled.
+    knows not what the others took, so a repeated one counts in full whatever is settled. `announced_steps` is how many
+    steps of this mechanism the client was told to expect in all (`fedlr.privacy.filter`), where it was.
     """
 
     mechanism: Mechanism
@@ -51,6 +78,7 @@ class Charge:
     settled_steps: int | None = None
     task: str | None = None
     is_repeated: bool = False
+    announced_steps: int | None = None
 
     @property
     def steps(self) -> int:
@@ -69,58 +97,106 @@ class Charges:
 
     by_client: dict[int, dict[int, Charge]] = field(default_factory=dict)  # then by round
     num_torn: int = 0
+    num_rows: int = 0  # the header included
+    is_seeded: bool = False
 
     def take_in(self, rows: Iterable[chain.Row]) -> None:
         """Add verified rows.
 
         Raises:
-            InputError: a row is of an unknown kind; skipping it could understate the spending.
+            InputError: a row is of an unknown kind, has a field outside its range, or does not follow from those
+                before; skipping it could understate the spending. The text names the row, from 0.
         """
         for row in rows:
-            if row["kind"] == "reserve":
-                self.by_client.setdefault(row["client_id"], {})[row["round_index"]] = _charge(row)
-            elif row["kind"] == "settle":
-                self._change(row, settled_steps=row["steps_taken"])
-            elif row["kind"] == "repeat":
-                self._change(row, is_repeated=True)
-            elif row["kind"] == "torn":
-                self.num_torn += 1
-            elif row["kind"] != "header":
-                raise InputError(f"Expected a ledger row of a known kind, got {row['kind']!r}")
+            try:
+                self._take_in(row)
+            except (InputError, TypeError) as error:
+                raise InputError(f"row {self.num_rows} of the ledger: {error}") from None
+            self.num_rows += 1
 
-    def _change(self, row: chain.Row, **changes: Any) -> None:
-        rounds = self.by_client[row["client_id"]]
-        rounds[row["round_index"]] = replace(rounds[row["round_index"]], **changes)
+    def _take_in(self, row: chain.Row) -> None:
+        checked(row)
+        kind = row["kind"]
+        if (kind == "header") != (self.num_rows == 0):
+            raise InputError(f"Expected the header first and once, got a row of kind {kind!r}")
+        if kind == "header":
+            self.is_seeded = row["randomness"] == "seeded"
+            return
+        if kind == "torn":
+            self.num_torn += 1
+            return
+        client, round_index = row["client_id"], row["round_index"]
+        charge = self.of(client).get(round_index)
+        if kind == "reserve":
+            if charge is not None:
+                raise InputError(f"Expected one reservation of client {client} in round {round_index}, got a second")
+            self.by_client.setdefault(client, {})[round_index] = _charge(row)
+            return
+        if charge is None:
+            raise InputError(f"Expected a reservation of client {client} in round {round_index} first, got {kind!r}")
+        if kind == "settle":
+            if not 0 <= row["steps_taken"] <= charge.reserved_steps:
+                most = charge.reserved_steps
+                raise InputError(f"Expected steps_taken in [0, {most}], which were reserved, got {row['steps_taken']}")
+            if charge.settled_steps is not None:
+                raise InputError(f"Expected one settlement of client {client} in round {round_index}, got a second")
+            charge = replace(charge, settled_steps=row["steps_taken"])
+        else:
+            if not (self.is_seeded and charge.task and charge.steps == charge.reserved_steps):
+                raise InputError(
+                    f"Expected a repeat of steps that have a task, noise of a seed and their full charge, got {charge}"
+                )
+            charge = replace(charge, is_repeated=True)
+        self.by_client[client][round_index] = charge
+
+    def would_take_in(self, row: chain.Row) -> bool:
+        """Return whether a row could follow; nothing is changed."""
+        try:
+            replace(self, by_client={c: dict(r) for c, r in self.by_client.items()})._take_in(row)
+        except (InputError, TypeError):
+            return False
+        return True
 
     def of(self, client_id: int) -> dict[int, Charge]:
         """Return one client's charges by round."""
         return self.by_client.get(client_id, {})
 
-    def epsilon(
-        self,
-        client_id: int,
-        header: Header,
-        *,
-        more: tuple[Mechanism, int] | None = None,
-        num_rounds: int | None = None,
-    ) -> float:
-        """Return what a client has spent at the budget's delta, or would have after some more steps.
+    def epsilon(self, client_id: int, header: Header, *, num_rounds: int | None = None) -> float:
+        """Return what a client has spent at the budget's delta.
 
         With `num_rounds` only rounds below it count.
         """
-        rounds = self.of(client_id).items()
-        taken = [(c.mechanism, c.steps) for number, c in rounds if num_rounds is None or number < num_rounds]
-        return _epsilon(_totals([*taken, more] if more else taken), header.delta, header.accountant)
+        taken = {n: charge for n, charge in self.of(client_id).items() if num_rounds is None or n < num_rounds}
+        steps = _steps(taken.values(), (self.first_of(client_id),))
+        return 0.0 if steps is None else spent(steps, header.budget, header.accountant)
+
+    def epsilon_with(self, client_id: int, header: Header, more: Charge) -> float:
+        """Return what a client would have spent after one more charge; `inf` where nothing proves a bound."""
+        charges = [*self.of(client_id).values(), more]
+        steps = _steps(charges, charges)
+        return 0.0 if steps is None else would_spend(steps, header.budget, header.accountant)
+
+    def filter_of(self, client_id: int, header: Header) -> RenyiFilter | None:
+        """Return the filter that bounds what a client has spent; None where it took announced steps only."""
+        steps = _steps(self.of(client_id).values(), (self.first_of(client_id),))
+        if steps is None or steps.is_announced:
+            return None
+        return renyi_filter(steps.first, steps.announced, header.budget, header.accountant)
+
+    def first_of(self, client_id: int) -> Charge | None:
+        """Return the charge that fixed by which rule a client's spending is bounded; None where there is none."""
+        return next(iter(self.of(client_id).values()), None)
 
 
 def parse_header(rows: Sequence[chain.Row], *, name: str) -> Header:
     """Return the header of a ledger's rows.
 
     Raises:
-        InputError: the rows do not start with one.
+        InputError: the rows do not start with one, or a field of it is outside its range.
     """
     if not rows or rows[0].get("kind") != "header" or rows[0].get("version") != VERSION:
         raise InputError(f"Expected row 0 of {name} to be the header of a privacy ledger, version {VERSION}")
+    checked(rows[0])
     return Header(**{key: rows[0][key] for key in Header.__dataclass_fields__})
 
 
@@ -134,14 +210,8 @@ def recovered(fragment: bytes, charges: Charges) -> list[chain.Row]:
     """
     rows: list[chain.Row] = [{"kind": "torn", "fragment": fragment.decode("ascii", "backslashreplace")}]
     row = chain.torn_payload(fragment)
-    try:
-        is_charged = row is not None and row["round_index"] in charges.of(row["client_id"])
-        if row is not None and row["kind"] == "reserve" and _charge(row) and not is_charged:
-            rows.append(row)
-        if row is not None and row["kind"] == "repeat" and is_charged:
-            rows.append(row)
-    except (KeyError, TypeError, ValueError):  # not a reservation any more
-        pass
+    if row is not None and row.get("kind") in ("reserve", "repeat") and charges.would_take_in(row):
+        rows.append(row)
     return rows
 
 
@@ -163,24 +233,26 @@ def read_ledger(path: str | os.PathLike[str]) -> tuple[Header, Charges, str]:
 
 
 def _charge(row: chain.Row) -> Charge:
-    return Charge(_mechanism(**row["mechanism"]), row["num_steps"], task=row.get("task"))
+    return Charge(
+        _mechanism(**row["mechanism"]),
+        row["num_steps"],
+        task=row.get("task"),
+        announced_steps=row.get("announced_steps"),
+    )
 
 
 # One object for the many rows that say the same. Typed: true must not be taken for 1, which is checked before.
 _mechanism = lru_cache(maxsize=64, typed=True)(Mechanism)
 
 
-def _totals(steps: Iterable[tuple[Mechanism, int]]) -> tuple[tuple[float, float, int], ...]:
-    """Add up the steps of the same event: (sample rate, noise multiplier, number of steps), sorted."""
-    totals: dict[tuple[float, float], int] = {}
-    for mechanism, count in steps:
-        key = mechanism.sample_rate, mechanism.noise_multiplier
-        totals[key] = totals.get(key, 0) + count
-    return tuple(sorted((rate, noise, count) for (rate, noise), count in totals.items()))
-
-
-@lru_cache(maxsize=65536)
-def _epsilon(totals: tuple[tuple[float, float, int], ...], delta: float, accountant: AccountantName) -> float:
-    """Return the epsilon of events that the sampler of the steps names; thousands of clients share one computation."""
-    events = [(PoissonSampler(rate).dp_event(noise), count) for rate, noise, count in totals]
-    return epsilon(events, delta, accountant=accountant)
+def _steps(charges: Iterable[Charge], of_all: Iterable[Charge | None]) -> Steps | None:
+    """Add up the steps of the same event; the first of all charges fixes the rule, whether its steps count or not."""
+    totals: dict[Event, int] = {}
+    for charge in charges:
+        event = Event.of(charge.mechanism)
+        totals[event] = totals.get(event, 0) + charge.steps
+    first = next(iter(of_all), None)
+    if not totals or first is None:
+        return None
+    in_order = sorted(totals.items(), key=lambda item: (item[0].sample_rate, item[0].noise_multiplier))
+    return Steps(Event.of(first.mechanism), first.announced_steps, tuple(in_order))

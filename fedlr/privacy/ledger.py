@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 from fedlr.errors import InputError
 from fedlr.privacy import chain
-from fedlr.privacy.accountant import AccountantName, require_accountant
-from fedlr.privacy.charges import Charges, Header, RandomnessKind, parse_header, recovered
+from fedlr.privacy.charges import Charge, Charges, Header, parse_header, recovered
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
+from fedlr.privacy.rows import RandomnessKind, checked
+from fedlr.ranges import AccountantName
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class PrivacyLedger:
         Raises:
             InputError: the file exists (it is never overwritten), or an argument is out of range.
         """
-        header = _header(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
+        header = Header.of(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
         chain.create(Path(path), header.row())
         return cls(Path(path), header)
 
@@ -94,7 +95,7 @@ class PrivacyLedger:
             InputError: the file is missing (which is not an unspent budget), was changed (the text names the
                 row), or belongs to another budget, data set, accountant or kind of randomness.
         """
-        header = _header(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
+        header = Header.of(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
         return cls(Path(path), header)
 
     def reserve(
@@ -104,6 +105,7 @@ class PrivacyLedger:
         num_steps: int,
         client_ids: Sequence[int],
         task: str | None = None,
+        announced_steps: int | None = None,
     ) -> dict[int, Refusal | None]:
         """Charge one round to a cohort, or refuse; call it before any private example of the round is read.
 
@@ -123,6 +125,8 @@ class PrivacyLedger:
             client_ids: the cohort, without repetition.
             task: SHA-256, in hexadecimal, of all that decides what these clients compute beside their data: what they
                 are asked and what they start from, the seed of their noise, how they train. None is never a repeat.
+            announced_steps: how many steps of this mechanism were announced in all, as a ledger that may meet another
+                one must know (`fedlr.privacy.filter`). What counts is the first that a client was charged with.
 
         Returns:
             For each client None (go ahead) or the refusal.
@@ -140,7 +144,9 @@ class PrivacyLedger:
         if task is not None and not re.fullmatch("[0-9a-f]{64}", task):
             raise ValueError(f"Expected the SHA-256 of a task in hexadecimal, got {task!r}")
         numbers = {"round_index": int(round_index), "num_steps": int(num_steps)}
-        reservation = {"kind": "reserve", **numbers} | ({} if task is None else {"task": task})
+        said = {"task": task, "announced_steps": None if announced_steps is None else int(announced_steps)}
+        reservation = {"kind": "reserve", **numbers, **{key: value for key, value in said.items() if value is not None}}
+        charge = Charge(mechanism, int(num_steps), announced_steps=said["announced_steps"])
         constants, rows = asdict(mechanism), []
         answers: dict[int, Refusal | None] = {}
         with self._lock() as file:
@@ -148,7 +154,7 @@ class PrivacyLedger:
                 answers[client] = None
                 if self._is_repeat(round_index, mechanism, num_steps, client, task):
                     rows.append({"kind": "repeat", "round_index": int(round_index), "client_id": client})
-                elif (refusal := self._refusal(round_index, mechanism, num_steps, client)) is not None:
+                elif (refusal := self._refusal(round_index, charge, client)) is not None:
                     answers[client] = refusal
                 else:
                     rows.append({**reservation, "client_id": client, "mechanism": constants})
@@ -248,11 +254,11 @@ class PrivacyLedger:
         charge = self._charges.of(client_id).get(round_index)
         return charge is not None and self.is_seeded and charge.is_repeated_by(mechanism, num_steps, task)
 
-    def _refusal(self, round_index: int, mechanism: Mechanism, num_steps: int, client_id: int) -> Refusal | None:
+    def _refusal(self, round_index: int, more: Charge, client_id: int) -> Refusal | None:
         if round_index in self._charges.of(client_id):
             spent = self._charges.epsilon(client_id, self._header)
             return Refusal("already_reserved", spent, spent)
-        afterwards = self._charges.epsilon(client_id, self._header, more=(mechanism, num_steps))
+        afterwards = self._charges.epsilon_with(client_id, self._header, more)
         if afterwards <= self._header.epsilon:
             return None
         return Refusal("budget_exhausted", self._charges.epsilon(client_id, self._header), afterwards)
@@ -264,7 +270,7 @@ class PrivacyLedger:
             data = chain.read_from(file, self._tail.offset, name=self.path.name)
             rows, tail, fragment = chain.parse(data, self._tail, name=self.path.name)
             if self._tail.num_rows == 0:
-                _require_same(parse_header(rows, name=self.path.name), self._header, name=self.path.name)
+                parse_header(rows, name=self.path.name).require(self._header, name=self.path.name)
             self._charges.take_in(rows)
             self._tail = tail
             if fragment:
@@ -275,26 +281,8 @@ class PrivacyLedger:
     def _append(self, file: int, rows: Sequence[chain.Row]) -> None:
         # In this order: when the write fails, memory says what was read, and the next lock reads the rest.
         if rows:
+            for row in rows:
+                checked(row)
             tail = chain.append(file, self._tail, rows)
             self._charges.take_in(rows)
             self._tail = tail
-
-
-def _header(
-    budget: PrivacyBudget, *, dataset_id: str, randomness: RandomnessKind, accountant: AccountantName
-) -> Header:
-    require_accountant(accountant)
-    if randomness not in get_args(RandomnessKind):
-        raise InputError(f"Expected randomness 'seeded' or 'os', got {randomness!r}")
-    if not dataset_id:
-        raise InputError(f"Expected a name for the data, the same in every run on them, got {dataset_id!r}")
-    return Header(float(budget.epsilon), float(budget.delta), accountant, dataset_id, randomness)
-
-
-def _require_same(found: Header, expected: Header, *, name: str) -> None:
-    for key, value in asdict(expected).items():
-        if getattr(found, key) != value:
-            raise InputError(
-                f"Expected {key}={value!r} in row 0 of {name}, got {getattr(found, key)!r}: "
-                "the ledger belongs to another budget, data set or kind of run"
-            )

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from fedlr.errors import InputError
-
-# Below about 1e-152 the Renyi accountant of dp-accounting 0.6 overflows to nan and answers 0 (measured): no noise would
-# be stated as perfect privacy. Nothing useful lies below 0.001, where one step costs an epsilon of 500,000.
-LEAST_NOISE_MULTIPLIER = 1e-3
+from fedlr.ranges import (
+    LARGEST_DIVISOR,
+    LARGEST_GRAD_NORM,
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_DIVISOR,
+    LEAST_GRAD_NORM,
+    LEAST_NOISE_MULTIPLIER,
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,8 @@ class Mechanism:
     def __post_init__(self) -> None:
         require_noise_multiplier(self.noise_multiplier)
         require_sample_rate(self.sample_rate)
-        if not (_is_number(self.max_grad_norm) and 0 < self.max_grad_norm < math.inf):
-            raise InputError(f"Expected privacy.max_grad_norm > 0, got {self.max_grad_norm}")
-        if not (_is_number(self.divisor) and 0 < self.divisor < math.inf):
-            raise InputError(f"Expected divisor > 0, got {self.divisor}")
+        _require_within("privacy.max_grad_norm", self.max_grad_norm, LEAST_GRAD_NORM, LARGEST_GRAD_NORM)
+        _require_within("divisor", self.divisor, LEAST_DIVISOR, LARGEST_DIVISOR)
 
 
 def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: np.random.Generator) -> Tensor:
@@ -110,15 +112,21 @@ def check_delta(delta: float, largest_num_examples: int) -> None:
 
 
 def require_noise_multiplier(value: float) -> None:
-    """Raise InputError unless the value is 0, or finite and at least `LEAST_NOISE_MULTIPLIER`."""
-    if not (_is_number(value) and (value == 0 or LEAST_NOISE_MULTIPLIER <= value < math.inf)):
-        raise InputError(f"Expected privacy.noise_multiplier to be 0 or >= {LEAST_NOISE_MULTIPLIER:g}, got {value}")
+    """Raise InputError unless the value is 0, or within the two bounds above."""
+    least, most = LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER
+    if not (_is_number(value) and (value == 0 or least <= value <= most)):
+        raise InputError(f"Expected privacy.noise_multiplier to be 0 or in [{least:g}, {most:g}], got {value}")
 
 
 def require_sample_rate(value: float) -> None:
     """Raise InputError unless the value is in (0, 1]."""
     if not (_is_number(value) and 0 < value <= 1):
         raise InputError(f"Expected sample_rate in (0, 1], got {value}")
+
+
+def _require_within(key: str, value: float, least: float, most: float) -> None:
+    if not (_is_number(value) and least <= value <= most):  # so that nan is refused
+        raise InputError(f"Expected {key} in [{least:g}, {most:g}], got {value}")
 
 
 def _is_number(value: object) -> bool:

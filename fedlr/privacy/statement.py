@@ -49,6 +49,11 @@ FLOATING_POINT = (
     "Noise is drawn and added in floating point, not from a discrete distribution on a grid; the analysis assumes "
     "real numbers, and the last bits of a result may tell more (Mironov 2012)."
 )
+ONE_MECHANISM = "steps of one mechanism, announced before the first of them: their events are added up"
+FILTER = (
+    "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
+    "which the budget and the first mechanism fixed before anything was released"
+)
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {
     "seeded": f"{SIMULATION}; not for release of private data",
@@ -102,6 +107,7 @@ def privacy_statement(
             "name": header.accountant,
             "library": "dp-accounting",
             "version": version("dp-accounting"),
+            "composition": _composition(charges, header),
         },
         "amplification": AMPLIFICATION,
         "protects_against": PROTECTS_AGAINST,
@@ -186,6 +192,15 @@ def _sentence(header: Header, largest: float, *, noiseless: bool, placed_by: Seq
     if placed_by:
         return f"Not for release: a row's place depends on {placed_by[0]}. If rows stayed where they are: {claim}."
     return f"{claim}."
+
+
+def _composition(charges: Charges, header: Header) -> str:
+    """Say by which rule the steps of each client were added up (fedlr.privacy.filter)."""
+    rules = {charges.filter_of(client, header) for client in charges.by_client} - {None}
+    if not rules:
+        return ONE_MECHANISM
+    orders = " or ".join(f"{rule.order:g}" for rule in sorted(rules, key=lambda rule: rule.order))
+    return FILTER.format(orders)
 
 
 def _mechanisms(charges: Charges) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a port too high": ({"server.address": "fl.example.org:99999"}, ["server.address", "HOST:PORT"]),
     "a number as text": ({"privacy.epsilon": "6"}, ["privacy.epsilon", "number", '"6"']),
     "an endless budget": ({"privacy.epsilon": float("inf")}, ["privacy.epsilon", "finite"]),
+    "a delta that pld cannot tell": ({"privacy.delta": 1e-14, "privacy.accountant": "pld"}, ["privacy.delta", "1e-14"]),
+    "a clip that float32 cannot hold": ({"policy.max_grad_norm": 1e30}, ["policy.max_grad_norm", "1e+30"]),
     "a delta of one": ({"privacy.delta": 1.0}, ["privacy.delta", "less than 1"]),
     "true as a number": ({"policy.max_rank": True}, ["policy.max_rank", "integer", "true"]),
     "no model allowed": ({"policy.allowed_models": []}, ["policy.allowed_models", "at least 1"]),

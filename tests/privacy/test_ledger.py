@@ -9,6 +9,7 @@ a wrong one is found.
 
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 
 from fedlr.errors import InputError
+from fedlr.privacy import accountant, chain, filter
+from fedlr.privacy.charges import Charges
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from tests.privacy.ledger_rows import BUDGET, MECHANISM, cost, new_ledger, open_ledger, steps_within_budget
@@ -57,7 +60,7 @@ def test_epsilon_composes_over_rounds_and_mechanisms(path: Path) -> None:
     assert ledger.spent(7) == cost(12) < 4 * cost(3)
     other = Mechanism(noise_multiplier=25.0, max_grad_norm=0.5, sample_rate=1.0, divisor=8.0)
     ledger.reserve(4, other, 3, [7])
-    assert cost(12) < ledger.spent(7) < cost(15)
+    assert cost(12) < ledger.spent(7) <= BUDGET.epsilon, "by the one order of the filter"
     assert ledger.participations(7) == 5 and ledger.participations(8) == 0
 
 
@@ -72,6 +75,53 @@ def test_a_client_is_refused_exactly_at_the_step_that_would_exceed(path: Path) -
     assert ledger.reserve(1, MECHANISM, 1, [0]) == {0: None}
     assert ledger.spent(0) <= BUDGET.epsilon < cost(last + 1)
     assert isinstance(ledger.reserve(2, MECHANISM, 1, [0])[0], Refusal)
+
+
+def refused_just_above(path: Path) -> None:
+    """The check that mutants fail: a budget one float below the cost refuses it, the cost itself allows it."""
+    for budget, refused in ((math.nextafter(cost(5), 0), True), (cost(5), False)):
+        path.unlink(missing_ok=True)
+        answer = new_ledger(path, budget=PrivacyBudget(budget, BUDGET.delta)).reserve(0, MECHANISM, 5, [0])[0]
+        assert (answer is not None) == refused
+
+
+def test_not_a_float_more_than_the_budget_is_allowed(path: Path) -> None:
+    refused_just_above(path)
+
+
+def test_a_tolerance_above_the_budget_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`afterwards <= 1.001 * budget`, and a part in 10^12."""
+    real = Charges.epsilon_with
+    for tolerance in (1.001, 1 + 1e-12):
+        monkeypatch.setattr(Charges, "epsilon_with", lambda *given, t=tolerance: real(*given) / t)
+        with pytest.raises(AssertionError):
+            refused_just_above(path)
+
+
+def name_reaches_the_disk(path: Path) -> None:
+    """The check that mutants fail: after the rows the folder is synced, or a crash would lose the whole file."""
+    synced: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            os, "fsync", lambda file, real=os.fsync: (synced.append(os.readlink(f"/proc/self/fd/{file}")), real(file))
+        )
+        new_ledger(path)
+    assert synced == [str(path.resolve()), str(path.parent.resolve())]
+
+
+def test_the_name_of_a_new_ledger_reaches_the_disk(path: Path) -> None:
+    name_reaches_the_disk(path)
+
+
+def test_a_folder_that_is_not_synced_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(path: Path, first: chain.Row) -> None:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        chain.append(file, chain.Tail(), [first])
+        os.close(file)
+
+    monkeypatch.setattr(chain, "create", create)
+    with pytest.raises(AssertionError):
+        name_reaches_the_disk(path)
 
 
 def test_one_exhausted_client_does_not_stop_the_others(path: Path) -> None:
@@ -148,14 +198,17 @@ def test_a_settlement_of_nobody_writes_nothing(path: Path) -> None:
     assert path.read_bytes() == before and ledger.spent_all([]) == {}
 
 
-def test_ten_thousand_clients_are_quick(path: Path) -> None:
-    """Well under a tenth of a millisecond each; the bound is there for what grows with the square."""
-    ledger = new_ledger(path)
-    started = time.perf_counter()
+def test_ten_thousand_clients_are_one_computation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grows with the clients is reading and writing; clients at the same steps share one epsilon."""
+    ledger, composed = new_ledger(path), []
+    monkeypatch.setattr(
+        accountant, "_composed", lambda *given, real=accountant._composed: composed.append(1) or real(*given)
+    )
+    accountant._epsilon.cache_clear()
+    filter.spent.cache_clear()
     ledger.reserve(0, MECHANISM, 5, range(10_000))
     ledger.settle_all(0, dict.fromkeys(range(10_000), 5))
-    assert set(ledger.spent_all(range(10_000)).values()) == {cost(5)}
-    assert time.perf_counter() - started < 8
+    assert len(set(ledger.spent_all(range(10_000)).values())) == 1 and len(composed) == 1
 
 
 @pytest.mark.parametrize("cohort", [[1, 1], [-1]])
@@ -311,21 +364,7 @@ def test_a_lock_ends_with_its_holder(path: Path) -> None:
     assert holding.wait(10)
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    started = time.perf_counter()
-    ledger.reserve(0, MECHANISM, 1, [0])
-    assert time.perf_counter() - started < 5
-
-
-def test_reserving_a_cohort_of_six_is_quick(path: Path) -> None:
-    """Epsilon itself comes from the cache: 6 clients at the same step count are one computation."""
-    ledger = new_ledger(path)
-    seconds = []
-    for round_index in range(30):
-        cost(round_index + 1)  # accounting is not what is measured
-        started = time.perf_counter()
-        ledger.reserve(round_index, MECHANISM, 1, range(6))
-        seconds.append(time.perf_counter() - started)
-    assert sorted(seconds)[len(seconds) // 2] < 0.010
+    ledger.reserve(0, MECHANISM, 1, [0])  # would wait for ever
 
 
 def test_a_full_disk_stops_training_and_loses_no_charge(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

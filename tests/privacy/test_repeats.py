@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fedlr.errors import InputError
 from fedlr.privacy import chain
 from fedlr.privacy.charges import Charge, read_ledger
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
@@ -110,7 +111,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_ledger_that_repeats_more_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     monkeypatch.setattr(*MUTANTS[mutant])
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, InputError)):  # a repeat that the rows do not bear out is refused as a row
         only_repeats_pass(path)
 
 

@@ -13,7 +13,7 @@ import pytest
 from fedlr.errors import InputError
 from fedlr.privacy import chain
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import no_privacy_statement, privacy_statement, recompute
+from fedlr.privacy.statement import ONE_MECHANISM, no_privacy_statement, privacy_statement, recompute
 from tests.privacy.ledger_rows import BUDGET, MECHANISM, cost, new_ledger
 
 
@@ -71,6 +71,7 @@ def test_statement_describes_the_mechanism_and_its_accountant(path: Path) -> Non
         "name": "rdp",
         "library": "dp-accounting",
         "version": version("dp-accounting"),
+        "composition": ONE_MECHANISM,
     }
     assert statement["neighbouring_relation"] == "add or remove one example"
 

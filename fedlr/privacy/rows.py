@@ -1,0 +1,119 @@
+"""The rows of a privacy ledger, field by field: what each may be, and which may follow which.
+
+A hash chain says that nobody changed a row after it was written, not that an honest program wrote it: whoever can
+write the file can write the hashes too. So every number has a range, and no row can lower what was charged.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedlr.config_errors import shown
+from fedlr.errors import InputError
+from fedlr.privacy.chain import Row
+from fedlr.ranges import MOST_STEPS, AccountantName
+
+VERSION = 1
+UNIT = "one training example of one client"
+RELATION = "add or remove one example"
+RandomnessKind = Literal["seeded", "os"]
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+NumSteps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    """No unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Chained(Section):
+    """What every row has."""
+
+    prev: Sha256
+    hash: Sha256
+
+
+class HeaderRow(Chained):
+    """Row 0."""
+
+    kind: Literal["header"]
+    version: Literal[1]
+    unit: Literal["one training example of one client"]
+    relation: Literal["add or remove one example"]
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    accountant: AccountantName
+    dataset_id: Annotated[str, Field(min_length=1)]
+    randomness: RandomnessKind
+
+
+class MechanismRow(Section):
+    """The constants of a mechanism; their ranges are `Mechanism`'s."""
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    divisor: float
+
+
+class ReserveRow(Chained):
+    """A charge, before any private example is read."""
+
+    kind: Literal["reserve"]
+    round_index: Count
+    client_id: Count
+    num_steps: NumSteps
+    mechanism: MechanismRow
+    task: Sha256 | None = None
+    announced_steps: NumSteps | None = None
+
+
+class RepeatRow(Chained):
+    """The same computation again, under the same noise."""
+
+    kind: Literal["repeat"]
+    round_index: Count
+    client_id: Count
+
+
+class SettleRow(Chained):
+    """How much of a charge was used."""
+
+    kind: Literal["settle"]
+    round_index: Count
+    client_id: Count
+    steps_taken: Count
+
+
+class TornRow(Chained):
+    """What a crash left of a last line."""
+
+    kind: Literal["torn"]
+    fragment: str
+
+
+AnyRow = HeaderRow | ReserveRow | RepeatRow | SettleRow | TornRow
+_ADAPTER: TypeAdapter[AnyRow] = TypeAdapter(Annotated[AnyRow, Field(discriminator="kind")])
+_ZERO = "0" * 64
+
+
+def checked(row: Row) -> Any:
+    """Return a row of the ledger, every field of which is in its range.
+
+    Raises:
+        InputError: which names the field and its value.
+    """
+    try:
+        return _ADAPTER.validate_python({"prev": _ZERO, "hash": _ZERO, **row})
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        if found["type"].startswith("union_tag"):
+            raise InputError(f"Expected a row of a known kind, got {shown(row.get('kind'))}") from None
+        _, *where = found["loc"]  # the first is the kind
+        key, wanted = ".".join(map(str, where)), found["msg"][0].lower() + found["msg"][1:]
+        raise InputError(
+            f"Expected {key} of a row of kind {row['kind']!r} as it is written ({wanted}), got {shown(found['input'])}"
+        ) from None
