@@ -13,13 +13,14 @@ from fedlr.assembly import check_trainable, local_training, torch_threads, worki
 from fedlr.build import build, build_choice
 from fedlr.client_rule import ClientRule
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share, tokenise
+from fedlr.data.tokenise import Share
 from fedlr.errors import InputError
 from fedlr.experiment import RuntimeSection
 from fedlr.models import AdaptedModel, BaseModel
 from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import Charges, LocalPool
 from fedlr.privacy.mechanism import check_delta
+from fedlr.reading import check_reading, read_texts
 from fedlr.side import SideWeights
 from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.terms import Terms
@@ -49,6 +50,7 @@ class Trainee:
                 settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
             )
             check_model(base, settings, terms)
+            check_reading(base, max_length=terms.max_length)
             model = attach(base, terms.adapter, seed=terms.seed)
             data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
             if list(data.label_names) != terms.label_names:
@@ -58,7 +60,7 @@ class Trainee:
                 )
             if settings.privacy.epsilon is not None:
                 check_delta(settings.privacy.delta, len(data))
-            tokenised = tokenise(data, base.tokenizer, max_length=terms.max_length)
+            tokenised = read_texts(data, base, max_length=terms.max_length)
             working, (tokenised,) = working_model(runtime_of(settings), model, [tokenised], say=say)
         return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working))
 
