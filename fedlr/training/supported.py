@@ -131,7 +131,7 @@ def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode
             raise InputError(f"Expected every trained layer to take part in the forward pass, got {path} left out")
         if mode != "loop" and any(shape[0] != PROBE_EXAMPLES for shape in seen):
             raise InputError(
-                f"Expected layers that read one entry an example, got {path} with them merged into one axis or with an "
+                f"Expected layers that keep examples apart, got {path} with them merged into one axis or with an "
                 f"input that all examples share; {ONE_BY_ONE}"
             )
         if mode == "ghost" and (len(seen) > 1 or len(seen[0]) not in (2, 3)):
