@@ -40,8 +40,6 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5Model,
-    XLNetConfig,
-    XLNetModel,
 )
 
 from fedlr.data.synthetic import VOCABULARY
@@ -69,7 +67,6 @@ _BART = {
 }
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "initializer_range": 0.2}
 _DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": POSITIONS}
-_XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "initializer_range": 0.2}
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,6 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(_of(Qwen2Model, Qwen2Config, **_DECODER), QV_PROJ, POSITIONS),
     "t5": Family(_of(T5Model, T5Config, **_IDS, **_T5), ("q", "v"), None),
     "bart": Family(_of(BartModel, BartConfig, **_IDS, **_BART), QV_PROJ, POSITIONS),
-    "xlnet": Family(_of(XLNetModel, XLNetConfig, **_IDS, **_XLNET), ("layer_1",), None),
 }
 
 
