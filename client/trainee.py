@@ -15,7 +15,7 @@ from fedlr.assembly import check_trainable, local_training, torch_threads, worki
 from fedlr.build import build, build_choice
 from fedlr.client_rule import ClientRule
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share, tokenise
+from fedlr.data.tokenise import Share
 from fedlr.errors import InputError
 from fedlr.experiment import RuntimeSection
 from fedlr.models import AdaptedModel, BaseModel
@@ -23,6 +23,7 @@ from fedlr.pools.fused import FusedPool
 from fedlr.pools.local import Charges, LocalPool
 from fedlr.pools.rehearsal import Rehearsal, with_largest_id
 from fedlr.privacy.mechanism import check_delta
+from fedlr.reading import check_reading, read_texts
 from fedlr.side import SideWeights
 from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.terms import Terms
@@ -53,6 +54,7 @@ class Trainee:
                 settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
             )
             check_model(base, settings, terms)
+            check_reading(base, max_length=terms.max_length)
             model = attach(base, terms.adapter, seed=terms.seed)
             constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
             data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
@@ -63,7 +65,7 @@ class Trainee:
                 )
             if settings.privacy.epsilon is not None:
                 check_delta(settings.privacy.delta, len(data))
-            tokenised = tokenise(data, base.tokenizer, max_length=terms.max_length)
+            tokenised = read_texts(data, base, max_length=terms.max_length)
             tables = [constant.table, tokenised]  # the constant rows first: where they fail, no text is read
             working, (table, tokenised) = working_model(runtime_of(settings), model, tables, say=say)
         rehearsal = Rehearsal(replace(constant, table=table), say)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,9 +10,11 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from fedlr.adapter import ADAPTER_NAME, AdapterState, adapted_layers, write_adapter
+from fedlr.adapter import ADAPTER_NAME, AdapterState, adapted_layers, base_layers, head_parts, write_adapter
 from fedlr.low_rank import LowRankSum
-from fedlr.tuners.exported import portable, title_of
+from fedlr.models import BaseModel
+from fedlr.tuners.exported import INSIDE, portable, title_of
+from fedlr.usage import reference, usage
 
 CARD = """\
 ---
@@ -25,14 +27,10 @@ tags: [{tag}, federated-learning, differential-privacy]
 {article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
 Base tensors: SHA-256 `{base_sha256}`.
 {personal}
-```python
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+In this folder:
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={num_labels})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-merged = model.merge_and_unload()
-```
+```python
+{usage}```
 
 Labels: {labels}. Adapter tensors: SHA-256 `{adapter_sha256}`.
 
@@ -58,12 +56,14 @@ def export_adapter(
     *,
     name: str,
     method: str,
-    base: str,
-    base_sha256: str,
+    base: BaseModel,
+    max_length: int,
     statement: dict[str, Any],
     personal: Sequence[str] = (),
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
+
+    The tokenizer lies beside it, with the run's pad token, and the card's lines of Python open both (`fedlr.usage`).
 
     Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; a frozen random head is included,
     because a base model loaded anew would draw another one. What the server folded away stands beside the factors, as
@@ -76,12 +76,14 @@ def export_adapter(
         _set_ranks(model, adapter)
     model = portable(model, adapter.side)
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
-    config.base_model_name_or_path = base
+    source = reference(base.source)
+    config.base_model_name_or_path = source
     if not isinstance(config.target_modules, str | None):
-        config.target_modules = sorted(config.target_modules)  # the same file for the same adapter
+        config.target_modules = _target_modules(model, config.target_modules)
     partial = folder.with_name(folder.name + ".partial")
     # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
     model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+    base.tokenizer.save_pretrained(str(partial))
     labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
     card = CARD.format(
         name=name,
@@ -90,9 +92,9 @@ def export_adapter(
         personal=PERSONAL.format(roles=", ".join(personal)) if personal else "",
         tag=str(config.peft_type).rpartition(".")[2].lower(),
         method=method,
-        base=base,
-        base_sha256=base_sha256,
-        num_labels=len(labels),
+        base=source,
+        base_sha256=base.fingerprint,
+        usage=usage(base, max_length=max_length),
         labels=", ".join(f"{index} = {label}" for index, label in sorted(labels.items())),
         adapter_sha256=adapter.fingerprint(),
         statement=statement["statement"],
@@ -100,6 +102,17 @@ def export_adapter(
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(folder)
+
+
+def _target_modules(model: PeftModel, names: Collection[str]) -> list[str]:
+    """Return what the configuration says of its layers, sorted: the same file for the same adapter.
+
+    Where a name would also stand for a layer of the head, which has no adapter, the layers' whole paths.
+    """
+    heads = [path for path, (_, part) in head_parts(model).items() if isinstance(part, nn.Linear)]
+    if any(path.endswith(f".{name}") for path in heads for name in names):
+        return sorted(path.removeprefix(INSIDE) for path in base_layers(model))
+    return sorted(names)
 
 
 def _set_ranks(model: PeftModel, adapter: AdapterState) -> None:

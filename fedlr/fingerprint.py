@@ -10,12 +10,11 @@ from torch import nn
 def tensor_fingerprint(network: nn.Module, *, without: Sequence[str] = ()) -> str:
     """Return the SHA-256 of all parameters and buffers, by name: equal bases give equal adapters.
 
-    `without` names modules, by the ends of their paths, that are left out.
+    `without` names modules, by their whole paths in the network, that are left out.
     """
     digest = hashlib.sha256()
-    left_out = {module.rpartition(".")[2] for module in without}
     for name, tensor in sorted(network.state_dict().items()):
-        if left_out & set(name.split(".")):
+        if any(name.startswith(f"{module}.") for module in without):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -9,10 +9,11 @@ Notable choices:
 """
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -25,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlr.adapter_config import INFORMED, INITIALISERS, AdapterConfig
@@ -33,12 +33,12 @@ from fedlr.data.synthetic import VOCABULARY
 from fedlr.errors import InputError, in_range
 from fedlr.fingerprint import tensor_fingerprint
 from fedlr.informed import inform
+from fedlr.places import PEFT_HEADS, check_places, head_modules, linear_names
 
 # What the rest of the project calls a PEFT model with one LoRA adapter.
 AdaptedModel = PeftModel
 
 PACKAGE_PREFIX = "pkg:"
-LINEAR = (nn.Linear, Conv1D)  # Conv1D: GPT-2's linear layer, its weight the other way round
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class BaseModel:
     """A frozen pretrained network with its tokenizer, where it came from, and the SHA-256 of its tensors.
 
     `drawn` names the modules outside the head that the checkpoint lacked: they belong to the adapter, as the head does.
+    `head` names those of the head that PEFT does not know. `made` are the arguments of `tiny_random` where it made the
+    network, which then exists nowhere else.
     """
 
     network: PreTrainedModel
@@ -53,11 +55,24 @@ class BaseModel:
     source: str
     fingerprint: str
     drawn: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    made: Mapping[str, Any] | None = None
+
+    @property
+    def whole_modules(self) -> list[str]:
+        """Return the modules that belong to the adapter as they are, beside those that PEFT adds."""
+        return [*self.drawn, *self.head]
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Return the endings of the paths that are the adapter's as they are, PEFT's included."""
+        return (*PEFT_HEADS, *self.whole_modules)
 
     @property
     def body_sha256(self) -> str:
         """Return the SHA-256 of what was pretrained, without head and drawn modules: it depends on no seed."""
-        return tensor_fingerprint(self.network.base_model, without=self.drawn)
+        prefix = f"{self.network.base_model_prefix}."
+        return tensor_fingerprint(self.network.base_model, without=[path.removeprefix(prefix) for path in self.drawn])
 
 
 def pretrained(
@@ -111,7 +126,8 @@ def pretrained(
             f"that can be reached, got {name_or_path!r}: {reason}"
         ) from error
     absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    return _frozen(network, tokenizer, published_as or name_or_path, drawn=drawn_modules(network, absent))
+    drawn_body, head = drawn_modules(network, absent), head_modules(network, absent)
+    return _frozen(network, tokenizer, published_as or name_or_path, drawn=drawn_body, head=head)
 
 
 def drawn_modules(network: PreTrainedModel, absent: Iterable[str]) -> tuple[str, ...]:
@@ -163,7 +179,9 @@ def tiny_random(
     )
     with seeded(seed):
         network = AutoModelForSequenceClassification.from_config(config)
-    return _frozen(network, tokenizer, "tiny-random")
+    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
+    made = {"label_names": list(label_names), "seed": seed, **sizes}
+    return _frozen(network, tokenizer, "tiny-random", made=made)
 
 
 def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel:
@@ -173,7 +191,7 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
     Raises:
         InputError: if no layer matches, or the rank exceeds what a matched layer can hold.
     """
-    check_places(base, config)
+    check_places(base.network, base.source, config, heads=base.head_names)
     targets = config.target_modules
     try:
         peft_config = LoraConfig(
@@ -185,14 +203,15 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
             init_lora_weights=config.init_lora_weights if config.init_lora_weights in INITIALISERS else True,
             use_rslora=config.use_rslora,
             lora_dropout=0.0,
-            modules_to_save=list(base.drawn) or None,  # beside the head, which PEFT adds
+            modules_to_save=base.whole_modules or None,  # beside what PEFT adds
         )
         with seeded(seed):
             model = get_peft_model(base.network, peft_config)
     except ValueError as error:
+        names = ", ".join(linear_names(base.network, base.head_names))
         raise InputError(
             f"Expected adapter.target_modules and adapter.layers to match layers of {base.source}, got "
-            f"{targets!r} and {config.layers}; its linear layers end in {', '.join(linear_names(base.network))}"
+            f"{targets!r} and {config.layers}; its linear layers end in {names}"
         ) from error
     for path, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
@@ -202,29 +221,6 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
     if config.init_lora_weights in INFORMED:
         inform(model, base.tokenizer, config.init_lora_weights, seed=seed)
     return model
-
-
-def check_places(base: BaseModel, config: AdapterConfig) -> None:
-    """Refuse what PEFT passes over in silence, or allocates: a name or layer without a match, a huge rank."""
-    modules = dict(base.network.named_modules())
-    limit = max((min(m.weight.shape) for m in modules.values() if isinstance(m, LINEAR)), default=0)
-    if config.rank > limit:
-        raise InputError(f"Expected adapter.rank <= {limit}, the smaller side of a layer, got {config.rank}")
-    names = [] if isinstance(config.target_modules, str) else config.target_modules
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in modules):
-            known = ", ".join(linear_names(base.network))
-            raise InputError(
-                f"Expected adapter.target_modules to name layers of {base.source}, such as {known}, got {name!r}"
-            )
-    numbers = {int(part) for path in modules for part in path.split(".") if part.isdecimal()}
-    if strangers := sorted(set(config.layers or []) - numbers):
-        raise InputError(f"Expected adapter.layers in 0 to {max(numbers, default=0)}, got {strangers[0]}")
-
-
-def linear_names(network: nn.Module) -> list[str]:
-    """Return the distinct last names of the network's linear layers: what target_modules may name."""
-    return sorted({path.rsplit(".", 1)[-1] for path, m in network.named_modules() if isinstance(m, LINEAR)})
 
 
 def word_tokenizer(words: Sequence[str], *, max_length: int) -> PreTrainedTokenizerFast:
@@ -280,9 +276,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _frozen(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, *, drawn: tuple[str, ...] = ()
-) -> BaseModel:
+def _frozen(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, **parts: Any) -> BaseModel:
     for owner in [*network.modules(), network.config]:
         for name, value in list(vars(owner).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(owner, nn.Dropout)):
@@ -290,5 +284,8 @@ def _frozen(
     network.requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    network.config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(network, tokenizer, source, tensor_fingerprint(network), drawn)
+    tokenizer.padding_side = "right"  # as micro-batches are padded
+    # A model of several parts, as one that also reads images, looks for it in the part that reads text.
+    for config in (network.config, network.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+    return BaseModel(network, tokenizer, source, tensor_fingerprint(network), **parts)

@@ -70,9 +70,9 @@ def _widen_inputs(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 def _check_runs(model: nn.Module) -> None:
     try:
         model(**probe_inputs(model))
-    except RuntimeError as error:  # what torch says of two types in one operation
+    except Exception as error:  # what torch says of two types in one operation, or a foreign forward of anything
         name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise InputError(
             f"Expected a model that runs in bfloat16 for runtime.base_dtype=bfloat16, got {name}: "
-            f"{str(error).splitlines()[0]}; set runtime.base_dtype=float32"
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; set runtime.base_dtype=float32"
         ) from error

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from fedlr.adapter import AdapterState, LoraFactors, adapted_layers, read_adapter
 from fedlr.adapter_config import FROM_PUBLIC, FROM_WEIGHTS, WITH_SIDE
-from fedlr.data.tokenise import TokenisedText, collate, micro_batches, tokenise
+from fedlr.data.tokenise import TokenisedText, collate, micro_batches
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.informed import watching, weight_of
 from fedlr.models import AdaptedModel, BaseModel
 from fedlr.public_examples import read_public
+from fedlr.reading import read_texts
 from fedlr.start_factors import corda_factors, eva_factors, lora_ga_factors, olora_factors, pissa_factors
 from fedlr.training.losses import cross_entropy
 from fedlr.tuners.silver_bullet import core_layers, write_bases
@@ -71,7 +72,7 @@ def start_of(
     num_classes = len(base.network.config.id2label or {})
     private = experiment.data.section()
     public = read_public(config.public, private, num_classes=num_classes, seed=seed, private_texts=private_texts)
-    texts = tokenise(public.data, base.tokenizer, max_length=experiment.data.max_length)
+    texts = read_texts(public.data, base, max_length=experiment.data.max_length)
     origin = public.origin(f"adapter.init_lora_weights={name}")
     if name == "lora_sb":
         gradients = weight_gradients(model, core_layers(model), texts)

@@ -19,7 +19,6 @@ from fedlr.assembly import (
 )
 from fedlr.build import build, build_method, naming
 from fedlr.checks import check_aggregate, check_runtime
-from fedlr.data.tokenise import tokenise
 from fedlr.errors import InputError
 from fedlr.evaluate import Evaluator
 from fedlr.experiment import Experiment
@@ -27,6 +26,7 @@ from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel
 from fedlr.moves import check_moves
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.reading import check_reading, read_texts
 from fedlr.rounds import ServerState, initial_state, task_of
 from fedlr.side import SideWeights
 from fedlr.starts import start_of
@@ -75,12 +75,14 @@ def assemble(
         data, held_out = load_examples(experiment, seed=seed)
         _, mechanism = private_mechanism(experiment)
         base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+        with naming("data", "max_length"):
+            check_reading(base, max_length=experiment.data.max_length)
         model = attach(base, experiment.adapter, seed=seed)
         method = method.bound(model)
         first = method.block_schedule(0, read_adapter(model))
         check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
         with naming("data", "max_length"):
-            test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
+            test = read_texts(held_out, base, max_length=experiment.data.max_length)
         begun = start_of(experiment, base, model, seed=seed)
         start = initial_state(begun.adapter, method)
         check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)

@@ -166,8 +166,8 @@ class Run:
             self.run_dir / "adapter",
             name=e.name,
             method=served.method.name,
-            base=served.base.source,
-            base_sha256=served.base.fingerprint,
+            base=served.base,
+            max_length=e.data.max_length,
             statement=statement,
             personal=served.method.personal,
         )

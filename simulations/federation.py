@@ -24,12 +24,13 @@ from fedlr.client_ranks import num_rows_and_columns
 from fedlr.data.partition import Partition
 from fedlr.data.placement import num_shared_texts
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share, TokenisedText, tokenise
+from fedlr.data.tokenise import Share, TokenisedText
 from fedlr.experiment import Experiment
 from fedlr.method import Method
 from fedlr.models import AdaptedModel, BaseModel
 from fedlr.moves import check_moves
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
+from fedlr.reading import check_reading, read_texts
 from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
 from fedlr.side import SideWeights
 from fedlr.starts import start_of
@@ -118,13 +119,15 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
 
     base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+    with naming("data", "max_length"):
+        check_reading(base, max_length=experiment.data.max_length)
     model = attach(base, experiment.adapter, seed=seed)
     method = method.bound(model)
     first = method.block_schedule(0, read_adapter(model))
     check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
     with naming("data", "max_length"):
-        tokenised = tokenise(data, base.tokenizer, max_length=experiment.data.max_length)
-        test = tokenise(held_out, base.tokenizer, max_length=experiment.data.max_length)
+        tokenised = read_texts(data, base, max_length=experiment.data.max_length)
+        test = read_texts(held_out, base, max_length=experiment.data.max_length)
     begun = start_of(experiment, base, model, seed=seed, private_texts={*data.texts, *held_out.texts})
     start = initial_state(begun.adapter, method)
     by_size = experiment.weighting == "examples"

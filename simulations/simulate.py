@@ -240,8 +240,8 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         run_dir / "adapter",
         name=federation.experiment.name,
         method=federation.method.name,
-        base=federation.base.source,
-        base_sha256=federation.base.fingerprint,
+        base=federation.base,
+        max_length=federation.experiment.data.max_length,
         statement=statement,
         personal=federation.method.personal,
     )

@@ -58,7 +58,8 @@ def adapted(base: BaseModel, **changes: object) -> tuple[PeftModel, AdapterState
 
 
 def export(model: PeftModel, adapter: AdapterState, folder: Path, *, base: str = "base", **changes: object) -> Path:
-    card = {"name": "a run", "method": "fedsvd", "base": base, "base_sha256": "00ff", "statement": STATEMENT, **changes}
+    of = replace(tiny_random(label_names=LABELS, seed=0), source=base, fingerprint="00ff", made=None)
+    card = {"name": "a run", "method": "fedsvd", "base": of, "max_length": 32, "statement": STATEMENT, **changes}
     export_adapter(sharing_base(model), adapter, folder, **card)
     return folder
 
@@ -167,7 +168,9 @@ def test_exporting_leaves_the_run_alone_and_the_folder_whole(tmp_path: Path) -> 
     folder = export(model, adapter, tmp_path / "adapter")
     assert torch.equal(says(model), before)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
-    assert {path.name for path in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    adapter_files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == adapter_files | tokenizer
 
 
 def test_a_failed_export_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:

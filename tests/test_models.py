@@ -175,6 +175,17 @@ def test_a_pooler_that_the_checkpoint_lacks_belongs_to_the_adapter(save: Callabl
     }
 
 
+def test_the_hash_of_a_body_without_its_drawn_pooler_sees_every_other_layer(save: Callable) -> None:
+    """A device's policy names the body by this hash; leaving out all layers called `dense` would let another pass."""
+    base = load(save(BertForMaskedLM(BERT)))
+    before = base.body_sha256
+    with torch.no_grad():
+        base.network.bert.pooler.dense.weight.add_(1.0)
+        assert base.body_sha256 == before
+        base.network.bert.encoder.layer[0].output.dense.weight.add_(1.0)
+    assert base.body_sha256 != before
+
+
 def test_a_checkpoint_of_another_encoder_is_refused(save: Callable, tmp_path: Path) -> None:
     folder = save(BertModel(BERT))
     other = BertConfig(**{**WIDTHS, "num_hidden_layers": 3})

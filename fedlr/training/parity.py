@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedlr.adapter import Slot, train_only, write_adapter
 from fedlr.errors import InputError
 from fedlr.training.fused import ClippedSums
-from fedlr.training.gradients import HookGradients
+from fedlr.training.gradients import HookGradients, LoopGradients
 from fedlr.training.losses import PerExampleLoss
 
 CLIENTS_COMPARED = 4
@@ -32,7 +32,7 @@ class ParityCheck:
     """
 
     def __init__(self, model: nn.Module, *, loss: PerExampleLoss) -> None:
-        self._model, self._loss = model, loss
+        self._model, self._loss = model.train(), loss  # a loaded head is in eval mode, in which no hook of Opacus looks
         halved = any(tensor.dtype == torch.bfloat16 for tensor in model.parameters())
         self._tolerance = TOLERANCE[torch.bfloat16 if halved else torch.float32]
         self._lock, self._seen, self._seen_different = threading.Lock(), False, False
@@ -72,7 +72,7 @@ class ParityCheck:
             trained = train_only(self._model, compared)
             columns = torch.cat([torch.full((stacks[s][0].numel(),), s in compared) for s in sorted(stacks)])
             values = found.values[:, columns.to(labels.device)]
-            gradients = HookGradients(self._model, trained, loss=self._loss)
+            gradients = _Reference(self._model, trained, loss=self._loss)
             try:
                 for client, got in list(zip(found.clients.tolist(), values, strict=True))[:CLIENTS_COMPARED]:
                     mine = owner == client
@@ -95,6 +95,30 @@ class ParityCheck:
                 gradients.close()
 
 
-def _sum(gradients: HookGradients, rows: Mapping[str, Tensor], labels: Tensor, max_grad_norm: float) -> Tensor:
+class _Reference:
+    """Opacus' sums; where Opacus cannot run, those of plain autograd, example by example: no check is left out.
+
+    Opacus keeps a copy of the trained tensors for each row, and may run out of memory where the fused engine does not.
+    """
+
+    def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
+        self._hooks: HookGradients | None = HookGradients(model, trained, loss=loss)
+        self._loop = LoopGradients(model, trained, loss=loss)
+
+    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+        if self._hooks is not None:
+            try:
+                return self._hooks.clipped_sum(inputs, labels, max_grad_norm=max_grad_norm)
+            except Exception:  # whatever a foreign library makes of a model that the fused engine has just passed
+                self.close()
+        return self._loop.clipped_sum(inputs, labels, max_grad_norm=max_grad_norm)
+
+    def close(self) -> None:
+        if self._hooks is not None:
+            self._hooks.close()
+            self._hooks = None
+
+
+def _sum(gradients: _Reference, rows: Mapping[str, Tensor], labels: Tensor, max_grad_norm: float) -> Tensor:
     sums = gradients.clipped_sum(rows, labels, max_grad_norm=max_grad_norm)
     return torch.cat([sums[slot].flatten() for slot in sorted(sums)])

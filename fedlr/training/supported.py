@@ -25,6 +25,7 @@ from fedlr.errors import InputError
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
 
+ONE_BY_ONE = "set trainer.engine=opacus trainer.grad_sample_mode=loop, which takes one example at a time"
 PROBE_EXAMPLES, PROBE_TOKENS = 3, 5  # neither equal nor one, so that a wrong axis shows
 PROBE_PADDING = (2, 19)
 MAX_PROBE_CHANGE = 1e-3  # relative; far above what another batch composition does to float32 kernels
@@ -49,7 +50,7 @@ def check_supported(model: nn.Module, block: Block, *, grad_sample_mode: GradSam
     _check_adapter(model)
     _check_modules(model)
     trained = _trained_layers(model, roles)
-    _check_trained(trained)
+    _check_trained(trained, grad_sample_mode)
     _probe(model, trained, grad_sample_mode)
 
 
@@ -86,15 +87,17 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
-def _check_trained(trained: dict[str, nn.Module]) -> None:
+def _check_trained(trained: dict[str, nn.Module], mode: GradSampleMode = "hooks") -> None:
     if not trained:
         raise InputError("Expected the model to have tensors of the trained block, got none")
     parameters = [p for layer in trained.values() for p in layer.parameters(recurse=False)]
     if len({id(p) for p in parameters}) < len(parameters):
         raise InputError("Expected no tied trained tensors, got some; an adapter cannot hold them")
     for path, layer in trained.items():
-        if type(layer) not in GradSampleHooks.GRAD_SAMPLERS:
-            raise InputError(f"Expected trained layers that Opacus knows, got {type(layer).__name__} at {path}")
+        if mode != "loop" and type(layer) not in GradSampleHooks.GRAD_SAMPLERS:
+            raise InputError(
+                f"Expected trained layers that Opacus knows, got {type(layer).__name__} at {path}; {ONE_BY_ONE}"
+            )
         if any(p.dtype != torch.float32 for p in layer.parameters(recurse=False)):
             raise InputError(f"Expected trained tensors in float32, got another type at {path}; noise needs the digits")
 
@@ -126,8 +129,11 @@ def _probe(model: nn.Module, trained: dict[str, nn.Module], mode: GradSampleMode
     for path, seen in shapes.items():
         if not seen:
             raise InputError(f"Expected every trained layer to take part in the forward pass, got {path} left out")
-        if any(shape[0] != PROBE_EXAMPLES for shape in seen):
-            raise InputError(f"Expected layers that keep examples apart, got {path} with them merged into one axis")
+        if mode != "loop" and any(shape[0] != PROBE_EXAMPLES for shape in seen):
+            raise InputError(
+                f"Expected layers that keep examples apart, got {path} with them merged into one axis or with an "
+                f"input that all examples share; {ONE_BY_ONE}"
+            )
         if mode == "ghost" and (len(seen) > 1 or len(seen[0]) not in (2, 3)):
             raise InputError(
                 f"Expected layers used once, on (N, K) or (N, T, K), for ghost gradients, got {path}; "
@@ -176,12 +182,35 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
         pixels = torch.arange(math.prod(shape), device=device) * 7919 % 257 / 128 - 1
         return {"pixel_values": pixels.view(shape)}
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    usable = [token for token in range(min(vocabulary, 64)) if token != getattr(config, "pad_token_id", None)]
+    special = _special_tokens(config)
+    usable = [token for token in range(vocabulary) if token not in special][:64]
     if len(usable) < 2:
         raise InputError("Expected a model that reads tokens or pixels, got one without a token embedding")
     positions = torch.arange(PROBE_EXAMPLES * PROBE_TOKENS) % len(usable)
     tokens = torch.tensor(usable)[positions].view(PROBE_EXAMPLES, PROBE_TOKENS).to(device)
+    if (end := end_token(model)) is not None:
+        tokens[:, -1] = end
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def end_token(model: Any) -> int | None:
+    """Return the token at which a classifier reads a text (BART, T5), of which every example must hold one; else None.
+
+    Others read the first token, the last one, or the mean.
+    """
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = network.config.get_text_config()
+    if not network.config.is_encoder_decoder or not hasattr(network, "classification_head"):
+        return None
+    end = config.eos_token_id
+    return end if isinstance(end, int) else None
+
+
+def _special_tokens(config: Any) -> set[int]:
+    """Return the ids that a model's configuration gives a meaning of their own."""
+    names = ("pad", "bos", "eos", "sep", "cls", "mask", "decoder_start")
+    given = (getattr(config.get_text_config(), f"{name}_token_id", None) for name in names)
+    return {token for value in given for token in (value if isinstance(value, list) else [value]) if token is not None}
 
 
 def _with_another_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,6 +233,12 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     try:
         logits: Tensor = model(**inputs).logits.float()
         return logits
+    except Exception as error:  # whatever a foreign forward raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"Expected a model that reads a few made-up examples of {sorted(inputs)}, got {type(error).__name__}: "
+            f"{reason}; look at model.name_or_path"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fedlr.adapter import LAYOUT, SHIPPED, Slot
 from fedlr.adapter_config import AdapterConfig
 from fedlr.errors import InputError
-from fedlr.models import AdaptedModel, BaseModel, attach_lora, check_places, linear_names, seeded
+from fedlr.models import AdaptedModel, BaseModel, attach_lora, seeded
+from fedlr.places import check_places, linear_names
 from fedlr.tuners.blocks import LORA, entry_of, role_of
 from fedlr.tuners.build import frozen_parts, shipped_parts, trained_parameters
 from fedlr.tuners.entry import Tuner
@@ -102,9 +103,9 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
             )
         return attach_lora(base, config, seed=seed)
     tuner = run_tuner(config.system)
-    check_places(base, config)
-    arguments, names = peft_arguments(config, tuner), linear_names(base.network)
-    arguments["modules_to_save"] = list(base.drawn) or None  # beside the head, which PEFT adds
+    check_places(base.network, base.source, config, heads=base.head_names)
+    arguments, names = peft_arguments(config, tuner), linear_names(base.network, base.head_names)
+    arguments["modules_to_save"] = base.whole_modules or None  # beside what PEFT adds
     try:
         peft_config = tuner.peft_config(task_type=TaskType.SEQ_CLS, **arguments)
         with seeded(seed):

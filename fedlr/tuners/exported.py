@@ -50,9 +50,7 @@ def _as_lora(model: AdaptedModel, factors: Mapping[str, LoraFactors]) -> Adapted
     ranks = {f"^{re.escape(path.removeprefix(INSIDE))}": len(layer.lora_A) for path, layer in factors.items()}
     rank = max(ranks.values())
     others = {place: own for place, own in ranks.items() if own != rank}
-    heads = [
-        path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
-    ]
+    heads = [p.removeprefix(INSIDE) for p, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,

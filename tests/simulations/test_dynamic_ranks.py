@@ -290,7 +290,7 @@ def opens_with_equal_logits(module: object, folder: Path, *, with_side: bool) ->
     SideWeights(model).merge(adapter)  # the base of f.model as well
     adapter_module.write_adapter(model, adapter.tensors)
     ours = logits(model)
-    card = {"name": "a run", "method": "rank_budget", "base": str(folder / "base"), "base_sha256": "00ff"}
+    card = {"name": "a run", "method": "rank_budget", "base": f.base, "max_length": 32}
     statement = {"statement": "none", "not_covered": []}
     module.export_adapter(sharing_base(f.model), adapter, folder / "adapter", statement=statement, **card)
     fresh = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=len(f.label_names))

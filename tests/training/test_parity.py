@@ -225,3 +225,27 @@ def test_it_works_while_engines_of_other_blocks_are_in_use() -> None:
     scene.compare()
     assert {slot.role for slot, p in adapter_parameters(scene.model).items() if p.requires_grad} == A_AND_B
     other.close()
+
+
+def test_a_model_that_was_loaded_in_eval_mode_is_compared() -> None:
+    """Opacus' hooks see nothing of a module in eval mode, as the head of a saved model is."""
+    scene = Scene()
+    scene.model.eval()
+    scene.check = shipped.ParityCheck(sharing_base(scene.model), loss=scene.loss)
+    scene.compare()
+
+
+@pytest.mark.parametrize("engine", [FusedGradients, engine_over(FORGETS_SCALE)], ids=["good", "broken"])
+def test_where_opacus_cannot_run_the_check_is_made_without_it(
+    monkeypatch: pytest.MonkeyPatch, engine: type[FusedGradients]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(HookGradients, "clipped_sum", fails)
+    scene = Scene(engine=engine)
+    if engine is FusedGradients:
+        scene.compare()
+    else:
+        with pytest.raises(InputError, match="trainer.engine=opacus"):
+            scene.compare()
