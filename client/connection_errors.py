@@ -69,6 +69,14 @@ def check_connection(
         raise InputError(diagnose(error, server=server)) from error
 
 
+def is_shut_out(error: BaseException) -> bool:
+    """Say whether a server that let this device in does not any more: it refuses a signature made by a right clock."""
+    if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code != httpx.codes.UNAUTHORIZED:
+        return False
+    ahead_s = _seconds_ahead(error)
+    return ahead_s is not None and -TIMESTAMP_TOLERANCE <= ahead_s <= SYSTEM_TIME_TOLERANCE
+
+
 def load_root_certificates(path: Path) -> bytes:
     """Read the authorities that this device trusts.
 
@@ -111,7 +119,10 @@ def diagnose(error: BaseException, *, server: str) -> str:
             case httpx.TimeoutException() | TimeoutError():
                 return f"{server} did not answer in time: check the network, and firewalls on the way to that port"
     first = str(error).partition("\n")[0] or "no further text"
-    return f"The connection to {server} failed ({type(error).__name__}: {first}): check the network and try again"
+    return (
+        f"The connection to {server} failed ({type(error).__name__}: {first}): check the network; where more than ten "
+        "devices share an address, ask the operator to raise the proxy's --max-connections-per-peer (32)"
+    )
 
 
 def _leave(fleet: FleetHttpClient, node_id: int) -> None:

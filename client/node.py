@@ -30,10 +30,10 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from client.connection_errors import check_connection, load_root_certificates
+from client.connection_errors import check_connection, is_shut_out, load_root_certificates
 from client.device import Device
 from client.settings import Settings
-from fedlr.errors import InputError
+from fedlr.errors import InputError, ShutOutError
 from fedlr.node_key import load_node_key
 from fedlr.run_dir import write_text
 
@@ -106,6 +106,10 @@ def step(connection: Connection, device: Device, *, say: Callable[[str], None]) 
     except RunNotRunningException:
         say("the run is over at the server; what was released stays on disk and is sent when it is asked again")
     except httpx.HTTPError as error:
+        if is_shut_out(error):
+            raise ShutOutError(
+                "The server shut this device out: its key was revoked; ask the operator, and make a new key"
+            ) from error
         say(f"the server could not be reached in the middle of a message ({type(error).__name__})")
     except Exception as error:  # a message that cannot be put together
         say(f"a message could not be taken: {type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ from fedlr.assembly import check_trainable, local_training, torch_threads, worki
 from fedlr.build import build, build_choice
 from fedlr.client_rule import ClientRule
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share
+from fedlr.data.tokenise import Share, tokenise
 from fedlr.errors import InputError
 from fedlr.experiment import RuntimeSection
 from fedlr.models import AdaptedModel, BaseModel

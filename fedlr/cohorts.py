@@ -4,7 +4,7 @@ The sample is public. No privacy amplification is claimed from it, because the s
 adversaries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import count, islice
 
 import numpy as np
@@ -36,12 +36,24 @@ def sample_cohort(
     return next(islice(draws, round_index, None))
 
 
+def sample_among(members: Collection[int], *, seed: int, round_index: int, cohort_size: int) -> tuple[int, ...]:
+    """Draw the clients of one round among those that may be asked now; the same as `sample_cohort` among the same.
+
+    >>> sample_among({0, 2, 5}, seed=1, round_index=0, cohort_size=3)
+    (0, 2, 5)
+    """
+    generator = stream(seed, Purpose.COHORT, round_index=round_index)
+    drawn = generator.choice(
+        np.array(sorted(members), dtype=np.int64), size=min(cohort_size, len(members)), replace=False
+    )
+    return tuple(np.sort(drawn).tolist())
+
+
 def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations: int) -> Iterator[tuple[int, ...]]:
     """Yield the cohorts of round 0, 1, ...: what `sample_cohort` returns for each, and none is drawn twice."""
     drawn = np.zeros(num_clients, dtype=np.int64)
     for round_index in count():
         eligible = np.flatnonzero(drawn < max_participations)
-        generator = stream(seed, Purpose.COHORT, round_index=round_index)
-        cohort = generator.choice(eligible, size=min(cohort_size, len(eligible)), replace=False)
-        drawn[cohort] += 1
-        yield tuple(np.sort(cohort).tolist())
+        cohort = sample_among(eligible.tolist(), seed=seed, round_index=round_index, cohort_size=cohort_size)
+        drawn[list(cohort)] += 1
+        yield cohort

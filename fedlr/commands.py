@@ -1,6 +1,7 @@
 """What the commands of the houses share: options as `--name VALUE`, and bad input as one line with exit code 2."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
-from fedlr.errors import InputError
+from fedlr.errors import InputError, PassingError
 from fedlr.offline import go_offline
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ INTERRUPTED = 130
 def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> Command:
     """Make `fedlr HOUSE NAME ...` out of a function NAME of a module of HOUSE; of simulations it is `fedlr NAME ...`.
 
-    --help prints its docstring; an InputError is one line and exit code 2, an interrupt is 130, with the line
-    `interrupted` if there is one.
+    --help prints its docstring; an InputError is one line and its exit code (2: bad input, 75: passes by itself, 77:
+    shut out), a full disk is one line and 75, an interrupt is 130, with the line `interrupted` if there is one.
     """
     house = function.__module__.partition(".")[0]
     name = f"fedlr {function.__name__}" if house == "simulations" else f"fedlr {house} {function.__name__}"
@@ -40,7 +41,7 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
             function(list(arguments))
         except InputError as error:
             print(f"{name}: {error}", file=sys.stderr)
-            return USAGE_ERROR
+            return error.exit_code
         except (MemoryError, RecursionError, OverflowError) as error:  # ranges come first; this is what they missed
             print(
                 f"{name}: Expected numbers that this machine can work with, got {type(error).__name__} "
@@ -48,6 +49,14 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
                 file=sys.stderr,
             )
             return USAGE_ERROR
+        except Exception as error:
+            if not is_full(error):
+                raise
+            print(
+                f"{name}: Expected room on the disk, got none ({error}); make some and start this again",
+                file=sys.stderr,
+            )
+            return PassingError.exit_code
         except KeyboardInterrupt:
             if interrupted:
                 print(f"\n{interrupted}", file=sys.stderr)
@@ -55,6 +64,12 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
         return 0
 
     return run
+
+
+def is_full(error: BaseException) -> bool:
+    """Say whether an error is that of a full disk; safetensors has a type of its own for it."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC})" in str(error)
 
 
 def dispatch(house: str, doc: str | None, commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> int:

@@ -141,6 +141,7 @@ class DeploymentSection(Section):
     roster: str
     min_updates: PositiveInt
     round_deadline_s: PositiveFloat
+    grace_s: PositiveFloat | None
     max_attempts: PositiveInt
     poll_s: PositiveFloat
     rehearsal: bool

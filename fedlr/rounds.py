@@ -7,7 +7,7 @@ devices behind Flower; the round is the same (McMahan et al. 2017, algorithm 1, 
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -26,7 +26,7 @@ from fedlr.aggregate.diagnostics import (
 from fedlr.aggregate.ideal import Ideal
 from fedlr.client_ranks import narrowed, ranks_now, widened
 from fedlr.client_rule import CONTROL
-from fedlr.cohorts import cohorts
+from fedlr.cohorts import cohorts, sample_among
 from fedlr.errors import InputError
 from fedlr.method import Method
 from fedlr.outlying import MAX_UPDATE_RATIO, Moves, moves, near_the_others
@@ -283,11 +283,13 @@ def federated_rounds(
     ranks: Sequence[int] | None = None,
     quorum: int = 0,
     max_update_ratio: float | None = MAX_UPDATE_RATIO,
+    members: Callable[[], Collection[int]] | None = None,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines.
 
     A round that fewer clients than `quorum` answered is abandoned: it yields the state it started from, and the same
-    cohort is asked again, for as long as the caller goes on.
+    cohort is asked again, for as long as the caller goes on. `members` says anew at each attempt who may be drawn, and
+    then counts participations itself; None: everybody whom `max_participations` leaves.
     """
     if not 1 <= cohort_size <= num_clients:
         raise InputError(f"Expected cohort_size in [1, num_clients={num_clients}], got {cohort_size}")
@@ -297,6 +299,8 @@ def federated_rounds(
     )
     for cohort in islice(draws, state.round_index, num_rounds):
         while True:
+            if members is not None:
+                cohort = sample_among(members(), seed=seed, round_index=state.round_index, cohort_size=cohort_size)
             after, diagnostics = one_round(state, cohort)
             is_abandoned = len(diagnostics.trained) < min(quorum, len(cohort))
             state = state if is_abandoned else after

@@ -37,8 +37,10 @@ def serve(run: Run, grid: Grid) -> None:
     if isinstance(grid, ReplyGrid):
         grid.most_bytes = num_bytes(read_adapter(run.served.model).tensors.values())  # of the largest rank
     nodes: Nodes
+    members = grace_s = None
     if e.runtime.kind == "superlink":
-        nodes = RosterNodes(grid, Path(e.deployment.roster))
+        nodes = enrolled = RosterNodes(grid, Path(e.deployment.roster))
+        members, grace_s = enrolled.members, e.deployment.grace_s
     else:
         nodes = PartitionNodes(grid, num_clients=e.num_clients)
     pool = GridPool(
@@ -49,10 +51,11 @@ def serve(run: Run, grid: Grid) -> None:
         deadline_s=e.deployment.round_deadline_s,
         quorum=e.deployment.min_updates,
         poll_s=e.deployment.poll_s,
+        grace_s=grace_s,
         say=run.say,
         reports=run.progress.reports,
     )
-    run.rounds(pool)
+    run.rounds(pool, members)
 
 
 def experiment_of(context: Context) -> Experiment:

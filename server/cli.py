@@ -1,13 +1,14 @@
 """`fedlr server ...`: what an operator types."""
 
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fedlr.commands import command, dispatch, quiet_flower, ready
-from fedlr.errors import InputError
+from fedlr.errors import InputError, PassingError
 
 if TYPE_CHECKING:
     from server.run import Run
@@ -66,8 +67,17 @@ def run(arguments: list[str]) -> None:
     if experiment.runtime.kind != "superlink":
         raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
     from fedlr.run_dir import sole_writer
+    from server.going_on import check_enrolled
+    from server.roster import load_roster
     from server.run import Run
 
+    if not experiment.deployment.rehearsal or Path(experiment.deployment.roster).exists():
+        roster = load_roster(Path(experiment.deployment.roster))
+        check_enrolled(
+            experiment, [entry.client_id for entry in roster.clients], [entry.client_id for entry in roster.revoked]
+        )
+        print(f"{len(roster.clients)} devices are enrolled; loading the model and the held-out texts", flush=True)
+    signal.signal(signal.SIGTERM, stopped)
     with ExitStack() as held:
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -76,6 +86,13 @@ def run(arguments: list[str]) -> None:
         if run_dir is None:
             held.enter_context(sole_writer(this.run_dir))
         finish(this)
+
+
+def stopped(number: int, frame: object) -> NoReturn:
+    """Say that the run was asked to stop, and stop it where it is; its last checkpoint is whole."""
+    signal.signal(number, signal.SIG_IGN)
+    print("stopping, as asked; the same command goes on from the last checkpoint", flush=True)
+    raise SystemExit(128 + number)
 
 
 def finish(this: "Run") -> None:
@@ -88,14 +105,17 @@ def finish(this: "Run") -> None:
     while not this.is_done:
         done = this.progress.state.round_index
         try:
+            this.say(f"asking the SuperLink at {deployment.superlink} for a run")
             with flower_run(deployment) as grid:
                 serve(this, grid)
         except LinkLost as error:
             failures = 0 if this.progress.state.round_index > done else failures + 1
             this.say(f"  no run at the SuperLink ({error}); going on in another")
             if failures >= MOST_FAILURES:
-                this.say(f"  {failures} runs ended without a round; look at the SuperLink's log. Start this again")
-                raise SystemExit(1) from error  # not the operator's mistake: whoever watches may start it again
+                raise PassingError(
+                    f"Expected a SuperLink at {deployment.superlink}, got {failures} runs without a round ({error}); "
+                    "look at its log and start this again"
+                ) from error
             time.sleep(min(failures, LONGEST_PAUSE_S))
     problem = this.leave_behind()
     this.say(f"\nresults in {this.run_dir}")

@@ -37,16 +37,22 @@ def enrol(arguments: list[str]) -> None:
     """Let a device in: fedlr server enrol --superlink HOST:PORT --superlink-ca FILE --roster FILE --name NAME KEY.pub
 
     KEY.pub is the file that `fedlr client key` made on the device. The device gets the next client number.
+    With --replace NAME instead of --name NAME: a new key for a device, enrolled or revoked; it keeps name and number,
+    and its old key is shut out. What its old ledger says was spent on its data stays spent: move the ledger along.
     With --all instead of --name and KEY.pub: everybody in the roster again, after the SuperLink lost its database.
     """
     options = _options()
     options.add_argument("--name")
+    options.add_argument("--replace")
     options.add_argument("--all", action="store_true")
     options.add_argument("public_key", type=Path, nargs="?")
     chosen = options.parse_args(arguments)
-    given = (chosen.name is not None, chosen.public_key is not None)
+    if chosen.name is not None and chosen.replace is not None:
+        raise InputError("Expected --name or --replace, got both")
+    name = chosen.replace or chosen.name
+    given = (name is not None, chosen.public_key is not None)
     if given != ((False, False) if chosen.all else (True, True)):
-        raise InputError("Expected --name NAME and KEY.pub, or --all alone; --help shows the options")
+        raise InputError("Expected --name NAME or --replace NAME and KEY.pub, or --all alone; --help shows the options")
     superlink = SuperLink(chosen.superlink, chosen.superlink_ca)
     with locked(chosen.roster):
         if chosen.all:
@@ -55,9 +61,10 @@ def enrol(arguments: list[str]) -> None:
             print(f"{len(roster.clients)} devices are enrolled in {superlink.address}, {len(roster.revoked)} are not")
             return
         roster = load_roster(chosen.roster) if chosen.roster.exists() else Roster()
-        roster = enrol_one(superlink, roster, chosen.name, _read_line(chosen.public_key))
+        add = enrol_one if chosen.replace is None else enrol_instead
+        roster = add(superlink, roster, name, _read_line(chosen.public_key))
         save_roster(roster, chosen.roster)
-    entry = roster.named(chosen.name)
+    entry = roster.named(name)
     print(f"{entry.name} is client {entry.client_id}, node {entry.node_id}, in {chosen.roster}")
 
 
@@ -87,6 +94,19 @@ def enrol_one(superlink: SuperLink, roster: Roster, name: str, public_key: str) 
     roster.with_client(name, public_key, node_id=UNKNOWN_NODE)
     (node_id,) = register(superlink, [public_key], names=[name])
     return roster.with_client(name, public_key, node_id)
+
+
+def enrol_instead(superlink: SuperLink, roster: Roster, name: str, public_key: str) -> Roster:
+    """Return the roster with a new key under the name and number of a device, whose old key is shut out.
+
+    Raises:
+        InputError: for a name that never was, or a key that is taken or no good, before the SuperLink hears of it.
+    """
+    roster.with_replacement(name, public_key, node_id=UNKNOWN_NODE)
+    old = roster.to_replace(name)
+    (node_id,) = register(superlink, [public_key], names=[name])
+    unregister(superlink, [old.node_id])
+    return roster.with_replacement(name, public_key, node_id)
 
 
 def enrol_again(superlink: SuperLink, roster: Roster) -> Roster:

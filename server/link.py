@@ -7,6 +7,7 @@ server's own machine (docs/operator.md); the calls below Flower's public ones ar
 tests/server/test_live_federation.py.
 """
 
+import fcntl
 import hashlib
 import time
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> It
     control = ControlHttpClient.from_server_address(
         deployment.superlink, False, certificates, interceptors=[RuntimeVersionHttpInterceptor("flwr CLI")]
     )
-    with naming_link(deployment):
+    with naming_link(deployment), starting_alone(deployment):
         run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(_bundle()))).run_id
         token = _acquire(deployment, certificates, secret, run_id, patience_s=patience_s)
     grid = ReplyGrid(deployment.superlink, False, certificates, token=token)
@@ -129,6 +130,17 @@ def _end(grid: ReplyGrid, control: ControlHttpClient, run_id: int, outcome: str)
     finally:
         grid.close()
         control.close()
+
+
+@contextmanager
+def starting_alone(deployment: DeploymentSection) -> Iterator[None]:
+    """Let one server at a time start a run and take its task: the SuperLink hands any task to whoever asks first.
+
+    The lock is on the secret that all who may take tasks hold; a task that another run left is then of a dead one.
+    """
+    with Path(deployment.superexec_secret).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -28,6 +28,10 @@ class RosterNodes:
     def __init__(self, grid: Grid, roster: Path) -> None:
         self._grid, self._roster = grid, roster
 
+    def members(self) -> frozenset[int]:
+        """Return the numbers of all enrolled clients, connected or not; nobody who was revoked."""
+        return frozenset(load_roster(self._roster).client_of_node.values())
+
     def online(self) -> Mapping[int, int]:
         """Return the node id of every enrolled client that is connected; the roster is read anew each time."""
         client_of_node = load_roster(self._roster).client_of_node

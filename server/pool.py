@@ -34,6 +34,7 @@ class GridPool:
         terms: of the experiment; every request carries them.
         enrolled: the adapter every client is given once.
         deadline_s: for one attempt of a round.
+        grace_s: for whoever has not answered, once a quorum has sent updates; None: until the deadline.
         quorum: how many clients of a cohort must be reachable before anybody is asked.
         poll_s: between two looks for replies.
         reports: what the clients said before of their ledgers; added to here.
@@ -49,11 +50,13 @@ class GridPool:
         deadline_s: float,
         quorum: int,
         poll_s: float,
+        grace_s: float | None = None,
         say: Callable[[str], None] = lambda line: None,
         reports: Reports | None = None,
     ) -> None:
         self._grid, self._nodes, self._terms = grid, nodes, terms
         self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
+        self._grace_s = grace_s
         self._enrolled = enrolled = AdapterState(enrolled.tensors, enrolled.scale)  # a side comes with every task
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
@@ -77,11 +80,15 @@ class GridPool:
                     yield Dropout(client, "rejected", "not_sent")
                 else:
                     waiting[message_id] = nodes[client], self._asked(own, client, alike or own.fingerprint(), expected)
+        num_updates, in_time = 0, True
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 found = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if found is not None:
-                    yield self._take(reply, *found)
+                    yield (outcome := self._take(reply, *found))
+                    num_updates += isinstance(outcome, ClientUpdate)
+            if in_time and self._grace_s is not None and num_updates >= min(self._quorum, len(cohort)):
+                in_time, deadline = False, min(deadline, time.monotonic() + self._grace_s)
             left = deadline - time.monotonic()
             if not waiting or left <= 0:
                 break

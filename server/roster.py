@@ -1,8 +1,8 @@
 """Who may train: the file that ties each enrolled key to the client number of the seeded sampler.
 
 {"clients": [{"client_id": 0, "name": "site-a", "public_key": "ecdsa-sha2-nistp384 AAAA...", "node_id": 123}],
- "revoked": [...]}. A client number means one device for ever, since ledgers and records are kept by it: the number of
-a revoked device is not given again.
+ "revoked": [...]}. A client number means one site for ever, since records are kept by it: the number of a
+revoked device is given again only to the device that replaces it (`enrol --replace NAME`).
 """
 
 import fcntl
@@ -55,7 +55,7 @@ class Roster:
     def __post_init__(self) -> None:
         """Refuse entries that could be taken for one another; the key of a revoked device is never used again."""
         both = [*self.clients, *self.revoked]
-        _require_unique("client_id", (entry.client_id for entry in both))
+        _require_unique("client_id", (entry.client_id for entry in self.clients))
         _require_unique("node_id", (entry.node_id for entry in both))
         _require_unique("public_key", (canonical_public_key(entry.public_key) for entry in both))
         _require_unique("name", (entry.name for entry in self.clients))
@@ -90,6 +90,31 @@ class Roster:
         except ValidationError as error:
             raise InputError(first_problem(error, values, prefix="client")) from None
         return replace(self, clients=(*self.clients, entry))
+
+    def to_replace(self, name: str) -> RosterEntry:
+        """Return the device of this name, enrolled or revoked last, whose number a new one may get.
+
+        Raises:
+            InputError: there is none, or its number is another device's by now.
+        """
+        for entry in [*self.clients, *reversed(self.revoked)]:
+            if entry.name == name:
+                break
+        else:
+            known = ", ".join(sorted({entry.name for entry in [*self.clients, *self.revoked]})) or "nobody"
+            raise InputError(f"Expected --replace with the name of a device, got {name!r}; known: {known}")
+        for other in self.clients:
+            if other.client_id == entry.client_id and other is not entry:
+                raise InputError(f"Expected client {entry.client_id} to be free, got {other.name!r}; replace that one")
+        return entry
+
+    def with_replacement(self, name: str, public_key: str, node_id: int) -> Self:
+        """Return the roster with a new key under an old name and number; the old key stays revoked."""
+        old = self.to_replace(name)
+        rest = self.without_client(name) if old in self.clients else self
+        added = rest.with_client(name, public_key, node_id)
+        clients = (*added.clients[:-1], added.clients[-1].model_copy(update={"client_id": old.client_id}))
+        return replace(rest, clients=tuple(sorted(clients, key=lambda entry: entry.client_id)))
 
     def without_client(self, name: str) -> Self:
         """Return the roster with an enrolled device among the revoked ones."""

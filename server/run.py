@@ -8,20 +8,19 @@ devices that had released their part of it send the same again.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import randbits
 from typing import Any
 
-import yaml
 from safetensors.torch import save_file
 
 from fedlr.adapter import side_tensors
 from fedlr.assembly import torch_threads
 from fedlr.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.client_ranks import num_rows_and_columns
-from fedlr.errors import InputError
+from fedlr.errors import InputError, PassingError
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
 from fedlr.pools.local import sharing_base
@@ -45,6 +44,7 @@ from fedlr.run_dir import (
     write_origin,
 )
 from server.federation import Served, assemble
+from server.going_on import check_same, may_be_drawn
 from server.reports import Reports
 
 ADAPTERS = "adapters"
@@ -115,11 +115,14 @@ class Run:
         """Whether all rounds are done."""
         return self.progress.state.round_index >= self.experiment.num_rounds
 
-    def rounds(self, pool: Any) -> None:
+    def rounds(self, pool: Any, members: Callable[[], Collection[int]] | None = None) -> None:
         """Ask for the rounds that are left; `pool` is a ClientPool that adds to `progress.reports`.
 
+        `members` are the numbers of the devices that are enrolled now; None: all that the experiment has.
+
         Raises:
-            InputError: a round was abandoned too often; the checkpoint holds all that was reached.
+            InputError: too few devices are enrolled.
+            PassingError: a round was abandoned too often; the checkpoint holds all that was reached.
         """
         e, done, attempts = self.experiment, self.progress, 0
         rounds = federated_rounds(
@@ -135,6 +138,7 @@ class Run:
             ranks=e.adapter.ranks(e.num_clients, rows_and_columns=num_rows_and_columns(self.served.start.adapter)),
             quorum=e.deployment.min_updates,
             max_update_ratio=e.max_update_ratio,
+            members=None if members is None else lambda: may_be_drawn(e, members(), done.participations),
         )
         with torch_threads(1):
             for state, diagnostics in rounds:
@@ -251,7 +255,7 @@ class Run:
             f"({', '.join(reasons)}); the model is as it was"
         )
         if attempts >= e.deployment.max_attempts:
-            raise InputError(
+            raise PassingError(
                 f"Expected {e.deployment.min_updates} updates in round {number} within "
                 f"deployment.max_attempts={attempts} attempts, got fewer each time ({', '.join(reasons)}); the run "
                 "goes on from its checkpoint when it is started again"
@@ -275,20 +279,3 @@ class Run:
             )
             append_lines(self.run_dir / CLIENTS, rows)
         return row
-
-
-def check_same(experiment: Experiment, run_dir: Path) -> None:
-    """Refuse to go on with another experiment than the directory holds.
-
-    Raises:
-        InputError: which names the first section that differs.
-    """
-    there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    here = json.loads(json.dumps(experiment.resolved()))
-    since = here.keys() - there.keys()  # keys that the program which began it did not have yet
-    for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result
-        if there.get(key) != here.get(key):
-            raise InputError(
-                f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "
-                "another directory, or the same configuration"
-            )

@@ -72,7 +72,8 @@ def status_line(status: RunStatus) -> str:
     """Say which run this is and how far it has come."""
     planned = f" of {status.num_rounds}" if status.num_rounds else ""
     last = status.last_line_unix_s
-    at = f"{_epsilon(status)}, last written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(last))}" if last else ""
+    spent = _epsilon(status) if status.rounds_completed or status.HasField("epsilon_max") else ", before training"
+    at = f"{spent}, last written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(last))}" if last else ""
     title = printable(", ".join(filter(None, [status.name, status.method]))) or "a run without a configuration yet"
     return f"{title}: round {status.rounds_completed}{planned}{at}"
 

@@ -1,0 +1,61 @@
+"""Whether a run may begin or go on as it is asked to: the same experiment, and devices enough for it."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import yaml
+
+from fedlr.errors import InputError
+from fedlr.experiment import Experiment
+
+
+def check_enrolled(experiment: Experiment, members: Collection[int], revoked: Collection[int]) -> None:
+    """Compare num_clients with the roster, before anybody is asked.
+
+    Raises:
+        InputError: a number below num_clients belongs to no device and never did, or too few can ever answer.
+    """
+    e = experiment
+    never = sorted(set(range(e.num_clients)) - {*members, *revoked})
+    if never:
+        raise InputError(
+            f"Expected num_clients={e.num_clients} devices in {e.deployment.roster}, got {len(members)} enrolled; "
+            f"set num_clients={e.num_clients - len(never)} and a cohort_size that fits, or enrol {len(never)} more"
+        )
+    may_be_drawn(e, members, {})
+
+
+def may_be_drawn(experiment: Experiment, members: Collection[int], participations: Mapping[int, int]) -> frozenset[int]:
+    """Return the enrolled clients with rounds left; only rounds whose update was used count, not absences.
+
+    Raises:
+        InputError: they are fewer than a round needs.
+    """
+    e, least = experiment, experiment.deployment.min_updates
+    enrolled = {client for client in members if client < e.num_clients}
+    left = frozenset(client for client in enrolled if participations.get(client, 0) < e.max_participations)
+    if len(left) < least:
+        raise InputError(
+            f"Expected deployment.min_updates={least} enrolled devices with a round left of "
+            f"privacy.max_participations={e.max_participations}, got {len(left)} of {len(enrolled)}; give a revoked "
+            "number to a new device with fedlr server enrol --replace NAME, or lower deployment.min_updates"
+        )
+    return left
+
+
+def check_same(experiment: Experiment, run_dir: Path) -> None:
+    """Refuse to go on with another experiment than the directory holds.
+
+    Raises:
+        InputError: which names the first section that differs.
+    """
+    there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    here = json.loads(json.dumps(experiment.resolved()))
+    since = here.keys() - there.keys()  # keys that the program which began it did not have yet
+    for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result
+        if there.get(key) != here.get(key):
+            raise InputError(
+                f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "
+                "another directory, or the same configuration"
+            )
