@@ -14,7 +14,6 @@ from pathlib import Path
 from secrets import randbits
 from typing import Any
 
-import yaml
 from safetensors.torch import save_file
 
 from fedlr.adapter import side_tensors
@@ -40,6 +39,7 @@ from fedlr.run_dir import (
     cut_lines,
     new_identity,
     read_json,
+    recorded_tree,
     sync_file,
     write_json,
     write_origin,
@@ -290,7 +290,7 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
     Raises:
         InputError: which names the first section that differs.
     """
-    there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    there = recorded_tree(run_dir / "config.yaml")
     here = json.loads(json.dumps(experiment.resolved()))
     for key in sorted({*there, *here} - {"deployment", "runtime", "tracking"}):  # which change no result
         if there.get(key) != here.get(key):
