@@ -42,7 +42,7 @@ RuleName = Literal[
     "fedlr.client_rules.scaffold.ScaffoldClient",
     "fedlr.client_rules.tail.TailPenalty",
 ]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)  # as fedlr.parts has them; typed, for `Policy`
 RULES: tuple[RuleName, ...] = get_args(RuleName)
 
 # Bounds that no owner needs to move.

@@ -21,9 +21,10 @@ from fedlr.errors import InputError, in_range
 from fedlr.experiment import DataSection, Experiment, TrainerSection
 from fedlr.method import Method
 from fedlr.models import BaseModel
+from fedlr.parts import GET_METHOD
+from fedlr.slots import check_kind, check_name
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
-GET_METHOD = "hydra.utils.get_method"  # names a function that is used as it is, in `path`
 
 # What the callable of a section returns, and which of its parameters the program gives it.
 SECTIONS: Mapping[str, tuple[type, tuple[str, ...]]] = {
@@ -166,19 +167,22 @@ def check_value(value: Any, hint: Any, where: str) -> None:
 
 
 def find(name: Any, where: str) -> Callable[..., Any]:
-    """Import what a dotted name stands for.
+    """Import what a dotted name stands for, and refuse what is not for this key, uncalled (`fedlr.slots`).
 
     Raises:
-        InputError: if there is nothing of that name, or it cannot be called.
+        InputError: if there is nothing of that name, or it cannot be called, or does not say that it makes what belongs
+            there.
     """
     if not isinstance(name, str):
         raise InputError(f"Expected {where} to be an importable name, got {shown(name)}")
+    check_name(name, where)
     try:
         found = resolve_name(name)
     except Exception as error:  # whatever an import raises
         raise InputError(f"Expected {where} to be an importable name, got {name!r}{_similar(name)}") from error
     if not callable(found):
         raise InputError(f"Expected {where} to name a function or a class, got {name!r}, a {type(found).__name__}")
+    check_kind(found, name, where)
     return found  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 import yaml
 
 from fedlr import __version__
+from fedlr.config_errors import one_line
 from fedlr.errors import InputError
 from fedlr.experiment import CONFIGS, Experiment, check_experiment
+from fedlr.parts import require_registered
 
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -157,20 +159,47 @@ def cut_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[di
     return kept
 
 
-def recorded_experiment(run_dir: Path) -> Experiment:
-    """Return the configuration of a run.
+OWN_PART = (
+    ": nothing that a run directory names is imported. If it is yours and you trust it, name it yourself: "
+    "`fedlr resume RUN_DIR --own-part {name}`"
+)
+
+
+def recorded_experiment(run_dir: Path, *, own_parts: Collection[str] = ()) -> Experiment:
+    """Return the configuration of a run, which may be a stranger's: it names parts of fedlr, or none but `own_parts`.
 
     Raises:
-        InputError: its config.yaml is missing, broken, or of another version of fedlr.
+        InputError: its config.yaml is missing, broken, or of another version of fedlr, or names another part.
     """
     path = run_dir / "config.yaml"
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"Expected a run directory with a readable config.yaml, got {run_dir} ({error})") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"Expected keys and values in {path}, got {type(tree).__name__}")
+    tree = recorded_tree(path)
+    require_registered(tree, source=str(path), own_parts=own_parts, way_out=OWN_PART)
     return check_experiment(tree)
+
+
+def recorded_tree(path: Path) -> dict[str, Any]:
+    """Return a run's configuration as plain values.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        why = one_line(error)
+        raise InputError(f"Expected a run directory with a readable {path.name}, got {path}: {why:.200}") from error
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise InputError(f"Expected keys and values in {path}, got {type(tree).__name__}")
+    return tree
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values and no references, of which ten lines can stand for more values than a memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a reference (*name), which no run writes")
+        return super().compose_node(parent, index)
 
 
 def write_origin(run_dir: Path, experiment: Experiment) -> None:

@@ -1,7 +1,8 @@
 """The server as a Flower ServerApp: for Flower's simulation, and for `flwr run`; `fedlr server run` needs neither.
 
 The experiment comes as one string of JSON, the resolved configuration: as `FEDLR_EXPERIMENT`, a file, in the
-environment, or as `cfg` in the run's configuration.
+environment, or as `cfg` in the run's configuration. It came from somewhere: it names parts of fedlr only, and those of
+a user's own that `FEDLR_OWN_PARTS` lists.
 """
 
 import json
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlr.adapter import num_bytes, read_adapter
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, check_experiment
+from fedlr.parts import OWN_PARTS, require_registered
 from server.nodes import Nodes, PartitionNodes, RosterNodes
 from server.pool import GridPool
 from server.reply_grid import ReplyGrid
@@ -65,12 +67,15 @@ def experiment_of(context: Context) -> Experiment:
         InputError: there is none, or it is wrong.
     """
     path, text = os.environ.get("FEDLR_EXPERIMENT"), context.run_config.get("cfg")
+    own_parts = os.environ.get(OWN_PARTS, "").split()
     if path:
         text = Path(path).read_text(encoding="utf-8")
     if not isinstance(text, str):
         raise InputError("Expected the resolved configuration as FEDLR_EXPERIMENT=FILE or as cfg, got neither")
     try:
         tree = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"Expected cfg to be the resolved configuration as JSON, got {text[:60]!r}") from error
+    way_out = f": one of your own is named in the environment, {OWN_PARTS}='{{name}}'"
+    require_registered(tree, source=path or "cfg", own_parts=own_parts, way_out=way_out)
     return check_experiment(tree)

@@ -4,10 +4,9 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import yaml
-
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.run_dir import recorded_tree
 
 
 def check_enrolled(experiment: Experiment, members: Collection[int], revoked: Collection[int]) -> None:
@@ -50,7 +49,7 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
     Raises:
         InputError: which names the first section that differs.
     """
-    there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    there = recorded_tree(run_dir / "config.yaml")
     here = json.loads(json.dumps(experiment.resolved()))
     since = here.keys() - there.keys()  # keys that the program which began it did not have yet
     for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result

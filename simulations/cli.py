@@ -56,18 +56,22 @@ def simulate(arguments: list[str]) -> None:
 
 @command
 def resume(arguments: list[str]) -> None:
-    """Finish a run that was killed, from its latest checkpoint: fedlr resume RUN_DIR
+    """Finish a run that was killed, from its latest checkpoint: fedlr resume RUN_DIR [--own-part PATH ...]
 
     With seeded randomness the results are those of an uninterrupted run. Configuration, versions, data and base model
-    must be the same, and the ledger the newest.
+    must be the same, and the ledger the newest. A directory that somebody sent runs no code of theirs: functions of
+    your own that the run's configuration names are imported only if you name them here.
     """
     from fedlr.run_dir import recorded_experiment
 
+    own_parts = []
+    while (own_part := option(arguments, "--own-part", "the name of a function of your own")) is not None:
+        own_parts.append(own_part)
     run_dir = existing_run(only_one(arguments))
-    go_offline(recorded_experiment(run_dir).runtime.offline)
+    go_offline(recorded_experiment(run_dir, own_parts=own_parts).runtime.offline)
     from simulations.resume import resume as finish
 
-    finish(run_dir, say=say)
+    finish(run_dir, say=say, own_parts=own_parts)
     say(f"report in {run_dir / 'report.html'}")
 
 

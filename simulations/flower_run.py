@@ -15,6 +15,7 @@ from secrets import randbits
 from fedlr.commands import quiet_flower
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.parts import OWN_PARTS, own_parts_of
 from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin, write_text
 from simulations.devices import write_devices
 
@@ -44,6 +45,7 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
         "FEDLR_EXPERIMENT": str(run_dir / "experiment.json"),
         "FEDLR_RUN_DIR": str(run_dir),
         "FEDLR_CLIENTS": str(run_dir / "devices"),
+        OWN_PARTS: " ".join(own_parts_of(experiment.resolved())),
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }

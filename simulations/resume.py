@@ -1,6 +1,6 @@
 """A run that was killed, finished: exactly as if nothing had happened, or not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fedlr.assembly import torch_threads
@@ -16,8 +16,11 @@ from simulations.progress import Progress
 from simulations.simulate import open_ledger, run
 
 
-def resume(run_dir: Path, *, say: Callable[[str], None]) -> None:
+def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[str] = ()) -> None:
     """Finish a run from its latest checkpoint.
+
+    The directory may be a stranger's: of its files none is run, and no name in them is imported but fedlr's own parts
+    and `own_parts`, which the user typed.
 
     Guarantees: with seeded randomness the adapter and all lines are those of a run that nobody killed, times apart, and
         the ledger charges the same. Under randomness of the operating system the clients of a round that was reserved
@@ -34,7 +37,7 @@ def resume(run_dir: Path, *, say: Callable[[str], None]) -> None:
                 raise InputError(f"Expected a run that was cut off, got {run_dir}, which is finished")
             write_report(run_dir)
             return
-        experiment = recorded_experiment(run_dir)
+        experiment = recorded_experiment(run_dir, own_parts=own_parts)
         if experiment.runtime.kind != "local":
             raise InputError(
                 f"Expected a run of runtime=local, got runtime={experiment.runtime.kind}: `fedlr server run "

@@ -149,9 +149,9 @@ def test_pefts_own_change_the_base_and_so_are_not_what_is_used(initialiser: str)
     assert not torch.equal(before, base.network.bert.encoder.layer[0].attention.self.query.base_layer.weight)
 
 
-def made_up(*, label_names: tuple[str, ...], width: tuple[int, int] = (1, 2), **more: int) -> str:
-    """Return what is no model; a callable of a user's own, with keys of its own."""
-    return f"{label_names} {width} {more}"
+def made_up(*, label_names: tuple[str, ...], width: tuple[int, int] = (1, 2), **more: int) -> BaseModel:
+    """Return what is no model, whatever it says; a callable of a user's own, with keys of its own."""
+    return f"{label_names} {width} {more}"  # type: ignore[return-value]
 
 
 def test_a_callable_of_ones_own_must_return_what_belongs_there(monkeypatch: pytest.MonkeyPatch) -> None:
