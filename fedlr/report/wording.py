@@ -55,7 +55,7 @@ def epsilon_text(epsilon: float | None) -> str:
         return "no DP"
     if not math.isfinite(epsilon):
         return "infinite"
-    return str(Decimal(repr(epsilon)).quantize(Decimal("0.001"), rounding=ROUND_CEILING))
+    return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.001"), rounding=ROUND_CEILING))
 
 
 def short(value: float) -> str:
