@@ -1,4 +1,4 @@
-"""Nothing that a message holds is unpickled: an array of objects is refused, and what it would call is not called (R-D1).
+"""Nothing that a message holds is unpickled: an array of objects is refused, and what it would call is not (R-D1).
 
 Mutant this file kills: numbers read by numpy with `allow_pickle=True`; `tests/test_house_rules.py` finds its text.
 """
