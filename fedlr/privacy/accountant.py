@@ -27,7 +27,7 @@ from fedlr.ranges import MOST_STEPS, AccountantName, require_delta
 
 Events = Sequence[tuple[dp_accounting.DpEvent, int]]
 Accountant = Any  # of dp-accounting, whose questions are not those of its base class
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 GRID = 1000  # a calibrated noise_multiplier is a multiple of 1 / GRID
 
@@ -64,13 +64,13 @@ def spent_delta(events: Events, epsilon: float) -> float:
     """
     merged = _merged(events)
     accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=_interval(merged, delta=1e-5))
-    return _composed(accountant, merged, lambda found: found.get_delta(epsilon))
+    return _composed(accountant, merged, lambda found: float(found.get_delta(epsilon)))
 
 
 def renyi_epsilon(events: Events, delta: float, *, order: float) -> float:
     """Return the epsilon, at this delta, of the sum of Renyi divergences of one order (Canonne et al. 2020)."""
     accountant = dp_accounting.rdp.RdpAccountant(orders=[order])
-    return _composed(accountant, _merged(events), lambda found: found.get_epsilon(delta))
+    return _composed(accountant, _merged(events), lambda found: float(found.get_epsilon(delta)))
 
 
 @lru_cache(maxsize=1024)
@@ -83,7 +83,8 @@ def longest_lasting_order(event: dp_accounting.DpEvent, budget: PrivacyBudget) -
 
     def epsilon_and_order(count: int) -> tuple[float, float]:
         accountant = dp_accounting.rdp.RdpAccountant()
-        return _composed(accountant, [(event, count)], lambda a: a.get_epsilon_and_optimal_order(budget.delta))
+        found = _composed(accountant, [(event, count)], lambda a: tuple(a.get_epsilon_and_optimal_order(budget.delta)))
+        return float(found[0]), float(found[1])
 
     most = 1
     while most < MOST_STEPS and epsilon_and_order(most)[0] <= budget.epsilon:
@@ -156,12 +157,14 @@ def _epsilon(events: tuple[tuple[dp_accounting.DpEvent, int], ...], delta: float
     if not events:
         return 0.0
     if accountant == "rdp":
-        return _composed(dp_accounting.rdp.RdpAccountant(), events, lambda a: a.get_epsilon(delta))
+        return _composed(dp_accounting.rdp.RdpAccountant(), events, lambda a: float(a.get_epsilon(delta)))
     interval = _interval(events, delta=delta)
     if interval is None:
         return math.inf
     return _composed(
-        dp_accounting.pld.PLDAccountant(value_discretization_interval=interval), events, lambda a: a.get_epsilon(delta)
+        dp_accounting.pld.PLDAccountant(value_discretization_interval=interval),
+        events,
+        lambda a: float(a.get_epsilon(delta)),
     )
 
 
@@ -170,7 +173,7 @@ def _interval(events: tuple[tuple[dp_accounting.DpEvent, int], ...], *, delta: f
     renyi = dp_accounting.rdp.RdpAccountant()
     known = all(renyi.supports(event) for event, _ in events)
     # Any moderate size keeps the usual interval.
-    bound = _composed(renyi, events, lambda a: a.get_epsilon(delta)) if known else 1.0
+    bound = _composed(renyi, events, lambda a: float(a.get_epsilon(delta))) if known else 1.0
     if not math.isfinite(bound):
         return None
     bound = bound or 1.0  # 0 may be an underflow of the Renyi bound: the loss distribution decides
@@ -180,7 +183,7 @@ def _interval(events: tuple[tuple[dp_accounting.DpEvent, int], ...], *, delta: f
     return max(min(1e-4, 1e-3 * bound), 1e-6 * bound)
 
 
-def _composed(accountant: Accountant, events: Events, answer: Callable[[Accountant], Answer]) -> Answer:
+def _composed(accountant: Accountant, events: Events, answer: Callable[[Accountant], T]) -> T:
     try:
         with _without_order_warnings():
             for event, count in events:
@@ -203,7 +206,9 @@ def _search(budget: PrivacyBudget, *, sampler: PoissonSampler, num_steps: int, a
         return dp_accounting.SelfComposedDpEvent(sampler.dp_event(grid_index / GRID), num_steps)
 
     def affordable(grid_index: int) -> bool:
-        return _composed(fresh(), [(event(grid_index), 1)], lambda a: a.get_epsilon(budget.delta)) <= budget.epsilon
+        return (
+            _composed(fresh(), [(event(grid_index), 1)], lambda a: float(a.get_epsilon(budget.delta))) <= budget.epsilon
+        )
 
     # Start near the central limit's answer: a distribution of far too little noise is slow to compute.
     typical = sampler.sample_rate * math.sqrt(2 * num_steps * math.log(1 / budget.delta)) / budget.epsilon

@@ -144,9 +144,10 @@ class PrivacyLedger:
         if task is not None and not re.fullmatch("[0-9a-f]{64}", task):
             raise ValueError(f"Expected the SHA-256 of a task in hexadecimal, got {task!r}")
         numbers = {"round_index": int(round_index), "num_steps": int(num_steps)}
-        said = {"task": task, "announced_steps": None if announced_steps is None else int(announced_steps)}
+        announced = None if announced_steps is None else int(announced_steps)
+        said = {"task": task, "announced_steps": announced}
         reservation = {"kind": "reserve", **numbers, **{key: value for key, value in said.items() if value is not None}}
-        charge = Charge(mechanism, int(num_steps), announced_steps=said["announced_steps"])
+        charge = Charge(mechanism, int(num_steps), announced_steps=announced)
         constants, rows = asdict(mechanism), []
         answers: dict[int, Refusal | None] = {}
         with self._lock() as file:

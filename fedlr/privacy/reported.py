@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedlr.privacy.charges import RELATION, UNIT
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.privacy.rows import RELATION, UNIT
 from fedlr.privacy.statement import (
     AMPLIFICATION,
     CONDITIONS,

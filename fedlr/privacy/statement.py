@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
-from fedlr.privacy.charges import RELATION, UNIT, Charge, Charges, Header, read_ledger
+from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
+from fedlr.privacy.rows import RELATION, UNIT
 
 PROTECTS_AGAINST = [
     "A2: readers of the released model",
@@ -196,11 +197,11 @@ def _sentence(header: Header, largest: float, *, noiseless: bool, placed_by: Seq
 
 def _composition(charges: Charges, header: Header) -> str:
     """Say by which rule the steps of each client were added up (fedlr.privacy.filter)."""
-    rules = {charges.filter_of(client, header) for client in charges.by_client} - {None}
-    if not rules:
+    rules = [charges.filter_of(client, header) for client in charges.by_client]
+    orders = sorted({rule.order for rule in rules if rule is not None})
+    if not orders:
         return ONE_MECHANISM
-    orders = " or ".join(f"{rule.order:g}" for rule in sorted(rules, key=lambda rule: rule.order))
-    return FILTER.format(orders)
+    return FILTER.format(" or ".join(f"{order:g}" for order in orders))
 
 
 def _mechanisms(charges: Charges) -> list[dict[str, Any]]:
