@@ -54,6 +54,6 @@ def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations
     drawn = np.zeros(num_clients, dtype=np.int64)
     for round_index in count():
         eligible = np.flatnonzero(drawn < max_participations)
-        cohort = sample_among(eligible.tolist(), seed=seed, round_index=round_index, cohort_size=cohort_size)
-        drawn[list(cohort)] += 1
-        yield cohort
+        cohort = list(sample_among(eligible.tolist(), seed=seed, round_index=round_index, cohort_size=cohort_size))
+        drawn[cohort] += 1
+        yield tuple(cohort)

@@ -193,7 +193,7 @@ def recorded_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Plain values and no references, of which ten lines can stand for more values than a memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -100,7 +100,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a label that is not named": ({"data__labels": ["negative", "neutral"]}, "data", "is not one of"),
     "a delta of one row": ({"privacy__delta": 0.1}, "data", "Expected privacy.delta below 1/40"),
     "more threads than processors": ({"runtime__num_workers": 10_000}, "device", "runtime.num_workers=10000"),
-    "more room than there is": ({"policy__max_trained_values": 2**31 - 1, "policy__max_experiments": 100_000}, "disk", "policy.max_trained_values"),
+    "more room than there is": (
+        {"policy__max_trained_values": 2**31 - 1, "policy__max_experiments": 100_000},
+        "disk",
+        "policy.max_trained_values",
+    ),
 }
 
 

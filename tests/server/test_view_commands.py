@@ -235,7 +235,8 @@ def test_a_line_shows_many_clients_briefly_and_obeys_none() -> None:
 def test_nothing_is_said_of_privacy_before_the_first_line() -> None:
     assert status_line(RunStatus()) == "a run without a configuration yet: round 0"
     assert status_line(RunStatus(name="ward", num_rounds=5)) == "ward: round 0 of 5"
-    assert ", no privacy, last written" in status_line(RunStatus(name="ward", last_line_unix_s=1.0))
+    assert ", before training, last written" in status_line(RunStatus(name="ward", last_line_unix_s=1.0))
+    assert ", no privacy, last" in status_line(RunStatus(name="ward", rounds_completed=1, last_line_unix_s=1.0))
 
 
 @pytest.mark.parametrize("text", ["", "host", ":8470", "host:", "host:x", "host:70000", "::1:8470", "https://host:1"])
