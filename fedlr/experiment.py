@@ -21,8 +21,7 @@ from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
 from fedlr.limits import check_limits, check_word
-from fedlr.outlying import MAX_UPDATE_RATIO
-from fedlr.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM
+from fedlr.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO
 from fedlr.together import check_together
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -141,7 +140,7 @@ class DeploymentSection(Section):
     roster: str
     min_updates: PositiveInt
     round_deadline_s: PositiveFloat
-    grace_s: PositiveFloat | None
+    grace_s: PositiveFloat | None = 60.0
     max_attempts: PositiveInt
     poll_s: PositiveFloat
     rehearsal: bool

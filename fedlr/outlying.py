@@ -20,8 +20,8 @@ from itertools import chain, islice
 from torch import Tensor
 
 from fedlr.adapter import ClientUpdate, Slot
+from fedlr.ranges import MAX_UPDATE_RATIO as MAX_UPDATE_RATIO
 
-MAX_UPDATE_RATIO = 50.0
 NUM_REFERENCES = 16  # updates that a round holds at once to know what is usual
 LEAST_REFERENCES = 3  # of two, neither is the majority
 

@@ -58,7 +58,7 @@ def test_the_domain_does_not_tell_the_label() -> None:
         ({"label_noise": -0.1}, "label_noise"),
         ({"num_clauses": 0}, "num_clauses"),
         ({"num_clauses": 10**30}, "num_clauses"),
-        ({"num_examples": 100_000_000_000}, "num_examples <= 250000"),
+        ({"num_examples": 100_000_000_000}, r"num_examples in \[1, 200,000\]"),
     ],
 )
 def test_a_number_out_of_range_is_refused(options: dict[str, float], named: str) -> None:
