@@ -119,7 +119,7 @@ def _takes(function: Any, num_arguments: int) -> bool:
 
 def _returned(function: Any) -> Any:
     """Return what a function's annotation says that it returns: a type, a text that names one, or None."""
-    function = function if inspect.isroutine(function) else getattr(type(function), "__call__", function)
+    function = function if inspect.isroutine(function) else getattr(type(function), "__call__", function)  # noqa: B004
     try:
         return get_type_hints(function).get("return")
     except (NameError, TypeError, AttributeError):  # names that only a type checker imports

@@ -96,7 +96,7 @@ def typed(data: Any = None, **more: Any) -> LabelledText:
     raise AssertionError("called")
 
 
-def untyped(*args: Any, **more: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def untyped(*args: Any, **more: Any):  # type: ignore[no-untyped-def]
     CALLS.append("untyped")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from fedlr.errors import InputError
+from fedlr.files import NotWritten
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from tests.privacy.ledger_rows import BUDGET, MECHANISM, cost, new_ledger, open_ledger, steps_within_budget
@@ -338,7 +339,7 @@ def test_a_full_disk_stops_training_and_loses_no_charge(path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", half)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(NotWritten, match="ledger.jsonl, got: No space"):
             ledger.reserve(1, MECHANISM, 2, [0, 1, 2, 3])
     assert ledger.spent(0) >= cost(2)
     assert ledger.reserve(2, MECHANISM, 2, [0])[0] is None

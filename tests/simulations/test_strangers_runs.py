@@ -186,7 +186,7 @@ def test_an_experiment_that_comes_by_flower_names_registered_parts_only(
     mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Context:
-        run_config: dict[str, Any] = {}  # noqa: RUF012
+        run_config: dict[str, Any] = {}
 
     monkeypatch.delenv("FEDLR_EXPERIMENT", raising=False)
     tree = compose_experiment(list(SMALL)).resolved()
