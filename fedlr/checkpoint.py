@@ -4,7 +4,8 @@
 ledger is no part of them: whoever restores an old state must not restore an old spending with it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlr.adapter import SIDE_A, SIDE_B, AdapterState, LoraFactors, Slot, side_tensors
+from fedlr.errors import InputError
 from fedlr.rounds import ServerState
 from fedlr.sealed import Corrupt, read_sealed, remove_sealed, sealed_names, write_sealed
 
@@ -91,12 +93,36 @@ def read_checkpoint(path: Path) -> Checkpoint:
         InputError: there is none, or another version of fedlr wrote it.
     """
     tensors, about = read_sealed(path)
-    side = tensors[SIDE]
-    layers = {slot.path: LoraFactors(side[Slot(slot.path, SIDE_A)], side[Slot(slot.path, SIDE_B)]) for slot in side}
-    adapter = AdapterState(tensors[ADAPTER], about["scale"], side=layers, memory=_named(tensors, MEMORY))
-    if adapter.fingerprint() != about["adapter_sha256"]:
-        raise Corrupt(f"Expected the adapter {about['adapter_sha256'][:16]}... in {path}, got another")
-    return Checkpoint(ServerState(adapter, about["round_index"]), about["facts"], _named(tensors, MORE))
+    try:
+        side = tensors[SIDE]
+        layers = {slot.path: LoraFactors(side[Slot(slot.path, SIDE_A)], side[Slot(slot.path, SIDE_B)]) for slot in side}
+        scale, round_index, facts = float(about["scale"]), about["round_index"], about["facts"]
+        adapter = AdapterState(tensors[ADAPTER], scale, side=layers, memory=_named(tensors, MEMORY))
+        found = adapter.fingerprint()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise Corrupt(f"Expected the state of a run in {path}, got other content ({type(error).__name__})") from error
+    if found != about.get("adapter_sha256"):
+        raise Corrupt(f"Expected the adapter {about.get('adapter_sha256')!s:.16}... in {path}, got another")
+    if checkpoint_path(path.parent, round_index if type(round_index) is int else -1).name != path.name:
+        raise Corrupt(f"Expected the round of its name in {path}, got {round_index!r:.40}")
+    if not isinstance(facts, dict):
+        raise Corrupt(f"Expected facts by name in {path}, got {type(facts).__name__}")
+    return Checkpoint(ServerState(adapter, round_index), facts, _named(tensors, MORE))
+
+
+@contextmanager
+def reading_facts(run_dir: Path) -> Iterator[None]:
+    """Turn what reading another program's facts raises into one line.
+
+    Raises:
+        InputError: which names the run.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"Expected the facts of a run in the checkpoints of {run_dir}, got {type(error).__name__}: {error!s:.80}"
+        ) from error
 
 
 def checkpoint_rounds(folder: Path) -> list[int]:

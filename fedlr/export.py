@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from fedlr.adapter import ADAPTER_NAME, AdapterState, adapted_layers, base_layers, head_parts, write_adapter
+from fedlr.files import whole_folder
 from fedlr.low_rank import LowRankSum
 from fedlr.models import BaseModel
 from fedlr.tuners.exported import INSIDE, portable, title_of
@@ -80,10 +81,6 @@ def export_adapter(
     config.base_model_name_or_path = source
     if not isinstance(config.target_modules, str | None):
         config.target_modules = _target_modules(model, config.target_modules)
-    partial = folder.with_name(folder.name + ".partial")
-    # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
-    model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
-    base.tokenizer.save_pretrained(str(partial))
     labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
     card = CARD.format(
         name=name,
@@ -100,8 +97,11 @@ def export_adapter(
         statement=statement["statement"],
         statement_json=json.dumps(statement, indent=2),
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
+        model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        base.tokenizer.save_pretrained(str(partial))
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def _target_modules(model: PeftModel, names: Collection[str]) -> list[str]:

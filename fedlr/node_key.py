@@ -3,7 +3,6 @@
 The private key is made on the device and never leaves it; the public key, one line of text, goes to the operator.
 """
 
-import os
 import stat
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedlr.errors import InputError
+from fedlr.files import create_whole
 
 OWNER_ONLY = 0o600
 READ_BY_ALL = 0o644
@@ -109,13 +109,9 @@ def write_new(path: Path, content: bytes, *, mode: int) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        create_whole(path, content, mode=mode)
     except OSError as error:
         raise InputError(f"Expected {path} to be a new file, got {error.strerror}") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +21,15 @@ from typing import Any
 import yaml
 
 from fedlr import __version__
-from fedlr.config_errors import one_line
+from fedlr.config_errors import one_line, shown
 from fedlr.errors import InputError
 from fedlr.experiment import CONFIGS, Experiment, check_experiment
+from fedlr.files import append_whole, write_whole, writing
 from fedlr.parts import require_registered
+from fedlr.plain_yaml import plain_yaml
 
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
+SUMMARY, REPORT, FINISHED = "summary.json", "report.html", "finished"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of an experiment that devices take part in: they know it by its id
 PACKAGES = ("torch", "opacus", "peft", "transformers", "flwr", "dp-accounting", "datasets", "numpy")
@@ -62,7 +66,10 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        folder = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"Expected a run directory that can be read, got {run_dir}: {error.strerror}") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -102,61 +109,104 @@ def _indented(value: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
+
+
+def read_identity(run_dir: Path) -> dict[str, Any] | None:
+    """Return what `new_identity` made for a run; None where there is none.
+
+    Raises:
+        InputError: it is broken.
+    """
+    path = run_dir / IDENTITY
+    if not path.exists():
+        return None
+    found = read_json(path)
+    name, seed = found.get("experiment_id"), found.get("seed")
+    if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{32}", name) or type(seed) is not int or seed < 0:
+        raise InputError(f"Expected the experiment_id and the seed of a run in {path}, got {shown(found)}")
+    return found
+
+
+def finish_run(run_dir: Path, summary: Mapping[str, Any], *, draw: Callable[[Path], object]) -> None:
+    """Write summary.json, draw the report from the run's files, and say, last of all, that the run is finished.
+
+    The key `finished` of summary.json alone says so: a disk that is full in between leaves a run to go on with.
+
+    Raises:
+        NotWritten: the disk refused one of them.
+    """
+    write_json(run_dir / SUMMARY, {**summary, FINISHED: False})
+    draw(run_dir)
+    write_json(run_dir / SUMMARY, {**summary, FINISHED: True})
+
+
+def summary_so_far(run_dir: Path) -> dict[str, Any] | None:
+    """Return summary.json of a run whose rounds are done, with whether it is finished; None before.
+
+    Raises:
+        InputError: it is broken.
+    """
+    if not (run_dir / SUMMARY).exists():
+        return None
+    summary = read_json(run_dir / SUMMARY)
+    # Before it had the key, a run was finished when it had a report.
+    return {FINISHED: (run_dir / REPORT).exists(), **summary}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a run.
+    """Read a JSON object, a file of a run.
 
     Raises:
         InputError: if there is none, or it is broken.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"Expected a finished run with a readable {path.name}, got {path} ({error})") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__} and no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        why = one_line(error)
+        raise InputError(f"Expected a finished run with a readable {path.name}, got {path} ({why:.200})") from error
     return value
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON lines, all in one write: a buffer would cut a long line in two where a run is killed."""
-    text = "".join(json.dumps(value) + "\n" for value in values)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
-
-
-def sync_file(path: Path) -> None:
-    """Make what a file holds survive a crash of the machine; a file that is not there has nothing to."""
-    if path.exists():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    append_whole(path, "".join(json.dumps(value) + "\n" for value in values).encode())
 
 
 def cut_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
     """Cut JSON lines off, from the first that does not stay or is not whole, and return the others.
 
     Raises:
-        InputError: a whole line is no JSON.
+        InputError: a whole line is none of a run, or the file cannot be read.
     """
-    if not path.exists():
-        return []
     kept: list[dict[str, Any]] = []
     size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in _whole_lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            if line.endswith(b"\n"):
-                raise InputError(f"Expected JSON in line {len(kept) + 1} of {path}, got {line[:40]!r}") from error
-            break
-        if not line.endswith(b"\n") or not stays(row):
+            stays_here = stays(row)
+        except (ValueError, TypeError, KeyError, LookupError, RecursionError) as error:
+            what = f"line {len(kept) + 1} of {path}"
+            raise InputError(f"Expected a line that a run wrote in {what}, got {line[:40]!r}") from error
+        if not stays_here:
             break
         kept.append(row)
         size += len(line)
-    os.truncate(path, size)
+    if path.exists():
+        with writing(path):
+            os.truncate(path, size)
     return kept
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file that end, none where it is not there: the last may have been cut by a full disk."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise InputError(f"Expected lines in {path}, got: {error.strerror or error}") from error
+    return [line for line in lines if line.endswith(b"\n")]
 
 
 OWN_PART = (
@@ -184,22 +234,13 @@ def recorded_tree(path: Path) -> dict[str, Any]:
         InputError: the file is missing or broken.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        tree = plain_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         why = one_line(error)
         raise InputError(f"Expected a run directory with a readable {path.name}, got {path}: {why:.200}") from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise InputError(f"Expected keys and values in {path}, got {type(tree).__name__}")
     return tree
-
-
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Plain values and no references, of which ten lines can stand for more values than a memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a reference (*name), which no run writes")
-        return super().compose_node(parent, index)
 
 
 def write_origin(run_dir: Path, experiment: Experiment) -> None:

@@ -22,11 +22,14 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedlr.adapter import Slot
+from fedlr.config_errors import one_line
 from fedlr.errors import InputError
+from fedlr.files import NotWritten, sync_folder, write_all, writing
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -47,7 +50,7 @@ def write_sealed(folder: Path, tensors: Mapping[str, Mapping[Slot, Tensor]], fac
         facts: JSON; tuples come back as lists.
 
     Raises:
-        InputError: the disk is full or cannot be written. What was there before still is.
+        NotWritten: the disk is full or cannot be written. What was there before still is.
         ValueError, TypeError: the facts are no JSON.
 
     Guarantees: when this returns, the folder survives a crash of the process and of the machine.
@@ -61,16 +64,16 @@ def write_sealed(folder: Path, tensors: Mapping[str, Mapping[Slot, Tensor]], fac
         os.mkdir(partial)
         for name, data in [*files.values(), (MANIFEST, manifest)]:
             _write(partial / name, data)
-        _sync(partial)
+        sync_folder(partial)
         if folder.exists():
             os.rename(folder, old)
         os.rename(partial, folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
         if old.exists():
             shutil.rmtree(old)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(
+        raise NotWritten(
             f"Expected to write {folder}, got: {error.strerror or error}; what was written before is whole: "
             "make room or mend the disk, then go on from there"
         ) from error
@@ -85,10 +88,10 @@ def read_sealed(folder: Path) -> tuple[dict[str, dict[Slot, Tensor]], dict[str, 
     """
     place = _place(folder)
     manifest = _read_manifest(place)
-    expected = {MANIFEST, *(file["name"] for file in manifest["files"].values())}
+    expected = {MANIFEST, *(_file_name(group) for group in manifest["files"])}
     if unknown := sorted(set(os.listdir(place)) - expected):
         raise Corrupt(f"Expected only files that {place / MANIFEST} names, got {place / unknown[0]} too")
-    filled = {group: _tensors(place / file["name"], file) for group, file in manifest["files"].items()}
+    filled = {group: _tensors(place / _file_name(group), file) for group, file in manifest["files"].items()}
     return {group: filled.get(group, {}) for group in manifest["groups"]}, manifest["facts"]
 
 
@@ -99,18 +102,23 @@ def sealed_names(parent: Path) -> list[str]:
     """
     try:
         found = [entry.name for entry in os.scandir(parent) if entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     replaced = [match[1] for name in found if (match := REPLACED.fullmatch(name))]
     return sorted({name for name in found if not name.startswith(".")}.union(replaced))
 
 
 def remove_sealed(folder: Path) -> None:
-    """Remove a folder, so that it is whole or absent at every moment, and what crashes left of it."""
-    _clean(folder)
-    if folder.exists():
-        os.rename(folder, _gone(folder))
+    """Remove a folder, so that it is whole or absent at every moment, and what crashes left of it.
+
+    Raises:
+        NotWritten: the disk refused it.
+    """
+    with writing(folder):
         _clean(folder)
+        if folder.exists():
+            os.rename(folder, _gone(folder))
+            _clean(folder)
 
 
 def _manifest(groups: Sequence[str], files: Mapping[str, tuple[str, bytes]], facts: Mapping[str, Any]) -> bytes:
@@ -139,8 +147,12 @@ def _read_manifest(place: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise Corrupt(f"Expected {path} as it was written, got a changed file: it does not have its own SHA-256")
-    if content["version"] != VERSION:
-        raise InputError(f"Expected version {VERSION} of sealed folders in {path}, got {content['version']!r}")
+    if content.get("version") != VERSION:
+        raise InputError(f"Expected version {VERSION} of sealed folders in {path}, got {content.get('version')!r:.40}")
+    groups, files, facts = content.get("groups"), content.get("files"), content.get("facts")
+    is_ours = isinstance(groups, list) and isinstance(files, dict) and isinstance(facts, dict)
+    if not is_ours or not all(isinstance(group, str) for group in groups) or not set(files) <= set(groups):
+        raise Corrupt(f"Expected groups, files and facts in {path}, got something else under their names")
     return content
 
 
@@ -151,15 +163,28 @@ def _file(group: str, slots: Mapping[Slot, Tensor]) -> tuple[str, bytes]:
         json.dumps([index, *slot]): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for index, (slot, tensor) in enumerate(slots.items())
     }
-    return quote(group, safe="") + SUFFIX, save(stored)
+    return _file_name(group), save(stored)
+
+
+def _file_name(group: str) -> str:
+    return quote(group, safe="") + SUFFIX
 
 
 def _tensors(path: Path, stated: Mapping[str, Any]) -> dict[Slot, Tensor]:
-    data = _bytes(path, stated["num_bytes"])
-    if hashlib.sha256(data).hexdigest() != stated["sha256"]:
-        raise Corrupt(f"Expected SHA-256 {stated['sha256'][:16]}... of {path}, got a changed file")
-    named = sorted((json.loads(key), tensor) for key, tensor in load(data).items())
-    return {Slot(path, role): tensor for (_, path, role), tensor in named}
+    if not isinstance(stated, dict) or not isinstance(sha256 := stated.get("sha256"), str):
+        raise Corrupt(f"Expected the SHA-256 of {path} in its manifest, got none")
+    data = _bytes(path, stated.get("num_bytes"))
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Corrupt(f"Expected SHA-256 {sha256:.16}... of {path}, got a changed file")
+    try:
+        named = sorted((json.loads(key), tensor) for key, tensor in load(data).items())
+        slots = {Slot(place, role): tensor for (_, place, role), tensor in named}
+        are_texts = all(isinstance(part, str) for slot in slots for part in slot)
+    except (SafetensorError, ValueError, TypeError, RecursionError, RuntimeError) as error:
+        raise Corrupt(f"Expected tensors by slot in {path}, got: {one_line(error):.100}") from error
+    if not are_texts:
+        raise Corrupt(f"Expected tensors by slot in {path}, got other names")
+    return slots
 
 
 def _bytes(path: Path, num_bytes: int | None = None) -> bytes:
@@ -194,17 +219,7 @@ def _clean(folder: Path) -> None:
 def _write(path: Path, data: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(file, view) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
+        write_all(file, data)
         os.fsync(file)
     finally:
         os.close(file)
@@ -214,7 +229,7 @@ def _make(folder: Path) -> None:
     if not folder.is_dir():
         _make(folder.parent)
         os.mkdir(folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
 
 
 def _partial(folder: Path) -> Path:

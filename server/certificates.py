@@ -190,5 +190,9 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _write(folder: Path, name: str, signed: Signed, certificate_is: str, key_is: str) -> dict[Path, str]:
     """Write the key first: a certificate without its key would look finished."""
     write_new(folder / f"{name}.key", signed.key_pem(), mode=OWNER_ONLY)
-    write_new(folder / f"{name}.crt", signed.certificate_pem(), mode=READ_BY_ALL)
+    try:
+        write_new(folder / f"{name}.crt", signed.certificate_pem(), mode=READ_BY_ALL)
+    except InputError:
+        (folder / f"{name}.key").unlink()  # half of a pair would stand in the way of a whole one
+        raise
     return {folder / f"{name}.crt": certificate_is, folder / f"{name}.key": key_is}

@@ -66,6 +66,7 @@ def run(arguments: list[str]) -> None:
     experiment = ready([*chosen, *arguments])
     if experiment.runtime.kind != "superlink":
         raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
+    from fedlr.files import make_folder
     from fedlr.run_dir import sole_writer
     from server.going_on import check_enrolled
     from server.roster import load_roster
@@ -80,7 +81,7 @@ def run(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, stopped)
     with ExitStack() as held:
         if run_dir is not None:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(run_dir)
             held.enter_context(sole_writer(run_dir))
         this = Run(experiment, run_dir, say=lambda line: print(line, flush=True))
         if run_dir is None:

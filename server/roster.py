@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
+from fedlr.files import make_folder, write_whole, writing
 from fedlr.node_key import canonical_public_key
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -144,22 +145,21 @@ def load_roster(path: Path) -> Roster:
 def save_roster(roster: Roster, path: Path) -> None:
     """Write a roster in one piece: a reader, or a crash, sees the old file or the new one."""
     text = _File(clients=roster.clients, revoked=roster.revoked).model_dump_json(indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.new")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    make_folder(path.parent)
+    write_whole(path, text + "\n")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes from changing the same roster meanwhile; they wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    make_folder(path.parent)
+    with writing(path):
+        file = os.open(path.with_name(f".{path.name}.lock"), os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 def _require_unique(what: str, values: Iterable[int | str]) -> None:

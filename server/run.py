@@ -14,15 +14,16 @@ from pathlib import Path
 from secrets import randbits
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fedlr.adapter import side_tensors
 from fedlr.assembly import torch_threads
-from fedlr.checkpoint import latest_checkpoint, save_checkpoint
+from fedlr.checkpoint import latest_checkpoint, reading_facts, save_checkpoint
 from fedlr.client_ranks import num_rows_and_columns
 from fedlr.errors import InputError, PassingError
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
+from fedlr.files import make_folder, sync_file, write_whole
 from fedlr.pools.local import sharing_base
 from fedlr.privacy.reported import reported_statement
 from fedlr.privacy.statement import with_origin
@@ -37,9 +38,9 @@ from fedlr.run_dir import (
     append_lines,
     create_run_dir,
     cut_lines,
+    finish_run,
     new_identity,
-    read_json,
-    sync_file,
+    read_identity,
     write_json,
     write_origin,
 )
@@ -92,7 +93,7 @@ class Run:
     """
 
     def __init__(self, experiment: Experiment, run_dir: Path | None, *, say: Callable[[str], None]) -> None:
-        found = None if run_dir is None or not (run_dir / IDENTITY).exists() else read_json(run_dir / IDENTITY)
+        found = None if run_dir is None else read_identity(run_dir)
         if run_dir is not None and found is not None:
             check_same(experiment, run_dir)
         elif run_dir is not None and (run_dir / METRICS).exists():
@@ -104,10 +105,10 @@ class Run:
         )
         self.run_dir = create_run_dir(experiment) if run_dir is None else run_dir
         if found is None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir)
             write_origin(self.run_dir, experiment)
             write_json(self.run_dir / "partition.json", {"public": False})
-            write_json(self.run_dir / IDENTITY, identity)  # the last: a directory without it holds no run
+            write_json(self.run_dir / IDENTITY, identity)  # the last: without it there is no run
         self.progress = self._resumed() or self._started()
 
     @property
@@ -178,8 +179,7 @@ class Run:
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
         numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
         summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
-        write_json(self.run_dir / "summary.json", summary)
-        write_report(self.run_dir)
+        finish_run(self.run_dir, summary, draw=write_report)
         problem: str | None = summary["problem"]
         return problem
 
@@ -195,13 +195,15 @@ class Run:
         checkpoint = latest_checkpoint(self.run_dir / CHECKPOINTS, say=self.say)
         if checkpoint is None:
             return None
+        facts = checkpoint.facts
         for what, found in self._about().items():
-            if checkpoint.facts[what] != found:
+            if facts.get(what) != found:
                 raise InputError(
-                    f"Expected {what} {checkpoint.facts[what][:12]} of the run in {self.run_dir}, got {found[:12]}: "
-                    "the base model, or a package, is another than when it began; put it back, or begin anew elsewhere"
+                    f"Expected {what} {facts.get(what)!s:.12} of the run in {self.run_dir}, got {found:.12}: the base "
+                    "model, or a package, is another than when it began; put it back, or begin anew elsewhere"
                 )
-        progress = Progress.of(checkpoint.state, checkpoint.facts)
+        with reading_facts(self.run_dir):
+            progress = Progress.of(checkpoint.state, facts)
         done = progress.state.round_index
         rows = cut_lines(self.run_dir / METRICS, lambda row: int(row["rounds_completed"]) <= done)
         if len(rows) != done + 1:
@@ -233,12 +235,10 @@ class Run:
         done.participations.update(diagnostics.trained)
         row = self._record(done, diagnostics)
         done.seconds += row["seconds"]["round"]
-        folder = self.run_dir / ADAPTERS
-        folder.mkdir(exist_ok=True)
+        folder = make_folder(self.run_dir / ADAPTERS)
         released = {**state.adapter.tensors, **side_tensors(state.adapter.side)}
-        partial = folder / f".round-{state.round_index:05d}.partial"
-        save_file({f"{slot.path}|{slot.role}": t.contiguous().clone() for slot, t in released.items()}, partial)
-        partial.replace(folder / f"round-{state.round_index:05d}.safetensors")
+        stored = {f"{slot.path}|{slot.role}": t.contiguous().clone() for slot, t in released.items()}
+        write_whole(folder / f"round-{state.round_index:05d}.safetensors", save(stored))
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
         self.say(

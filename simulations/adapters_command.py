@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.errors import InputError
+from fedlr.files import write_whole
 from fedlr.offline import go_offline
 from simulations.cli import command, say
 
@@ -91,7 +92,7 @@ def fill(document: Path, tables: Mapping[str, str]) -> None:
         start, end = marks(name)
         before, _, rest = text.partition(start)
         text = before + "\n\n".join([start, table, end]) + rest.partition(end)[2]
-    document.write_text(text, encoding="utf-8")
+    write_whole(document, text)
 
 
 def measured_table(tuners: "Mapping[str, Tuner]", figures: "Mapping[str, Figures]") -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedlr.errors import InputError
+from fedlr.files import make_folder, write_whole
 from simulations.spam_assassin import spam_csv
 
 REQUIREMENT = "vaderSentiment==2.5"
@@ -191,13 +192,8 @@ def _sha256(content: bytes) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Write all of a file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    make_folder(path.parent)
+    write_whole(path, content)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from fedlr.adapter import AdapterState
 from fedlr.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
+from fedlr.experiment import Experiment, Section
+from fedlr.files import sync_file
 from fedlr.pools.kept import Kept
 from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.report.run_files import check_rows
 from fedlr.rounds import ServerState
-from fedlr.run_dir import CHECKPOINTS, CLIENTS, METRICS, cut_lines, sync_file, versions
+from fedlr.run_dir import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
 from simulations.federation import Federation
 
 
@@ -26,6 +32,8 @@ class Checkpoints:
 
     def __init__(self, federation: Federation, folder: Path, ledger: PrivacyLedger | None) -> None:
         self._folder, self._ledger = folder, ledger
+        self._start = federation.start.adapter
+        self._is_fixed = not federation.method.dynamic_ranks
         self._every, self._num_rounds = (
             federation.experiment.tracking.checkpoint_every,
             federation.experiment.num_rounds,
@@ -44,6 +52,10 @@ class Checkpoints:
         found = latest_checkpoint(self._folder / CHECKPOINTS, say=say)
         num_rounds = found.state.round_index if found else 0
         if found:
+            check_facts(found, self._folder)
+            check_state(
+                found.state, self._start, path=self._folder, num_rounds=self._num_rounds, is_fixed=self._is_fixed
+            )
             require_same(found.facts, self._about)
             if self._ledger:
                 self._ledger.require(found.facts["ledger_head"])
@@ -57,6 +69,7 @@ class Checkpoints:
                     f"Expected {found.facts['num_lines'][name]} lines of {num_rounds} rounds in {self._folder / name}, "
                     f"got {len(rows)}: lines were lost or changed, so the run cannot go on"
                 )
+        check_rows(self.metrics, self.clients, where=str(self._folder))
         return found
 
     def save(self, state: ServerState, kept: Kept, *, num_lines: Mapping[str, int]) -> None:
@@ -81,6 +94,51 @@ class Checkpoints:
     def seconds(self) -> float:
         """Return how long the arm has run, the time before it went on included."""
         return self.seconds_before + time.perf_counter() - self._started
+
+
+class _Facts(Section):
+    """What `Checkpoints.save` writes beside a state."""
+
+    config_sha256: str
+    versions: dict[str, str | None]
+    seed: int
+    base_sha256: str
+    data_sha256: str
+    start_sha256: str
+    private: bool
+    ledger_head: str | None
+    num_lines: dict[str, int]
+    seconds: float
+
+
+def check_facts(checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse facts of another form than are written: somebody changed them, and what they are hashed with.
+
+    Raises:
+        InputError: which names the first.
+    """
+    try:
+        facts = _Facts.model_validate(dict(checkpoint.facts))
+    except ValidationError as error:
+        problem = first_problem(error, dict(checkpoint.facts), prefix="facts")
+        raise InputError(f"Expected the facts of a run in {folder / CHECKPOINTS}: {problem}") from error
+    if not {METRICS, CLIENTS} <= set(facts.num_lines) or facts.private is (facts.ledger_head is None):
+        raise InputError(f"Expected num_lines of both files, and a ledger_head with privacy, in {folder / CHECKPOINTS}")
+
+
+def check_state(state: ServerState, start: AdapterState, *, path: Path, num_rounds: int, is_fixed: bool) -> None:
+    """Refuse the state of another adapter than the run began with.
+
+    Raises:
+        InputError: its slots, or their shapes, are others; or its round is none of the run.
+    """
+    shapes = [{slot: tensor.shape for slot, tensor in one.tensors.items()} for one in (state.adapter, start)]
+    same = shapes[0] == shapes[1] if is_fixed else set(shapes[0]) == set(shapes[1])
+    if not same or not 0 <= state.round_index <= num_rounds:
+        raise InputError(
+            f"Expected the adapter that the run began with in {path / CHECKPOINTS}, after at most {num_rounds} rounds, "
+            f"got one of {len(shapes[0])} tensors after {state.round_index}"
+        )
 
 
 def about_experiment(experiment: Experiment) -> dict[str, Any]:
@@ -117,9 +175,10 @@ def require_same(facts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         InputError: which names it.
     """
     for name, found in (about.get("versions") or {}).items():
-        if facts["versions"].get(name) != found:
+        before = facts["versions"].get(name)
+        if before != found:
             raise InputError(
-                f"Expected {name} {facts['versions'].get(name)} as when the run began, got {found}: a run goes on with "
+                f"Expected {name} {before} as when the run began, got {found}: a run goes on with "
                 "the same versions only; install them, or start it anew"
             )
     for key, found in about.items():

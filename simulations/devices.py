@@ -16,6 +16,7 @@ from fedlr.build import build
 from fedlr.data.partition import Partition
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.files import make_folder, write_whole
 from fedlr.models import BaseModel
 from fedlr.node_key import create_node_key
 from fedlr.privacy.ledger import PrivacyLedger
@@ -46,22 +47,22 @@ def write_devices(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
     base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written = []
     for client_id, rows in enumerate(partition.indices):
         own = folder / f"client-{client_id}"
-        own.mkdir(mode=0o700)
+        make_folder(own, mode=0o700)
         share = data.subset(rows)
         lines = [
             json.dumps({"text": text, "label": data.label_names[label]})
             for text, label in zip(share.texts, share.labels, strict=True)
         ]
-        (own / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(own / "rows.jsonl", "\n".join(lines) + "\n")
         create_node_key(own / "device.key", comment=f"client-{client_id}")
-        (own / "state").mkdir(mode=0o700)
+        make_folder(own / "state", mode=0o700)
         settings = settings_of(experiment, own, base, data.label_names, address, root_certificates, spare=spare)
         written.append(folder / f"client-{client_id}.yaml")
-        written[-1].write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        write_whole(written[-1], yaml.safe_dump(settings, sort_keys=False))
         create_ledger(settings)
     return written
 

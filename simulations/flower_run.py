@@ -15,6 +15,7 @@ from secrets import randbits
 from fedlr.commands import quiet_flower
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.files import make_folder, write_whole
 from fedlr.parts import OWN_PARTS, own_parts_of
 from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin, write_text
 from simulations.devices import write_devices
@@ -34,8 +35,8 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
     seed = randbits(32) if experiment.seed is None else experiment.seed
     run_dir = create_run_dir(experiment)
     authority = run_dir / "devices" / "ca.crt"
-    authority.parent.mkdir()
-    authority.touch()
+    make_folder(authority.parent)
+    write_whole(authority, "")
     write_devices(experiment, run_dir / "devices", seed=seed, address=NOWHERE, root_certificates=authority)
     write_origin(run_dir, experiment)
     write_json(run_dir / "partition.json", {"public": False})

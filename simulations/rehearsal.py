@@ -21,6 +21,8 @@ from typing import Self
 
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
+from fedlr.files import make_folder
+from fedlr.node_key import OWNER_ONLY, write_new
 from simulations.devices import write_devices
 
 # Nothing calls home, and nothing is installed or fetched while we run.
@@ -168,12 +170,11 @@ class Rehearsal:
                 self.processes[name].stop()
 
     def _start(self) -> None:
-        self.logs.mkdir(parents=True)
+        make_folder(self.logs)
         e, keys = self.experiment, self.keys
         fedlr("server", "certificate", "--host", "127.0.0.1", "--host", "localhost", "--out", str(keys))
         secret = keys / "superexec.secret"
-        secret.touch(mode=0o600)
-        secret.write_bytes(os.urandom(32).hex().encode())
+        write_new(secret, os.urandom(32).hex().encode(), mode=OWNER_ONLY)
         self._launch(SUPERLINK, superlink_command(self.superlink_address, keys, self.folder / "superlink.db"))
         self.say(f"SuperLink on {self.superlink_address}, this machine only")
         assert e.seed is not None

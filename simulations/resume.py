@@ -9,8 +9,16 @@ from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.report import write_report
-from fedlr.run_dir import CHECKPOINTS, LEDGER, recorded_experiment, sole_writer
-from simulations.checkpoints import about_experiment, about_federation, require_same
+from fedlr.run_dir import (
+    CHECKPOINTS,
+    FINISHED,
+    LEDGER,
+    finish_run,
+    recorded_experiment,
+    sole_writer,
+    summary_so_far,
+)
+from simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
 from simulations.federation import Federation, assemble
 from simulations.progress import Progress
 from simulations.simulate import open_ledger, run
@@ -32,10 +40,10 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
             is older than the checkpoint. Nothing is changed then.
     """
     with sole_writer(run_dir):
-        if (run_dir / "summary.json").exists():
-            if (run_dir / "report.html").exists():
+        if (summary := summary_so_far(run_dir)) is not None:
+            if summary[FINISHED] is True:
                 raise InputError(f"Expected a run that was cut off, got {run_dir}, which is finished")
-            write_report(run_dir)
+            finish_run(run_dir, summary, draw=write_report)
             return
         experiment = recorded_experiment(run_dir, own_parts=own_parts)
         if experiment.runtime.kind != "local":
@@ -66,6 +74,7 @@ def required_checkpoint(run_dir: Path, experiment: Experiment, *, say: Callable[
             "tracking.checkpoint_every is null" if experiment.tracking.checkpoint_every is None else "none was written"
         )
         raise InputError(f"Expected a checkpoint in {run_dir / CHECKPOINTS}, got none ({why}): start the run anew")
+    check_facts(checkpoint, run_dir)
     require_same(checkpoint.facts, about_experiment(experiment))
     return checkpoint
 

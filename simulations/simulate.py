@@ -18,6 +18,7 @@ from fedlr.errors import InputError
 from fedlr.evaluate import MOST_SCORED, Evaluator
 from fedlr.experiment import Experiment
 from fedlr.export import export_adapter
+from fedlr.files import make_folder
 from fedlr.pools.local import sharing_base
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin
@@ -30,6 +31,7 @@ from fedlr.run_dir import (
     METRICS,
     append_lines,
     create_run_dir,
+    finish_run,
     sole_writer,
     write_json,
     write_origin,
@@ -84,8 +86,7 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     run_baselines(federation, run_dir, progress=progress)
     leave_behind(federation, run_dir, state)
     told = summary(federation, state, rows, seconds=seconds)
-    write_json(run_dir / "summary.json", told)
-    write_report(run_dir)
+    finish_run(run_dir, told, draw=write_report)
     if told["problem"]:
         raise InputError(f"{told['problem']} (all that there is of the run is in {run_dir})")
 
@@ -194,7 +195,7 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
     tracking = federation.experiment.tracking
     folder = run_dir / "baselines"
     if tracking.run_no_privacy and federation.mechanism is not None:
-        (folder / "no_privacy").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "no_privacy")
         run_rounds(federation.without_privacy(), folder / "no_privacy", ledger=None, progress=progress)
     if tracking.run_alone and not (folder / "alone.json").exists():
         run_alone(federation, folder, progress=progress)
@@ -202,7 +203,7 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
 
 def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> None:
     """Train each client alone; what was cut off begins again, and its charges stay."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     path = folder / f"alone-{LEDGER}"
     if path.exists() and federation.experiment.privacy.randomness == "os":
         progress.say("the clients alone were cut off, and their noise cannot be drawn again: they are left out")

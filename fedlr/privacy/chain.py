@@ -15,12 +15,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
+from fedlr.files import sync_folder, write_all, writing
 
 Row = Mapping[str, Any]
 
@@ -80,8 +81,7 @@ def append(file: int, tail: Tail, rows: Sequence[Row]) -> Tail:
         lines.append(line + b"\n")
     data = b"".join(lines)
     tail = Tail(tail.offset + len(data), tail.num_rows + len(lines), head)
-    while data:
-        data = data[os.write(file, data) :]
+    write_all(file, data)
     os.fsync(file)
     return tail
 
@@ -91,6 +91,7 @@ def create(path: Path, first: Row) -> None:
 
     Raises:
         InputError: the file exists already; it is never overwritten.
+        NotWritten: the disk refused it, and there is no file.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
@@ -98,15 +99,19 @@ def create(path: Path, first: Row) -> None:
         raise InputError(
             f"Expected no ledger at {path} to create one, got an existing file; open it instead"
         ) from error
-    try:
-        append(file, Tail(), [first])
-    finally:
-        os.close(file)
-    folder = os.open(path.parent, os.O_RDONLY)  # the file's name is in the folder: that must reach the disk too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    except OSError:
+        with writing(path):
+            raise
+    with writing(path):
+        try:
+            append(file, Tail(), [first])
+            sync_folder(path.parent)  # the file's name is in the folder: that must reach the disk too
+        except OSError:
+            with suppress(OSError):
+                path.unlink()  # nobody has opened it: a part of a header would stand in the way of a whole one
+            raise
+        finally:
+            os.close(file)
 
 
 @contextmanager
@@ -118,8 +123,11 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[int]:
     when its holder dies.
 
     Raises:
-        InputError: the file does not exist. A missing ledger is not an empty one.
+        InputError: the file does not exist, or cannot be read. A missing ledger is not an empty one.
+        NotWritten: the disk refused what was written under the lock.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"Expected a ledger at {path}, got no file: a folder, or something else of that name")
     try:
         file = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_APPEND)
     except FileNotFoundError as error:
@@ -127,9 +135,12 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[int]:
             f"Expected a ledger at {path}, got no file; a missing ledger is not an unspent budget, "
             "so one is only made by PrivacyLedger.create"
         ) from error
+    except OSError as error:
+        raise InputError(f"Expected a ledger at {path} that can be read, got: {error.strerror or error}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield file
+        with nullcontext() if shared else writing(path):
+            yield file
     finally:
         os.close(file)
 

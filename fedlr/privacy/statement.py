@@ -55,6 +55,7 @@ FILTER = (
     "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
     "which the budget and the first mechanism fixed before anything was released"
 )
+MOST_CLIENTS = 1_000_000  # more than that is no run, but a mistake in a file
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {
     "seeded": f"{SIMULATION}; not for release of private data",
@@ -163,10 +164,12 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(run_dir) / "privacy.json"
     try:
         stated = json.loads(path.read_bytes())
-        num_clients = int(stated["num_clients"])
+        num_clients = stated["num_clients"]
+        if type(num_clients) is not int or not 0 < num_clients <= MOST_CLIENTS:
+            raise ValueError(f"num_clients={num_clients!r:.40}")
         placed_by = [str(reason) for reason in stated.get("placement_depends_on", ["unknown: the statement is silent"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"Expected a privacy statement in {path}, got {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"Expected a privacy statement in {path}, got {error!r:.200}") from error
     ledger_path = path.with_name("ledger.jsonl")
     if ledger_path.exists() or "ledger_head" in stated or stated.get("differential_privacy") is not False:
         found = privacy_statement(ledger_path, range(num_clients), placed_by=placed_by)

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from fedlr.errors import InputError
+from fedlr.files import write_whole
 from fedlr.report.comparison_arms import Arm, accuracy_text, arms_of, group_name
 from fedlr.report.comparison_forest import forest
 from fedlr.report.comparison_pairs import PairedArm, paired_arms
@@ -62,7 +63,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path, *, against: str | None
         section("All runs", [table(_LONG_HEADER, [_row(run) for run in runs], text_columns=TEXT_COLUMNS), _NOTE]),
     ]
     out = Path(out)
-    out.write_text(page(f"{len(runs)} runs compared", body), encoding="utf-8")
+    write_whole(out, page(f"{len(runs)} runs compared", body))
     return out
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
+from fedlr.files import write_whole
 from fedlr.report import client_pictures, cost_pictures, learning_pictures, server_pictures
 from fedlr.report.checks import disagreements, for_nothing
 from fedlr.report.layout import details, gallery, page, paragraph, section, table
@@ -26,7 +27,7 @@ def write_report(run_dir: Path) -> Path:
         InputError: a required file is missing or broken; the message names it.
     """
     path = Path(run_dir) / "report.html"
-    path.write_text(report_page(read_run(Path(run_dir))), encoding="utf-8")
+    write_whole(path, report_page(read_run(Path(run_dir))))
     return path
 
 

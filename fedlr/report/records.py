@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlr.config_errors import shown
 from fedlr.errors import InputError
+
+MOST = 1_000_000  # rounds, clients: a page is drawn of each
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class Record:
         """Return a required number as float."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"Expected a number for {key!r} in {self.where}, got {value!r}")
-        return float(value)
+            raise InputError(f"Expected a number for {key!r} in {self.where}, got {shown(value)}")
+        try:
+            return float(value)
+        except OverflowError:
+            raise InputError(f"Expected a number for {key!r} in {self.where}, got one of too many digits") from None
 
     def optional_number(self, key: str) -> float | None:
         """Return a number, or None where the file says null or nothing."""
@@ -36,21 +42,28 @@ class Record:
         """Return a required whole number."""
         value = self.number(key)
         if not value.is_integer():
-            raise InputError(f"Expected a whole number for {key!r} in {self.where}, got {value!r}")
+            raise InputError(f"Expected a whole number for {key!r} in {self.where}, got {shown(value)}")
         return int(value)
+
+    def count(self, key: str, *, most: int = MOST) -> int:
+        """Return a required whole number of things that there can be."""
+        value = self.integer(key)
+        if not 0 <= value <= most:
+            raise InputError(f"Expected {key!r} in {self.where} in [0, {most:,}], got {value}")
+        return value
 
     def text(self, key: str) -> str:
         """Return a required string."""
         value = self.get(key)
         if not isinstance(value, str):
-            raise InputError(f"Expected text for {key!r} in {self.where}, got {value!r}")
+            raise InputError(f"Expected text for {key!r} in {self.where}, got {shown(value)}")
         return value
 
     def items(self, key: str) -> list[object]:
         """Return a required list."""
         value = self.get(key)
         if not isinstance(value, list):
-            raise InputError(f"Expected a list for {key!r} in {self.where}, got {value!r}")
+            raise InputError(f"Expected a list for {key!r} in {self.where}, got {shown(value)}")
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -101,14 +114,16 @@ def read_lines(path: Path) -> list[Record]:
 def as_record(value: object, where: str) -> Record:
     """Return a JSON value as a Record."""
     if not isinstance(value, dict):
-        raise InputError(f"Expected a JSON object in {where}, got {value!r}")
+        raise InputError(f"Expected a JSON object in {where}, got {shown(value)}")
     return Record(value, where)
 
 
 def _parse(text: str, where: str) -> Record:
     try:
         return as_record(json.loads(text), where)
-    except json.JSONDecodeError as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON: {error}") from error
 
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from fedlr.errors import InputError
+from fedlr.plain_yaml import plain_yaml
 from fedlr.report.records import Record, read_lines, read_record, read_text
 
 
@@ -136,6 +135,19 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
+def check_rows(metrics: Sequence[Mapping[str, object]], clients: Sequence[Mapping[str, object]], *, where: str) -> None:
+    """Refuse lines of metrics.jsonl and of clients.jsonl that a report could not read.
+
+    Raises:
+        InputError: which names the file, the line and the key.
+    """
+    for number, row in enumerate(metrics, start=1):
+        _state(Record(row, f"{where}/metrics.jsonl line {number}"))
+    for number, row in enumerate(clients, start=1):
+        record = Record(row, f"{where}/clients.jsonl line {number}")
+        _asked(record)
+
+
 def spent_by_client(run: Run) -> dict[int, float]:
     """Return the largest epsilon that clients.jsonl states for each client, 0 if it was never asked."""
     spent = dict.fromkeys(range(run.summary.num_clients), 0.0)
@@ -158,7 +170,7 @@ def _states(path: Path) -> list[State]:
 
 def _state(row: Record) -> State:
     return State(
-        rounds_completed=row.integer("rounds_completed"),
+        rounds_completed=row.count("rounds_completed"),
         accuracy=row.number("accuracy"),
         epsilon_max=row.optional_number("epsilon_max"),
         epsilon_median=row.optional_number("epsilon_median"),
@@ -183,8 +195,8 @@ def _error(row: Record) -> float | None:
 def _asked(row: Record) -> Asked:
     reason = row.values.get("reason")
     return Asked(
-        round_index=row.integer("round_index"),
-        client_id=row.integer("client_id"),
+        round_index=row.count("round_index"),
+        client_id=row.count("client_id"),
         status=row.text("status"),
         reason=None if reason is None else str(reason),
         epsilon=row.optional_number("epsilon"),
@@ -197,9 +209,9 @@ def _summary(row: Record) -> Summary:
         method=row.text("method"),
         privacy=row.text("privacy"),
         seed=None if row.get("seed") is None else row.integer("seed"),
-        num_rounds=row.integer("num_rounds"),
-        num_clients=row.integer("num_clients"),
-        cohort_size=row.integer("cohort_size"),
+        num_rounds=row.count("num_rounds"),
+        num_clients=row.count("num_clients"),
+        cohort_size=row.count("cohort_size"),
         start_accuracy=row.number("start_accuracy"),
         final_accuracy=row.number("final_accuracy"),
         final_loss=row.optional_number("final_loss"),
@@ -218,7 +230,7 @@ def _partition(row: Record) -> Partition | None:
     if row.values.get("public") is not True:
         return None
     labels = tuple(str(label) for label in row.items("labels"))
-    counts = {one.integer("client_id"): one.integers("label_counts") for one in row.records("clients")}
+    counts = {one.count("client_id"): one.integers("label_counts") for one in row.records("clients")}
     for client_id, label_counts in counts.items():
         if len(label_counts) != len(labels):
             raise InputError(
@@ -228,19 +240,19 @@ def _partition(row: Record) -> Partition | None:
 
 
 def _alone(row: Record) -> Alone:
-    num_updates = None if row.values.get("num_updates") is None else row.integer("num_updates")
-    return Alone(row.integer("client_id"), row.number("accuracy"), row.optional_number("epsilon"), num_updates)
+    num_updates = None if row.values.get("num_updates") is None else row.count("num_updates")
+    return Alone(row.count("client_id"), row.number("accuracy"), row.optional_number("epsilon"), num_updates)
 
 
 def _budget_epsilon(statement: Mapping[str, object], config: str, where: str) -> float | None:
     """Return the epsilon that each client allows: `budget` of privacy.json, else `privacy` of config.yaml."""
     try:
-        parsed = yaml.safe_load(config)
-    except yaml.YAMLError as error:
+        parsed = plain_yaml(config)
+    except ValueError as error:
         raise InputError(f"{where} is not valid YAML: {error}") from error
     sections = (statement.get("budget"), parsed.get("privacy") if isinstance(parsed, dict) else None)
     for section in sections:
         epsilon = section.get("epsilon") if isinstance(section, dict) else None
         if isinstance(epsilon, int | float):
-            return float(epsilon)
+            return Record({"epsilon": epsilon}, where).number("epsilon")
     return None

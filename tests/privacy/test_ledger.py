@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from fedlr.errors import InputError
+from fedlr.files import NotWritten
 from fedlr.privacy import accountant, chain, filter
 from fedlr.privacy.charges import Charges
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
@@ -377,7 +378,7 @@ def test_a_full_disk_stops_training_and_loses_no_charge(path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", half)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(NotWritten, match="ledger.jsonl, got: No space"):
             ledger.reserve(1, MECHANISM, 2, [0, 1, 2, 3])
     assert ledger.spent(0) >= cost(2)
     assert ledger.reserve(2, MECHANISM, 2, [0])[0] is None
