@@ -5,6 +5,7 @@ whole, or taken back. Whatever the disk refuses (full, read-only, broken, not ou
 file, and what was there before is still there.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fedlr.errors import InputError
+from fedlr.errors import InputError, PassingError
 
 
 class NotWritten(InputError):
@@ -33,10 +34,13 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "os error" not in str(error):
             raise
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise NotWritten(
+        refused = NotWritten(
             f"Expected to write {path}, got: {why}; what was written before is whole: make room or mend the disk, then "
             "go on from there"
-        ) from error
+        )
+        if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            refused.exit_code = PassingError.exit_code  # with room made it goes on by itself
+        raise refused from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

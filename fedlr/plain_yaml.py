@@ -19,7 +19,7 @@ def plain_yaml(text: str) -> Any:
         raise ValueError(f"{one_line(error):.200}") from error
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Without references (*name), of which ten lines can stand for more values than a memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

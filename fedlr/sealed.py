@@ -151,7 +151,8 @@ def _read_manifest(place: Path) -> dict[str, Any]:
         raise InputError(f"Expected version {VERSION} of sealed folders in {path}, got {content.get('version')!r:.40}")
     groups, files, facts = content.get("groups"), content.get("files"), content.get("facts")
     is_ours = isinstance(groups, list) and isinstance(files, dict) and isinstance(facts, dict)
-    if not is_ours or not all(isinstance(group, str) for group in groups) or not set(files) <= set(groups):
+    names: list[object] = groups if isinstance(groups, list) else []
+    if not is_ours or not all(isinstance(group, str) for group in names) or not {*(files or {})} <= {*names}:
         raise Corrupt(f"Expected groups, files and facts in {path}, got something else under their names")
     return content
 
