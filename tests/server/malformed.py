@@ -48,7 +48,7 @@ class Honest:
             refused=None,
             epsilon=1.25,
             delta=1e-5,
-            ledger_head="ab" * 32,
+            ledger_head=task.fingerprint(),  # another one each round, as a ledger that grows has
         )
         tensors = {slot: t + step for slot, t in task.broadcast.items() if in_block(slot, task.shared)}
         return cls(facts.model_dump(), tensors)
