@@ -138,6 +138,11 @@ def finish_run(run_dir: Path, summary: Mapping[str, Any], *, draw: Callable[[Pat
     """
     write_json(run_dir / SUMMARY, {**summary, FINISHED: False})
     draw(run_dir)
+    mark_finished(run_dir, summary)
+
+
+def mark_finished(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Say that nothing of a run is left to do; the last thing that is written."""
     write_json(run_dir / SUMMARY, {**summary, FINISHED: True})
 
 

@@ -8,6 +8,8 @@ from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.run_dir import recorded_tree
 
+ALWAYS = {"adapter", "data", "method", "model", "name", "num_clients", "num_rounds", "privacy", "trainer"}  # of any run
+
 
 def check_enrolled(experiment: Experiment, members: Collection[int], revoked: Collection[int]) -> None:
     """Compare num_clients with the roster, before anybody is asked.
@@ -51,6 +53,8 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
     """
     there = recorded_tree(run_dir / "config.yaml")
     here = json.loads(json.dumps(experiment.resolved()))
+    if absent := sorted(ALWAYS - there.keys()):
+        raise InputError(f"Expected the whole configuration of a run in {run_dir}/config.yaml, got none of {absent[0]}")
     since = here.keys() - there.keys()  # keys that the program which began it did not have yet
     for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result
         if there.get(key) != here.get(key):

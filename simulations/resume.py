@@ -13,7 +13,7 @@ from fedlr.run_dir import (
     CHECKPOINTS,
     FINISHED,
     LEDGER,
-    finish_run,
+    mark_finished,
     recorded_experiment,
     sole_writer,
     summary_so_far,
@@ -43,7 +43,8 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
         if (summary := summary_so_far(run_dir)) is not None:
             if summary[FINISHED] is True:
                 raise InputError(f"Expected a run that was cut off, got {run_dir}, which is finished")
-            finish_run(run_dir, summary, draw=write_report)
+            write_report(run_dir)  # refuses what is no summary, before anything is changed
+            mark_finished(run_dir, summary)
             return
         experiment = recorded_experiment(run_dir, own_parts=own_parts)
         if experiment.runtime.kind != "local":

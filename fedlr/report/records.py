@@ -1,6 +1,7 @@
 """Read JSON and JSONL files of a run; every complaint names the file, the line and the key."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from fedlr.config_errors import shown
 from fedlr.errors import InputError
 
+LARGEST = 1e18  # of any number of a run: what is larger was never written, and cannot be drawn
 MOST = 1_000_000  # rounds, clients: a page is drawn of each
 
 
@@ -24,19 +26,19 @@ class Record:
             raise InputError(f"{self.where} lacks {key!r}: the file is from another version or was cut; run again")
         return self.values[key]
 
-    def number(self, key: str) -> float:
-        """Return a required number as float."""
+    def number(self, key: str, *, may_diverge: bool = False) -> float:
+        """Return a required number as float; nan and inf only of what a run that diverges has such values of."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"Expected a number for {key!r} in {self.where}, got {shown(value)}")
-        try:
-            return float(value)
-        except OverflowError:
-            raise InputError(f"Expected a number for {key!r} in {self.where}, got one of too many digits") from None
+        if not (abs(value) <= LARGEST or (may_diverge and isinstance(value, float) and not math.isfinite(value))):
+            got = "one of many digits" if isinstance(value, int) else value
+            raise InputError(f"Expected a number of at most {LARGEST:g} for {key!r} in {self.where}, got {got}")
+        return float(value)
 
-    def optional_number(self, key: str) -> float | None:
+    def optional_number(self, key: str, *, may_diverge: bool = False) -> float | None:
         """Return a number, or None where the file says null or nothing."""
-        return None if self.values.get(key) is None else self.number(key)
+        return None if self.values.get(key) is None else self.number(key, may_diverge=may_diverge)
 
     def integer(self, key: str) -> int:
         """Return a required whole number."""
@@ -79,13 +81,13 @@ class Record:
         """Return a required object; an absent one is empty."""
         return as_record(self.values.get(key) or {}, f"{self.where}, {key}")
 
-    def numbers(self, key: str) -> dict[str, float]:
+    def numbers(self, key: str, *, may_diverge: bool = False) -> dict[str, float]:
         """Return an object of numbers, with its keys in order; an absent one is empty."""
         nested = self.nested(key)
-        return {name: nested.number(name) for name in sorted(nested.values)}
+        return {name: nested.number(name, may_diverge=may_diverge) for name in sorted(nested.values)}
 
     def number_lists(self, key: str) -> dict[str, tuple[float, ...]]:
-        """Return an object of lists of numbers, with its keys in order; an absent one is empty."""
+        """Return an object of lists of numbers, which may diverge, with its keys in order; an absent one is empty."""
         nested = self.nested(key)
         return {name: _floats(nested, name) for name in sorted(nested.values)}
 
@@ -128,4 +130,4 @@ def _parse(text: str, where: str) -> Record:
 
 
 def _floats(record: Record, key: str) -> tuple[float, ...]:
-    return tuple(Record({key: item}, record.where).number(key) for item in record.items(key))
+    return tuple(Record({key: item}, record.where).number(key, may_diverge=True) for item in record.items(key))

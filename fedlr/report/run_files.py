@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.plain_yaml import plain_yaml
-from fedlr.report.records import Record, read_lines, read_record, read_text
+from fedlr.report.records import LARGEST, Record, read_lines, read_record, read_text
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,15 @@ def check_rows(metrics: Sequence[Mapping[str, object]], clients: Sequence[Mappin
         InputError: which names the file, the line and the key.
     """
     for number, row in enumerate(metrics, start=1):
-        _state(Record(row, f"{where}/metrics.jsonl line {number}"))
+        record = Record(row, f"{where}/metrics.jsonl line {number}")
+        _state(record)
+        for key in ("bytes_up", "bytes_down", "num_trained"):  # which the summary adds up
+            record.count(key, most=int(LARGEST))
+        record.optional_number("loss", may_diverge=True)
+        for key in ("loss", "epsilon_max"):
+            record.get(key)
     for number, row in enumerate(clients, start=1):
-        record = Record(row, f"{where}/clients.jsonl line {number}")
-        _asked(record)
+        _asked(Record(row, f"{where}/clients.jsonl line {number}"))
 
 
 def spent_by_client(run: Run) -> dict[int, float]:
@@ -172,15 +177,15 @@ def _state(row: Record) -> State:
     return State(
         rounds_completed=row.count("rounds_completed"),
         accuracy=row.number("accuracy"),
-        epsilon_max=row.optional_number("epsilon_max"),
-        epsilon_median=row.optional_number("epsilon_median"),
-        epsilon_min=row.optional_number("epsilon_min"),
+        epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
+        epsilon_median=row.optional_number("epsilon_median", may_diverge=True),
+        epsilon_min=row.optional_number("epsilon_min", may_diverge=True),
         aggregation_error=_error(row),
-        error_by_layer=row.numbers("aggregation_error_by_layer"),
+        error_by_layer=row.numbers("aggregation_error_by_layer", may_diverge=True),
         singular_values=row.number_lists("singular_values"),
         bytes_up=int(row.optional_number("bytes_up") or 0),
         bytes_down=int(row.optional_number("bytes_down") or 0),
-        noise_to_signal=row.optional_number("noise_to_signal"),
+        noise_to_signal=row.optional_number("noise_to_signal", may_diverge=True),
         num_trained=None if row.values.get("num_trained") is None else row.integer("num_trained"),
         reasons=row.numbers("reasons"),
         seconds=row.numbers("seconds"),
@@ -189,7 +194,11 @@ def _state(row: Record) -> State:
 
 def _error(row: Record) -> float | None:
     """Return the aggregation error; the first line has made no aggregation yet ({} or 0)."""
-    return None if row.values.get("aggregation_error") == {} else row.optional_number("aggregation_error")
+    return (
+        None
+        if row.values.get("aggregation_error") == {}
+        else row.optional_number("aggregation_error", may_diverge=True)
+    )
 
 
 def _asked(row: Record) -> Asked:
@@ -199,7 +208,7 @@ def _asked(row: Record) -> Asked:
         client_id=row.count("client_id"),
         status=row.text("status"),
         reason=None if reason is None else str(reason),
-        epsilon=row.optional_number("epsilon"),
+        epsilon=row.optional_number("epsilon", may_diverge=True),
     )
 
 
@@ -214,8 +223,8 @@ def _summary(row: Record) -> Summary:
         cohort_size=row.count("cohort_size"),
         start_accuracy=row.number("start_accuracy"),
         final_accuracy=row.number("final_accuracy"),
-        final_loss=row.optional_number("final_loss"),
-        epsilon_max=row.optional_number("epsilon_max"),
+        final_loss=row.optional_number("final_loss", may_diverge=True),
+        epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
         delta=row.optional_number("delta"),
         adapter_sha256=row.text("adapter_sha256"),
         num_trained_parameters=row.integer("num_trained_parameters"),
@@ -241,7 +250,9 @@ def _partition(row: Record) -> Partition | None:
 
 def _alone(row: Record) -> Alone:
     num_updates = None if row.values.get("num_updates") is None else row.count("num_updates")
-    return Alone(row.count("client_id"), row.number("accuracy"), row.optional_number("epsilon"), num_updates)
+    return Alone(
+        row.count("client_id"), row.number("accuracy"), row.optional_number("epsilon", may_diverge=True), num_updates
+    )
 
 
 def _budget_epsilon(statement: Mapping[str, object], config: str, where: str) -> float | None:
