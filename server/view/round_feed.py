@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -105,7 +104,7 @@ def _event(row: Mapping[str, Any], cohort: Mapping[int, Mapping[str, Any]]) -> R
         return Round(
             rounds_completed=row["rounds_completed"],
             accuracy=row["accuracy"],
-            loss=math.nan if row["loss"] is None else row["loss"],
+            loss=row["loss"],  # null where outputs overflowed: not sent
             epsilon_max=row["epsilon_max"],
             epsilon_median=row["epsilon_median"],
             num_trained=row["num_trained"],

@@ -1,6 +1,7 @@
 """The doctor finds each thing that is wrong with a device, says what to change, and leaves everything as it was."""
 
 import json
+import shutil
 import ssl
 import threading
 from collections.abc import Iterator
@@ -100,11 +101,6 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a label that is not named": ({"data__labels": ["negative", "neutral"]}, "data", "is not one of"),
     "a delta of one row": ({"privacy__delta": 0.1}, "data", "Expected privacy.delta below 1/40"),
     "more threads than processors": ({"runtime__num_workers": 10_000}, "device", "runtime.num_workers=10000"),
-    "more room than there is": (
-        {"policy__max_trained_values": 2**31 - 1, "policy__max_experiments": 100_000},
-        "disk",
-        "policy.max_trained_values",
-    ),
 }
 
 
@@ -114,6 +110,15 @@ def test_what_is_wrong_is_found_and_nothing_else(
 ) -> None:
     code, refused, said = examined(ready(tmp_path, server, **changes), capsys, "--no-join")
     assert (code, list(refused)) == (1, [name]) and words in refused[name], said
+
+
+def test_a_disk_with_too_little_room_is_found(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    code, refused, said = examined(ready(tmp_path, server), capsys, "--no-join")
+    assert (code, list(refused)) == (1, ["disk"]) and "policy.max_trained_values" in refused["disk"], said
 
 
 def test_settings_that_cannot_be_read_are_the_only_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
