@@ -1,7 +1,6 @@
 """What the commands of the houses share: options as `--name VALUE`, and bad input as one line with exit code 2."""
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from fedlr.errors import InputError, PassingError
+from fedlr.files import is_full
 from fedlr.offline import go_offline
 
 if TYPE_CHECKING:
@@ -64,12 +64,6 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
         return 0
 
     return run
-
-
-def is_full(error: BaseException) -> bool:
-    """Say whether an error is that of a full disk; safetensors has a type of its own for it."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC})" in str(error)
 
 
 def dispatch(house: str, doc: str | None, commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> int:

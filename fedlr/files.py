@@ -21,6 +21,12 @@ class NotWritten(InputError):
     """The disk is full or cannot be written; the text names the file."""
 
 
+def is_full(error: BaseException) -> bool:
+    """Say whether an error is that of a full disk; safetensors has a type of its own for it."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC})" in str(error)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what a disk refuses into one line.
@@ -38,7 +44,7 @@ def writing(path: Path) -> Iterator[None]:
             f"Expected to write {path}, got: {why}; what was written before is whole: make room or mend the disk, then "
             "go on from there"
         )
-        if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             refused.exit_code = PassingError.exit_code  # with room made it goes on by itself
         raise refused from error
 
@@ -55,7 +61,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     with writing(path):
         try:
             file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            _fill(file, content)
+            fill(file, content)
             os.replace(partial, path)
         except OSError:
             with suppress(OSError):
@@ -80,7 +86,7 @@ def create_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None
             raise
     with writing(path):
         try:
-            _fill(file, content)
+            fill(file, content)
             sync_folder(path.parent)
         except OSError:
             with suppress(OSError):
@@ -167,8 +173,8 @@ def write_all(file: int, data: bytes) -> None:
         view = view[os.write(file, view) :]
 
 
-def _fill(file: int, content: str | bytes) -> None:
-    """Write, flush to the disk and close."""
+def fill(file: int, content: str | bytes) -> None:
+    """Write all of it to an open file, flush it to the disk and close it."""
     try:
         write_all(file, content.encode() if isinstance(content, str) else content)
         os.fsync(file)

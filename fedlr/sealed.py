@@ -29,7 +29,7 @@ from torch import Tensor
 from fedlr.adapter import Slot
 from fedlr.config_errors import one_line
 from fedlr.errors import InputError
-from fedlr.files import NotWritten, sync_folder, write_all, writing
+from fedlr.files import fill, sync_folder, writing
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -58,25 +58,23 @@ def write_sealed(folder: Path, tensors: Mapping[str, Mapping[Slot, Tensor]], fac
     partial, old = _partial(folder), _old(folder)
     files = {group: _file(group, slots) for group, slots in tensors.items() if slots}
     manifest = _manifest(list(tensors), files, facts)
-    try:
-        _make(folder.parent)
-        _clean(folder)
-        os.mkdir(partial)
-        for name, data in [*files.values(), (MANIFEST, manifest)]:
-            _write(partial / name, data)
-        sync_folder(partial)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        sync_folder(folder.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise NotWritten(
-            f"Expected to write {folder}, got: {error.strerror or error}; what was written before is whole: "
-            "make room or mend the disk, then go on from there"
-        ) from error
+    with writing(folder):
+        try:
+            _make(folder.parent)
+            _clean(folder)
+            os.mkdir(partial)
+            for name, data in [*files.values(), (MANIFEST, manifest)]:
+                _write(partial / name, data)
+            sync_folder(partial)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(partial, folder)
+            sync_folder(folder.parent)
+            if old.exists():
+                shutil.rmtree(old)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def read_sealed(folder: Path) -> tuple[dict[str, dict[Slot, Tensor]], dict[str, Any]]:
@@ -218,12 +216,7 @@ def _clean(folder: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        write_all(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
+    fill(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), data)
 
 
 def _make(folder: Path) -> None:

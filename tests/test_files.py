@@ -156,7 +156,7 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 def in_place(path: Path, content: str | bytes) -> None:
     with files.writing(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        files._fill(file, content)
+        files.fill(file, content)
 
 
 def without_taking_back(path: Path, content: bytes) -> None:

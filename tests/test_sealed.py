@@ -266,8 +266,9 @@ def test_a_full_disk_at_any_write_is_one_clear_error_and_leaves_the_old_folder(t
     for number in range(renamed + 1):
         folder = tmp_path / str(number) / "one"
         action = prepared(folder, replaces=True)
-        with pytest.raises(InputError, match="No space left on device"):
+        with pytest.raises(InputError, match="No space left on device") as refused:
             act_at(number, "full", action)
+        assert refused.value.exit_code == 75  # whoever watches the server starts it again
         assert same(read_sealed(folder)[0], groups(1)) and ".one.partial" not in os.listdir(folder.parent)
         action()  # there is room again
         assert same(read_sealed(folder)[0], groups(2))

@@ -171,7 +171,7 @@ def finished_first(run_dir: Path, summary: Mapping[str, Any], *, draw: Callable[
 def in_place(run_dir: Path) -> None:
     with files.writing(run_dir / "report.html"):
         file = os.open(run_dir / "report.html", os.O_WRONLY | os.O_CREAT)
-        files._fill(file, "<html>" + "a picture " * 100 + "</html>")
+        files.fill(file, "<html>" + "a picture " * 100 + "</html>")
 
 
 MUTANTS: dict[str, tuple[str, Any, tuple[str, int]]] = {
