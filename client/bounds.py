@@ -4,11 +4,12 @@
 """
 
 import re
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from fedlr.experiment import PositiveInt, Rate, Section
+from fedlr.parts import OPTIMIZERS, RULES, OptimizerName, RuleName
 from fedlr.ranges import (
     LARGEST_DIVISOR,
     LARGEST_GRAD_NORM,
@@ -19,31 +20,6 @@ from fedlr.ranges import (
 from fedlr.terms import Sha256
 from fedlr.tuners.blocks import LORA
 from fedlr.tuners.registry import TUNERS
-
-OptimizerName = Literal[
-    "torch.optim.SGD",
-    "torch.optim.Adam",
-    "torch.optim.AdamW",
-    "torch.optim.Adamax",
-    "torch.optim.NAdam",
-    "torch.optim.RAdam",
-    "torch.optim.Adagrad",
-    "torch.optim.Adadelta",
-    "torch.optim.RMSprop",
-    "torch.optim.Rprop",
-    "torch.optim.ASGD",
-]
-RuleName = Literal[
-    "fedlr.client_rule.ClientRule",
-    "fedlr.client_rules.alternation.LocalAlternation",
-    "fedlr.client_rules.preconditioned.LoraPlus",
-    "fedlr.client_rules.preconditioned.ScaledGradient",
-    "fedlr.client_rules.proximal.FedProx",
-    "fedlr.client_rules.scaffold.ScaffoldClient",
-    "fedlr.client_rules.tail.TailPenalty",
-]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)  # as fedlr.parts has them; typed, for `Policy`
-RULES: tuple[RuleName, ...] = get_args(RuleName)
 
 # Bounds that no owner needs to move.
 LARGEST_ARGUMENT = 1e6  # of an optimizer or a rule

@@ -34,8 +34,8 @@ from client.connection_errors import check_connection, is_shut_out, load_root_ce
 from client.device import Device
 from client.settings import Settings
 from fedlr.errors import InputError, ShutOutError
+from fedlr.files import write_whole
 from fedlr.node_key import load_node_key
-from fedlr.run_dir import write_text
 
 NODE_ID = "node_id"  # in the state folder: by it a session that a killed process left behind is ended
 # How long to wait between two questions to the server: short while an experiment goes on, long when nothing does.
@@ -67,7 +67,7 @@ def connected(settings: Settings) -> Iterator[Connection]:
     remembered = settings.state_dir / NODE_ID
     last = last_node_id(remembered)
     found_id = check_connection(settings.server.address, certificates, key, last_node_id=last)
-    write_text(remembered, str(found_id))
+    write_whole(remembered, str(found_id))
     with http_request_response(settings.server.address, False, certificates, (key, key.public_key())) as found:
         node_id, receive, send, _, _, pull_object, push_object, confirm = found
         yield Connection(node_id, receive, send, pull_object, push_object, confirm)

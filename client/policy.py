@@ -49,7 +49,6 @@ from client.bounds import (
     MODULE_NAME,
     MOST_BLOCKS,
     MOST_NAMES,
-    OPTIMIZERS,
 )
 from client.bounds import Policy as Policy
 from client.settings import Settings
@@ -72,6 +71,7 @@ from fedlr.config_errors import shown
 from fedlr.errors import InputError
 from fedlr.experiment import Target
 from fedlr.messages import Request
+from fedlr.parts import OPTIMIZERS
 from fedlr.ranges import LEAST_GRAD_NORM
 from fedlr.terms import Terms
 from fedlr.tuners.blocks import LORA, entry_of, role_of

@@ -102,6 +102,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the text of another library's error, which may be a page long."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _parts(loc: Sequence[str | int], tree: Any) -> list[str | int]:
     """Return the part of a location that is in the tree."""
     parts: list[str | int] = []

@@ -29,6 +29,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlr.adapter_config import INFORMED, INITIALISERS, AdapterConfig
+from fedlr.config_errors import first_line
 from fedlr.data.synthetic import VOCABULARY
 from fedlr.errors import InputError, in_range
 from fedlr.fingerprint import tensor_fingerprint
@@ -116,7 +117,7 @@ def pretrained(
                 **drawn,
             )
     except Exception as error:  # each of the formats in such a folder has errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
             reason = "the folder holds no config.json, so it is no saved model"
         elif is_offline_mode() and not Path(location).is_dir():

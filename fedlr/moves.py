@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedlr.adapter import SHIPPED, AdapterState, Block, read_adapter, roles_of, train_only, write_adapter
 from fedlr.errors import InputError
 from fedlr.training.losses import cross_entropy
-from fedlr.training.supported import probe_inputs
+from fedlr.training.supported import in_training, probe_inputs
 
 FAINT = 0.01  # of the clip bound: of gradients below it noise leaves nothing to see
 
@@ -53,9 +53,8 @@ def largest_gradient(model: nn.Module, adapter: AdapterState, block: Block) -> f
     """Return the largest norm of a constant example's gradient of the block, at an adapter; no private row is read."""
     inputs = probe_inputs(model)
     norms = []
-    with _holding(model, adapter):
+    with _holding(model, adapter), in_training(model):
         trained = list(train_only(model, block).values())
-        model.train()
         for row in range(len(next(iter(inputs.values())))):
             logits: Tensor = model(**{name: rows[row : row + 1] for name, rows in inputs.items()}).logits.float()
             # The least likely class: a loss whose gradient has not vanished.
@@ -67,16 +66,13 @@ def largest_gradient(model: nn.Module, adapter: AdapterState, block: Block) -> f
 
 @contextmanager
 def _holding(model: nn.Module, adapter: AdapterState) -> Iterator[None]:
-    """Let the model hold an adapter for a while; its own, its modes and what trains come back."""
+    """Let the model hold an adapter for a while; its own, and what trains, come back."""
     before = {slot: tensor for slot, tensor in read_adapter(model).tensors.items() if slot.role != SHIPPED}
-    modes = {module: module.training for module in model.modules()}
     needs = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         write_adapter(model, {slot: tensor for slot, tensor in adapter.tensors.items() if slot.role != SHIPPED})
         yield
     finally:
         write_adapter(model, before)
-        for module, training in modes.items():
-            module.training = training
         for parameter, needed in needs.items():
             parameter.requires_grad_(needed)

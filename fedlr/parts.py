@@ -6,7 +6,7 @@ text, before anything is imported, and is nothing else than one of these or one 
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fedlr.config_errors import dotted, shown
 from fedlr.errors import InputError
@@ -15,23 +15,20 @@ TARGET, PATH = "_target_", "path"
 OWN_PARTS = "FEDLR_OWN_PARTS"  # in the environment: names of a user's own, separated by spaces
 GET_METHOD = "hydra.utils.get_method"  # names a function that is used as it is, in `path`
 
-OPTIMIZERS = tuple(
-    f"torch.optim.{name}"
-    for name in (
-        "SGD",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "NAdam",
-        "RAdam",
-        "Adagrad",
-        "Adadelta",
-        "RMSprop",
-        "Rprop",
-        "ASGD",
-    )
-)
-RULES = (
+OptimizerName = Literal[
+    "torch.optim.SGD",
+    "torch.optim.Adam",
+    "torch.optim.AdamW",
+    "torch.optim.Adamax",
+    "torch.optim.NAdam",
+    "torch.optim.RAdam",
+    "torch.optim.Adagrad",
+    "torch.optim.Adadelta",
+    "torch.optim.RMSprop",
+    "torch.optim.Rprop",
+    "torch.optim.ASGD",
+]
+RuleName = Literal[
     "fedlr.client_rule.ClientRule",
     "fedlr.client_rules.alternation.LocalAlternation",
     "fedlr.client_rules.preconditioned.LoraPlus",
@@ -39,7 +36,9 @@ RULES = (
     "fedlr.client_rules.proximal.FedProx",
     "fedlr.client_rules.scaffold.ScaffoldClient",
     "fedlr.client_rules.tail.TailPenalty",
-)
+]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+RULES: tuple[RuleName, ...] = get_args(RuleName)
 # By the section in which they may stand.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "data": ("fedlr.data.synthetic.synthetic_text", "fedlr.data.table.load_table"),

@@ -12,10 +12,7 @@ from fedlr.errors import InputError
 
 LINEAR = (nn.Linear, Conv1D)  # Conv1D: GPT-2's linear layer, its weight the other way round
 ALL_LINEAR = "all-linear"
-PEFT_HEADS = (
-    "classifier",
-    "score",
-)  # of PEFT 0.21's classifiers: what it saves and trains whole, told by these endings
+PEFT_HEADS = ("classifier", "score")  # of PEFT 0.21's classifiers: saved and trained whole, told by these endings
 
 
 def head_modules(network: PreTrainedModel, absent: Iterable[str] = ()) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapter import ADAPTER_NAME, adapter_parameters
+from fedlr.config_errors import first_line
 from fedlr.errors import InputError
 from fedlr.training.supported import probe_inputs
 
@@ -74,5 +75,5 @@ def _check_runs(model: nn.Module) -> None:
         name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise InputError(
             f"Expected a model that runs in bfloat16 for runtime.base_dtype=bfloat16, got {name}: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; set runtime.base_dtype=float32"
+            f"{first_line(error)}; set runtime.base_dtype=float32"
         ) from error

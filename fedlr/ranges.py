@@ -19,9 +19,10 @@ LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-3, 1e6
 # Gradients, their sum and its noise are float32. Below 1e-6 noise and clipped gradients fall under its least numbers:
 # at 1e-45 68 % of the noise was exactly 0, at 1e-10 a gradient of 9e34 passed at 1.26 of the bound (measured). Above
 # 1e6 noise of the largest scale would have squares that it cannot hold.
-MAX_UPDATE_RATIO = 50.0  # `fedlr.outlying`
 LEAST_GRAD_NORM, LARGEST_GRAD_NORM = 1e-6, 1e6
 LEAST_DIVISOR, LARGEST_DIVISOR = 1e-6, 1e12  # the step on the noisy sum is float32 too
+
+MAX_UPDATE_RATIO = 50.0  # of an update beside the others of its round (`fedlr.outlying`)
 
 
 def require_accountant(name: str) -> None:

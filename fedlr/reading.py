@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlr.config_errors import first_line
 from fedlr.data.table import LabelledText
 from fedlr.data.tokenise import TokenisedText, tokenise
 from fedlr.errors import InputError
@@ -23,15 +24,14 @@ _TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 
 
 def read_texts(data: LabelledText, base: BaseModel, *, max_length: int) -> TokenisedText:
-    """Tokenise texts for a base model, as `fedlr.data.tokenise.tokenise` does.
+    """Tokenise texts for a base model that passed `check_reading`, as `fedlr.data.tokenise.tokenise` does.
 
     Where the model reads a text at its end token, each text has that token once, at its end, also if the text itself
     spells it.
 
     Raises:
-        InputError: as `check_reading`, and as `tokenise`.
+        InputError: as `tokenise`.
     """
-    check_reading(base, max_length=max_length)
     texts = tokenise(data, base.tokenizer, max_length=max_length)
     end = end_token(base.network)
     return texts if end is None else _ending(texts, end)
@@ -56,7 +56,7 @@ def check_reading(base: BaseModel, *, max_length: int) -> None:
         with torch.no_grad():
             base.network(**_longest(base.network, max_length))
     except Exception as error:  # whatever a foreign forward raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"Expected max_length to be a number of tokens that {base.source} reads, got {max_length} "
             f"({type(error).__name__}: {reason}); set a smaller data.max_length"

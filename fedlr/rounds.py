@@ -189,8 +189,8 @@ class Answers:
     so that no schedule of the pool changes a sum.
 
     The first few are held, later ones until every lower client is heard. A client's first usable update counts and
-    stays; one of which nothing is heard is an event. One that sent only what cannot be used is waited
-    for while few updates are held, and then no longer: it could otherwise make the server hold them all.
+    stays; one of which nothing is heard is an event. One that sent only what cannot be used is waited for while few
+    updates are held, and then no longer: it could otherwise make the server hold them all.
     """
 
     def __init__(
@@ -237,7 +237,8 @@ class Answers:
                 self.dropouts.append(Dropout(outcome.client_id, "rejected", reason))
             else:
                 over.add(outcome.client_id)
-                own = moves(outcome.tensors, self._expected_of(outcome.client_id))
+                is_judged = self._max_update_ratio is not None
+                own = moves(outcome.tensors, self._expected_of(outcome.client_id)) if is_judged else {}
                 held[outcome.client_id] = self._as_wide(outcome), own
             del outcome  # the next one trains while this would still be held
             while waiting and (waiting[0] in over or (waiting[0] in heard and len(held) > MOST_HELD)):

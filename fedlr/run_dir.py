@@ -83,7 +83,7 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or absent."""
-    write_text(path, json_text(value) + "\n")
+    write_whole(path, json_text(value) + "\n")
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -105,11 +105,6 @@ def _indented(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
     return json.dumps(value, indent=2).replace("\n", "\n  ")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either whole or absent."""
-    write_whole(path, text)
 
 
 def read_identity(run_dir: Path) -> dict[str, Any] | None:
@@ -192,7 +187,7 @@ def cut_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[di
         try:
             row = json.loads(line)
             stays_here = stays(row)
-        except (ValueError, TypeError, KeyError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             what = f"line {len(kept) + 1} of {path}"
             raise InputError(f"Expected a line that a run wrote in {what}, got {line[:40]!r}") from error
         if not stays_here:
@@ -250,7 +245,7 @@ def recorded_tree(path: Path) -> dict[str, Any]:
 
 def write_origin(run_dir: Path, experiment: Experiment) -> None:
     """Write the resolved configuration and the versions that ran it."""
-    write_text(run_dir / "config.yaml", yaml.safe_dump(experiment.resolved(), sort_keys=False))
+    write_whole(run_dir / "config.yaml", yaml.safe_dump(experiment.resolved(), sort_keys=False))
     write_json(run_dir / "versions.json", versions())
 
 

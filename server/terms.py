@@ -6,7 +6,8 @@ from secrets import randbits
 from fedlr.commands import command, option, ready
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment
-from fedlr.run_dir import IDENTITY, new_identity, read_json, write_text
+from fedlr.files import write_whole
+from fedlr.run_dir import new_identity, read_identity
 
 
 @command
@@ -40,17 +41,14 @@ def write_terms(experiment: Experiment, out: Path, *, run_dir: Path | None) -> s
         raise InputError(f"Expected --out to be a new file, got {out}, which exists; remove it, or name another")
     identity = new_identity(randbits(32) if experiment.seed is None else experiment.seed)
     if run_dir is not None:
-        if not (run_dir / IDENTITY).is_file():
+        if (found := read_identity(run_dir)) is None:
             raise InputError(f"Expected --run-dir to be the directory of a server's run, got {run_dir}")
         check_same(experiment, run_dir)
-        identity = read_json(run_dir / IDENTITY)
+        identity = found
     # How the server computes is no part of the terms: its own texts need not pass the frozen layers.
     quick = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"cache_prefix": False})})
     terms = assemble(quick, seed=identity["seed"], experiment_id=identity["experiment_id"]).terms
-    try:
-        write_text(out, terms.text() + "\n")
-    except OSError as error:
-        raise InputError(f"Expected --out to be a file that can be written, got {out}: {error.strerror}") from None
+    write_whole(out, terms.text() + "\n")
     m = terms.mechanism
     noise = "no privacy" if m is None else f"noise multiplier {m.noise_multiplier:g}, sample rate {m.sample_rate:g}"
     return (

@@ -17,7 +17,7 @@ from fedlr.errors import InputError
 from fedlr.experiment import Experiment
 from fedlr.files import make_folder, write_whole
 from fedlr.parts import OWN_PARTS, own_parts_of
-from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin, write_text
+from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin
 from simulations.devices import write_devices
 
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"
@@ -41,7 +41,7 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
     write_origin(run_dir, experiment)
     write_json(run_dir / "partition.json", {"public": False})
     write_json(run_dir / IDENTITY, new_identity(seed))
-    write_text(run_dir / "experiment.json", experiment.model_dump_json(by_alias=True))
+    write_whole(run_dir / "experiment.json", experiment.model_dump_json(by_alias=True))
     os.environ |= {
         "FEDLR_EXPERIMENT": str(run_dir / "experiment.json"),
         "FEDLR_RUN_DIR": str(run_dir),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlr.adapter import AdapterState, ClientUpdate, Slot, num_values
 from fedlr.aggregate.ideal import Ideal
+from fedlr.aggregate.mean import RunningMean
 from fedlr.refactor import product_singular_values
 
 ERRORS = "aggregation_error"  # the name in an adapter's memory of what a rule measured itself, by layer
@@ -89,27 +90,25 @@ class MeanChange:
 
 
 class ChangeWatch:
-    """Adds up what the updates of a round change while they stream by; memory of one update."""
+    """Takes the mean of what the updates of a round change while they stream by; memory of one update."""
 
     def __init__(self, before: Mapping[Slot, Tensor]) -> None:
         """Start at nothing; `before` is what the clients began with."""
-        self._before = before
-        self._sums: dict[Slot, Tensor] = {}
+        self._before, self._mean = before, RunningMean()
         self._total = self._squares = 0.0
 
     def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         """Pass the updates on, and take in each of them on its way."""
         for update in updates:
+            self._mean.add(update)
             self._total += update.weight
             self._squares += update.weight**2
-            for slot, tensor in update.tensors.items():
-                change = (tensor - self._before[slot]).double() * update.weight
-                self._sums[slot] = change if slot not in self._sums else self._sums[slot].add_(change)
             yield update
 
     def mean(self) -> MeanChange | None:
         """Return the mean of the updates so far; None without any."""
-        if not self._sums:
+        if not self._total:
             return None
-        norm = math.sqrt(sum(float(total.square().sum()) for total in self._sums.values())) / self._total
+        changes = (mean - self._before[slot].double() for slot, mean in self._mean.values().items())
+        norm = math.sqrt(sum(float(change.square().sum()) for change in changes))
         return MeanChange(norm, math.sqrt(self._squares) / self._total, num_values(self._before.values()))

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from fedlr.data.rows import Row, Rows, check_columns, check_fits, first_line
+from fedlr.config_errors import first_line
+from fedlr.data.rows import Row, Rows, check_columns, check_fits
 from fedlr.errors import InputError
 
 _ROW_BYTES = 40  # what a row costs at least, as Python objects, over the factor of `check_fits`
@@ -36,7 +37,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
         raise InputError(f"{path} does not fit into memory: split the file") from error
     except (pyarrow.ArrowException, OSError, OverflowError, RecursionError, ValueError) as error:
         raise InputError(
-            f"{path} is not a readable Parquet file ({first_line(error)}): it is damaged, cut short or of "
+            f"{path} is not a readable Parquet file ({first_line(error):.200}): it is damaged, cut short or of "
             "another kind; write or copy it again"
         ) from error
     return Rows(rows, _class_names(schema.metadata or {}, columns[1], path))

@@ -98,11 +98,6 @@ def check_columns(source: str, found: Sequence[str], wanted: Sequence[str]) -> N
             raise InputError(f"{source} has no column {name!r}, {_column_hint(name, found, wanted)}")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error of a library, for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _column_hint(name: str, found: Sequence[str], wanted: Sequence[str]) -> str:
     folded = {c.casefold(): c for c in found}
     near = [] if name.casefold() not in folded else [name.casefold()]

@@ -112,9 +112,9 @@ class FusedPool:
             return
         rows = rehearsal.rows(with_long=task.block != self._rehearsed)
         sums = GroupSums(self._workers, adapter, task.block, None)
-        own = {"training": rehearsal.training(self._training), "mechanism": rehearsal.mechanism(self._mechanism)}
+        training, mechanism = rehearsal.training(self._training), rehearsal.mechanism(self._mechanism)
         for client in cohort:
-            self._steps(sums, [rows], task, adapter, [client], **own)  # type: ignore[arg-type]
+            self._steps(sums, [rows], task, adapter, [client], training=training, mechanism=mechanism)
         self._rehearsed = task.block
 
     def _train_group(self, task: RoundTask, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:

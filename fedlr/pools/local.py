@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -191,9 +192,10 @@ class LocalPool:
         if (rehearsal := self._rehearsal) is None:
             return
         rows = rehearsal.rows(with_long=task.block != self._rehearsed)
-        own = {"training": rehearsal.training(self._training), "mechanism": rehearsal.mechanism(self._mechanism)}
+        training, mechanism = rehearsal.training(self._training), rehearsal.mechanism(self._mechanism)
+        steps = partial(self._steps, training=training, mechanism=mechanism, is_safe=False)
         for client in cohort:
-            self._threads.submit(self._steps, rows, task, adapter, client, is_safe=False, **own).result()  # type: ignore[arg-type]
+            self._threads.submit(steps, rows, task, adapter, client).result()
         self._rehearsed = task.block
 
     def _train_one(self, task: RoundTask, adapter: AdapterState, client: int) -> ClientUpdate:

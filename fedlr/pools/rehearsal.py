@@ -11,6 +11,7 @@ there was a row. So, where a pool is given a `Rehearsal`:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,14 +83,11 @@ class SafeSums:
         *,
         owner: Tensor,
         stacks: Mapping[Slot, Tensor],
-        max_grad_norm: float,
-        ranks: Tensor | None,
-        active: frozenset[Slot] | None,
+        **passed_on: Any,
     ) -> ClippedSums:
         """See `fedlr.training.cohort.FusedSums`."""
-        given = {"owner": owner, "stacks": stacks, "max_grad_norm": max_grad_norm, "ranks": ranks, "active": active}
         try:
-            return self.sums(inputs, labels, **given)  # type: ignore[arg-type]
+            return self.sums(inputs, labels, owner=owner, stacks=stacks, **passed_on)
         except Exception as error:  # whatever a foreign forward makes of a row
             self.rehearsal.failed(error, len(labels))
         num_values = sum(stack[0].numel() for stack in stacks.values())

@@ -21,6 +21,7 @@ from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block, head_parts, roles_of
+from fedlr.config_errors import first_line
 from fedlr.errors import InputError
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
@@ -228,17 +229,24 @@ def _padded(model: Any, inputs: dict[str, Tensor], num_padding: int) -> dict[str
 
 @torch.no_grad()
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with in_training(model):
+        try:
+            logits: Tensor = model(**inputs).logits.float()
+            return logits
+        except Exception as error:  # whatever a foreign forward raises
+            raise InputError(
+                f"Expected a model that reads a few made-up examples of {sorted(inputs)}, got {type(error).__name__}: "
+                f"{first_line(error)}; look at model.name_or_path"
+            ) from error
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode for a while; afterwards each of its modules is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
-        logits: Tensor = model(**inputs).logits.float()
-        return logits
-    except Exception as error:  # whatever a foreign forward raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"Expected a model that reads a few made-up examples of {sorted(inputs)}, got {type(error).__name__}: "
-            f"{reason}; look at model.name_or_path"
-        ) from error
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedlr.adapter import LAYOUT, SHIPPED, Slot
 from fedlr.adapter_config import AdapterConfig
+from fedlr.config_errors import first_line
 from fedlr.errors import InputError
 from fedlr.models import AdaptedModel, BaseModel, attach_lora, seeded
 from fedlr.places import check_places, linear_names
@@ -157,8 +158,3 @@ def peft_arguments(config: AdapterConfig, tuner: Tuner) -> dict[str, Any]:
             raise InputError(f"Expected adapter.layers=null for adapter.system={config.system}, got {config.layers}")
         arguments["layers_to_transform"] = list(config.layers)
     return arguments | (config.sizes or {})
-
-
-def first_line(error: Exception) -> str:
-    """Return what a foreign error says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

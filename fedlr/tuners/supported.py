@@ -15,7 +15,7 @@ from fedlr.errors import InputError
 from fedlr.training.copies import _layers_of
 from fedlr.training.gradients import LoopGradients
 from fedlr.training.losses import cross_entropy
-from fedlr.training.supported import _check_modules, _check_trained, _probe, _trained_layers, probe_inputs
+from fedlr.training.supported import _check_modules, _check_trained, _probe, _trained_layers, in_training, probe_inputs
 from fedlr.tuners.gradients import engine
 
 SAME_SUMS = 1e-3  # of the joint norm: far above the rounding of float32, far below one example that is missing
@@ -64,9 +64,7 @@ def _compare(model: nn.Module, block: Block, *, must_move: bool) -> None:
     inputs = probe_inputs(model)
     labels = torch.arange(len(next(iter(inputs.values()))), device=next(model.parameters()).device) % 2
     trained = train_only(model, block)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
+    with in_training(model):
         loop = LoopGradients(model, trained, loss=cross_entropy)
         norm = _norm(loop.clipped_sum(inputs, labels, max_grad_norm=math.inf))
         if norm == 0.0 and must_move:
@@ -81,9 +79,6 @@ def _compare(model: nn.Module, block: Block, *, must_move: bool) -> None:
             found = way.clipped_sum(inputs, labels, max_grad_norm=bound)
         finally:
             way.close()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not _norm({slot: found[slot] - expected[slot] for slot in expected}) <= SAME_SUMS * bound:
         raise InputError(
             f"Expected the gradients of adapter.system={layout.system} to be those of single examples, got others; "

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from fedlr.errors import InputError
+from fedlr.files import sync_folder
 from server.view.connection import ViewAddress, refuse
 from server.view.operator_pb2 import AdapterHeader, AdapterPart, GetAdapterRequest
 
@@ -51,7 +52,7 @@ def write_adapter(parts: Iterator[AdapterPart], out: Path) -> AdapterHeader:
         if sha256 != header.sha256:
             raise InputError(f"Expected an adapter with SHA-256 {header.sha256}, got {sha256}; get it again")
         os.replace(partial, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     except OSError as error:
         raise InputError(f"Expected to write {str(out)!r}, got {error.strerror}") from None
     finally:
@@ -74,12 +75,3 @@ def _write(parts: Iterator[AdapterPart], header: AdapterHeader, partial: Path) -
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
+from fedlr.files import write_whole
 from fedlr.report.svg import standing_alone
-from fedlr.run_dir import write_text
 from simulations.bench.flame import flame_svg
 from simulations.bench.goals import GOALS, Goal
 from simulations.bench.outcome import Measure, Outcome, read_outcome
@@ -117,12 +117,12 @@ def draw(folder: Path) -> list[Path]:
     drawn = []
     for name, picture in pictures.items():
         if picture.svg is not None:
-            write_text(folder / name, standing_alone(picture.svg))
+            write_whole(folder / name, standing_alone(picture.svg))
             drawn.append(folder / name)
     if "profile" in found and (stacks := found["profile"][0].raw.get("stacks")):
         by_stack = {tuple(line.split(";")): seconds for line, seconds in stacks.items()}
         title = "A private step of a cohort: time by function, outermost on top"
-        write_text(folder / FLAME, flame_svg(by_stack, title=title, category=colour_of))
+        write_whole(folder / FLAME, flame_svg(by_stack, title=title, category=colour_of))
         drawn.append(folder / FLAME)
     return drawn
 
@@ -146,10 +146,10 @@ def fill_document(folder: Path) -> list[Path]:
         if text.count(start) != 1 or rest.count(end) != 1:
             raise InputError(f"Expected {document.name} to hold {start} and {end} once, in this order")
         text = before + "\n\n".join([start, table, end]) + after
-    write_text(document, text)
+    write_whole(document, text)
     pictures = []
     for path in draw(folder):
-        write_text(DOCS / path.name, path.read_text(encoding="utf-8"))
+        write_whole(DOCS / path.name, path.read_text(encoding="utf-8"))
         pictures.append(DOCS / path.name)
     return [document, *pictures]
 
