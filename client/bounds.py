@@ -9,7 +9,8 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from fedlr.experiment import PositiveInt, Rate, Section
-from fedlr.parts import OPTIMIZERS, RULES, OptimizerName, RuleName
+from fedlr.old_names import RuleName
+from fedlr.parts import OPTIMIZERS, RULES_OF_PROTOCOL, OptimizerName
 from fedlr.ranges import (
     LARGEST_DIVISOR,
     LARGEST_GRAD_NORM,
@@ -61,7 +62,7 @@ class Policy(Section):
     max_side_values: PositiveInt = 100_000_000  # of what a server folded away
     allowed_adapters: Annotated[list[SystemName], Field(min_length=1)] = [LORA]
     allowed_optimizers: Annotated[list[OptimizerName], Field(min_length=1)] = list(OPTIMIZERS)
-    allowed_rules: list[RuleName] = list(RULES)
+    allowed_rules: list[RuleName] = list(RULES_OF_PROTOCOL)
     allow_seeded_randomness: bool = False
     allow_no_privacy: bool = False
 

@@ -21,7 +21,7 @@ from fedlr.errors import InputError, in_range
 from fedlr.experiment import DataSection, Experiment, TrainerSection
 from fedlr.method import Method
 from fedlr.models import BaseModel
-from fedlr.parts import GET_METHOD
+from fedlr.parts import GET_METHOD, PARTS, PATH, TARGET, name_of, place_of
 from fedlr.slots import check_kind, check_name
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -81,7 +81,7 @@ def build_method(experiment: Experiment) -> Method:
     """
     section = experiment.method
     built = {key: build_choice(section[key], f"method.{key}") for key in CHOICES if key in section}
-    plain = {key: value for key, value in section.items() if key not in built}
+    plain = {TARGET: "method", **{key: value for key, value in section.items() if key not in built}}
     function, arguments = checked(plain, "method", list(built))
     parameters = _names(function, "method")
     required = [key for key in CHOICES if key in parameters and parameters[key].default is inspect.Parameter.empty]
@@ -91,15 +91,26 @@ def build_method(experiment: Experiment) -> Method:
     with naming("method"):
         method = function(**arguments, **{k: v for k, v in built.items() if k in parameters})
     if not isinstance(method, Method):
-        raise InputError(f"Expected method._target_ to be fedlr.method.Method, got {section['_target_']!r}")
+        raise InputError(f"Expected method._target_ to make a Method, got {plain[TARGET]!r}")
     return method
 
 
 def build_choice(choice: Any, where: str) -> Callable[..., Any]:
-    """Build one choice of a method: the callable that `_target_` makes, or that `path` names."""
+    """Build one choice of a method: a function by its name, or what the class of that name makes of the arguments.
+
+    A function of a user's own is used as it is where its path stands alone, and called where it is a `_target_`.
+    """
+    if isinstance(choice, str):
+        found = find(choice, where)
+        return found if not isinstance(found, type) else build({TARGET: choice}, where)  # type: ignore[no-any-return]
     if not isinstance(choice, Mapping):
-        raise InputError(f"Expected {where} to be a section with a _target_, got {shown(choice)}")
-    if choice.get("_target_") == GET_METHOD:
+        raise InputError(f"Expected {where} to be a name, or a section with a _target_, got {shown(choice)}")
+    name = name_of(choice.get(TARGET), where)
+    if name in PARTS.get(where, ()) and not isinstance(function := find(name, f"{where}._target_"), type):
+        if others := sorted(set(choice) - {TARGET}):
+            raise InputError(f"Expected no argument of {where}={name}, which takes none, got {where}.{others[0]}")
+        return function
+    if name == GET_METHOD:
         if others := sorted(set(choice) - {"_target_", "path"}):
             raise InputError(unknown_key(f"{where}.{others[0]}", [f"{where}.path"]))
         return find(choice.get("path"), f"{where}.path")
@@ -167,17 +178,20 @@ def check_value(value: Any, hint: Any, where: str) -> None:
 
 
 def find(name: Any, where: str) -> Callable[..., Any]:
-    """Import what a dotted name stands for, and refuse what is not for this key, uncalled (`fedlr.slots`).
+    """Import what a name stands for, and refuse what is not for this key, uncalled (`fedlr.slots`).
 
     Raises:
         InputError: if there is nothing of that name, or it cannot be called, or does not say that it makes what belongs
             there.
     """
     if not isinstance(name, str):
-        raise InputError(f"Expected {where} to be an importable name, got {shown(name)}")
-    check_name(name, where)
+        raise InputError(f"Expected {where} to be a part's name, got {shown(name)}")
+    section, _, key = where.rpartition(".")
+    section = section if key in (TARGET, PATH) else where
+    place = place_of(name, section, where)
+    check_name(place, where)
     try:
-        found = resolve_name(name)
+        found = resolve_name(place)
     except Exception as error:  # whatever an import raises
         raise InputError(f"Expected {where} to be an importable name, got {name!r}{_similar(name)}") from error
     if not callable(found):

@@ -21,6 +21,7 @@ from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors import InputError
 from fedlr.limits import check_limits, check_word
+from fedlr.parts import named
 from fedlr.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO
 from fedlr.together import check_together
 
@@ -277,6 +278,7 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
         InputError: for the first value that is wrong, by itself or beside others.
     """
     check_limits(tree)
+    tree = named(tree)
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:

@@ -1,19 +1,25 @@
-"""The project's own parts: the only names that a configuration may bring along when somebody else wrote it.
+"""The project's own parts: by group, the names that a configuration gives them, and where each is.
 
-A configuration typed on this machine may name any function of its user's own, and is code as much as a script is. One
-that is read (from a run's directory, a checkpoint, the network) is data: a name in it is compared with this table as
-text, before anything is imported, and is nothing else than one of these or one that the reader typed himself.
+A name (`weighted_mean`) is looked up in this table and never imported as it stands, so files may move and a run of
+yesterday still resumes. What older releases wrote instead, a dotted path, is in `fedlr.old_names`.
+
+A configuration typed on this machine may name any function of its user's own besides, by its dotted path, and is code
+as much as a script is. One that is read (from a run's directory, a checkpoint, the network) is data: a name in it is
+compared with this table as text, before anything is imported, and is nothing else than one of these or one that the
+reader typed himself.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from fedlr.config_errors import dotted, shown
 from fedlr.errors import InputError
+from fedlr.old_names import OLD_NAMES, RuleName
 
 TARGET, PATH = "_target_", "path"
 OWN_PARTS = "FEDLR_OWN_PARTS"  # in the environment: names of a user's own, separated by spaces
-GET_METHOD = "hydra.utils.get_method"  # names a function that is used as it is, in `path`
+GET_METHOD = "hydra.utils.get_method"  # an older way to name a function that is used as it is, in `path`
 
 OptimizerName = Literal[
     "torch.optim.SGD",
@@ -28,75 +34,137 @@ OptimizerName = Literal[
     "torch.optim.Rprop",
     "torch.optim.ASGD",
 ]
-RuleName = Literal[
-    "fedlr.client_rule.ClientRule",
-    "fedlr.client_rules.alternation.LocalAlternation",
-    "fedlr.client_rules.preconditioned.LoraPlus",
-    "fedlr.client_rules.preconditioned.ScaledGradient",
-    "fedlr.client_rules.proximal.FedProx",
-    "fedlr.client_rules.scaffold.ScaffoldClient",
-    "fedlr.client_rules.tail.TailPenalty",
-]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
-RULES: tuple[RuleName, ...] = get_args(RuleName)
-# By the section in which they may stand.
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "data": ("fedlr.data.synthetic.synthetic_text", "fedlr.data.table.load_table"),
-    "partition": (
-        "fedlr.data.partition.by_group",
-        "fedlr.data.partition.dirichlet",
-        "fedlr.data.partition.dirichlet_by_label",
-        "fedlr.data.partition.iid",
-    ),
-    "model": ("fedlr.models.pretrained", "fedlr.models.tiny_random"),
-    "method": ("fedlr.method.Method",),
-    "method.block_schedule": (
-        "fedlr.layer_choice.BetterFactor",
-        "fedlr.layer_choice.StrongestLayers",
-        "fedlr.method.Alternate",
-        "fedlr.method.Always",
-        "fedlr.tuners.blocks.AllBlocks",
-        "fedlr.tuners.blocks.ExactBlocks",
-        "fedlr.tuners.blocks.RotatingBlocks",
-    ),
-    "method.aggregate": (
-        "fedlr.aggregate.fair.LoraFair",
-        "fedlr.aggregate.fair.LoraFairRidge",
-        "fedlr.aggregate.layer_mean.LayerMean",
-        "fedlr.aggregate.mean.weighted_mean",
-        "fedlr.aggregate.pruning.SelfPruning",
-        "fedlr.aggregate.rank.norm_weighted_mean",
-        "fedlr.aggregate.rank.svd_redistribution",
-        "fedlr.aggregate.residual.ExactResidual",
-        "fedlr.aggregate.rotation.FedRot",
-        "fedlr.aggregate.server_optimizer.FedAdam",
-        "fedlr.aggregate.server_optimizer.FedAvgM",
-        "fedlr.aggregate.server_optimizer.FedYogi",
-        "fedlr.aggregate.stacking.stack_and_fold",
-        "fedlr.aggregate.subspace.FedAsk",
-        "fedlr.aggregate.subspace.projected_mean",
-        "fedlr.client_rules.scaffold.ScaffoldServer",
-        "fedlr.layer_choice.ScoredMean",
-    ),
-    "method.finalise": (
-        "fedlr.aggregate.random_ranks.RandomDirections",
-        "fedlr.aggregate.rank_policy.RankBudget",
-        "fedlr.aggregate.rank_policy.RankEnergy",
-        "fedlr.aggregate.renewal.Renewal",
-        "fedlr.method.OrthonormalRows",
-        "fedlr.method.SvdRefactor",
-        "fedlr.method.keep",
-    ),
-    "method.broadcast": (
-        "fedlr.client_rules.personal.SharedBlock",
-        "fedlr.method.full_adapter",
-        "fedlr.method.trained_block",
-        "fedlr.tuners.blocks.all_blocks",
-    ),
-    "method.client": RULES,
-    "trainer.optimizer": OPTIMIZERS,
-    "trainer.after_noise": RULES,
+RULES: Mapping[str, str] = {
+    "fedprox": "fedlr.client_rules.proximal.FedProx",
+    "local_alternation": "fedlr.client_rules.alternation.LocalAlternation",
+    "lora_plus": "fedlr.client_rules.preconditioned.LoraPlus",
+    "plain": "fedlr.client_rule.ClientRule",
+    "scaffold": "fedlr.client_rules.scaffold.ScaffoldClient",
+    "scaled_gradient": "fedlr.client_rules.preconditioned.ScaledGradient",
+    "tail_penalty": "fedlr.client_rules.tail.TailPenalty",
 }
+# As protocol 1 and the policies of devices write them.
+RULES_OF_PROTOCOL: tuple[RuleName, ...] = get_args(RuleName)
+# By the section in which they may stand: name, and the function or class.
+PARTS: Mapping[str, Mapping[str, str]] = {
+    "data": {
+        "synthetic": "fedlr.data.synthetic.synthetic_text",
+        "table": "fedlr.data.table.load_table",
+    },
+    "partition": {
+        "by_group": "fedlr.data.partition.by_group",
+        "dirichlet": "fedlr.data.partition.dirichlet",
+        "dirichlet_by_label": "fedlr.data.partition.dirichlet_by_label",
+        "iid": "fedlr.data.partition.iid",
+    },
+    "model": {
+        "pretrained": "fedlr.models.pretrained",
+        "tiny_random": "fedlr.models.tiny_random",
+    },
+    "method": {
+        "method": "fedlr.method.Method",
+    },
+    "method.block_schedule": {
+        "all_blocks": "fedlr.tuners.blocks.AllBlocks",
+        "alternate": "fedlr.method.Alternate",
+        "always": "fedlr.method.Always",
+        "better_factor": "fedlr.layer_choice.BetterFactor",
+        "exact_blocks": "fedlr.tuners.blocks.ExactBlocks",
+        "rotating_blocks": "fedlr.tuners.blocks.RotatingBlocks",
+        "strongest_layers": "fedlr.layer_choice.StrongestLayers",
+    },
+    "method.aggregate": {
+        "exact_residual": "fedlr.aggregate.residual.ExactResidual",
+        "fedadam": "fedlr.aggregate.server_optimizer.FedAdam",
+        "fedask": "fedlr.aggregate.subspace.FedAsk",
+        "fedavgm": "fedlr.aggregate.server_optimizer.FedAvgM",
+        "fedrot": "fedlr.aggregate.rotation.FedRot",
+        "fedyogi": "fedlr.aggregate.server_optimizer.FedYogi",
+        "layer_mean": "fedlr.aggregate.layer_mean.LayerMean",
+        "lora_fair": "fedlr.aggregate.fair.LoraFair",
+        "lora_fair_ridge": "fedlr.aggregate.fair.LoraFairRidge",
+        "norm_weighted_mean": "fedlr.aggregate.rank.norm_weighted_mean",
+        "projected_mean": "fedlr.aggregate.subspace.projected_mean",
+        "scaffold": "fedlr.client_rules.scaffold.ScaffoldServer",
+        "scored_mean": "fedlr.layer_choice.ScoredMean",
+        "self_pruning": "fedlr.aggregate.pruning.SelfPruning",
+        "stack_and_fold": "fedlr.aggregate.stacking.stack_and_fold",
+        "svd_redistribution": "fedlr.aggregate.rank.svd_redistribution",
+        "weighted_mean": "fedlr.aggregate.mean.weighted_mean",
+    },
+    "method.finalise": {
+        "keep": "fedlr.method.keep",
+        "orthonormal_rows": "fedlr.method.OrthonormalRows",
+        "random_directions": "fedlr.aggregate.random_ranks.RandomDirections",
+        "rank_budget": "fedlr.aggregate.rank_policy.RankBudget",
+        "rank_energy": "fedlr.aggregate.rank_policy.RankEnergy",
+        "renewal": "fedlr.aggregate.renewal.Renewal",
+        "svd_refactor": "fedlr.method.SvdRefactor",
+    },
+    "method.broadcast": {
+        "all_blocks": "fedlr.tuners.blocks.all_blocks",
+        "full_adapter": "fedlr.method.full_adapter",
+        "shared_block": "fedlr.client_rules.personal.SharedBlock",
+        "trained_block": "fedlr.method.trained_block",
+    },
+    "method.client": RULES,
+    "trainer.optimizer": {name: name for name in OPTIMIZERS},
+    "trainer.after_noise": RULES,
+    "client_rule": RULES,  # method.client, as terms call it
+}
+
+
+def named(tree: Any) -> Any:
+    """Return a configuration in which every part of the project stands under its name.
+
+    `aggregate: weighted_mean` is short for `aggregate: {_target_: weighted_mean}`. Dotted paths that older releases
+    wrote become names; any other is a user's own and stays.
+    """
+    return _named(tree, "")
+
+
+def _named(node: Any, where: str) -> Any:
+    if where in PARTS:
+        if isinstance(node, str):
+            name = name_of(node, where)
+            return {TARGET: name} if name in PARTS[where] else node
+        if isinstance(node, Mapping) and node.get(TARGET) == GET_METHOD and set(node) == {TARGET, PATH}:
+            name = name_of(node[PATH], where)
+            return {TARGET: name} if name in PARTS[where] else node
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: _named(value, dotted(where, key)) for key, value in node.items()}
+    return {**found, TARGET: name_of(node[TARGET], where)} if TARGET in node and where in PARTS else found
+
+
+def name_of(name: Any, where: str) -> Any:
+    """Return the name in a section's group of what an older release may have called otherwise."""
+    new = OLD_NAMES.get(name, name) if isinstance(name, str) else name
+    return new if new in PARTS.get(where, ()) else name
+
+
+def place_of(name: str, where: str, key: str = "") -> str:
+    """Return the dotted path of a part, or of a user's own, which is its name.
+
+    Args:
+        name: as a configuration has it.
+        where: the section, which says the group.
+        key: the full key, for the error.
+
+    Raises:
+        InputError: for a name without a dot that the group does not have.
+
+    >>> place_of("iid", "partition")
+    'fedlr.data.partition.iid'
+    """
+    group = PARTS.get(where, {})
+    name = name_of(name, where)
+    if name in group or "." in name or ":" in name:
+        return group.get(name, name)
+    near = get_close_matches(name, group, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(group)}, and your own by its dotted path"
+    raise InputError(f"Expected {key or where} to name a part, got {name!r}; {hint}")
 
 
 def require_registered(tree: Any, *, source: str, own_parts: Collection[str] = (), way_out: str = "") -> None:
@@ -112,17 +180,18 @@ def require_registered(tree: Any, *, source: str, own_parts: Collection[str] = (
         InputError: for the first other name, at any depth, and for a part where none belongs.
     """
     for where, key, name in named_parts(tree):
-        full = dotted(where, key)
+        full = dotted(where, key) if key else where
         if where not in PARTS:
             raise InputError(f"Expected no name of a function at {full} in {source}, got {shown(name)}")
-        if not isinstance(name, str) or (name not in PARTS[where] and name not in own_parts):
+        if not isinstance(name, str) or (name_of(name, where) not in PARTS[where] and name not in own_parts):
             how = way_out.format(name=name) if way_out else ""
             raise InputError(f"Expected {full} in {source} to be a part of fedlr, got {shown(name)}{how}")
 
 
 def own_parts_of(tree: Any) -> list[str]:
     """Return the names of a tree that this table does not hold: a user's own, if he typed them."""
-    return sorted({str(name) for where, _, name in named_parts(tree) if name not in PARTS.get(where, ())})
+    found = ((name, name_of(name, where) in PARTS.get(where, ())) for where, _, name in named_parts(tree))
+    return sorted({str(name) for name, is_ours in found if not is_ours})
 
 
 def named_parts(tree: Any) -> Iterator[tuple[str, str, Any]]:
@@ -136,5 +205,7 @@ def named_parts(tree: Any) -> Iterator[tuple[str, str, Any]]:
                 key = PATH if is_path else TARGET
                 yield where, key, node.get(key)
             found += [(dotted(where, key), value) for key, value in node.items()]
+        elif where in PARTS and isinstance(node, str):
+            yield where, "", node
         elif isinstance(node, list | tuple):
             found += [(dotted(where, index), value) for index, value in enumerate(node)]

@@ -21,7 +21,7 @@ from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.method import Method
 from fedlr.models import BaseModel
-from fedlr.parts import PARTS
+from fedlr.parts import PARTS, PATH, TARGET, name_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def check_name(name: str, where: str) -> None:
         InputError: which says what belongs at the key.
     """
     if is_pythons_own(name):
-        section = where.rpartition(".")[0]
-        raise InputError(f"Expected {where} to name {KINDS[section]}, got {name!r}, which belongs to Python itself")
+        section, _, key = where.rpartition(".")
+        kind = KINDS[section if key in (TARGET, PATH) else where]
+        raise InputError(f"Expected {where} to name {kind}, got {name!r}, which belongs to Python itself")
 
 
 def check_kind(found: Callable[..., Any], name: str, where: str) -> None:
@@ -73,14 +74,15 @@ def check_kind(found: Callable[..., Any], name: str, where: str) -> None:
         InputError: which says what it makes instead.
     """
     section, _, key = where.rpartition(".")
-    if name in PARTS.get(section, ()):
+    is_used_as_it_is = key == PATH or (key != TARGET and not isinstance(found, type))  # its path stands alone
+    section = section if key in (TARGET, PATH) else where
+    if name_of(name, section) in PARTS.get(section, ()):
         return
     while isinstance(found, partial):
         found = found.func
     if is_pythons_own(getattr(found, "__module__", None) or "builtins"):
         raise InputError(f"Expected {where} to name {KINDS[section]}, got {name!r}, which belongs to Python itself")
     kind = KINDS[section]
-    is_used_as_it_is = key == "path"
     if not (_gives(found, kind) if is_used_as_it_is and kind.num_arguments is not None else _makes(found, kind)):
         says = "which is no such class, and no function whose return annotation says so"
         raise InputError(f"Expected {where} to name {kind}, got {name!r}, {says}")

@@ -15,6 +15,8 @@ from fedlr.adapter_config import AdapterConfig
 from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
 from fedlr.experiment import Experiment, PositiveFloat, PositiveInt, Rate, Section, Target, TrainerSection
+from fedlr.old_names import OLD_NAMES
+from fedlr.parts import RULES_OF_PROTOCOL, TARGET
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.ranges import MOST_STEPS
 
@@ -79,8 +81,8 @@ class Terms(Section):
             label_names=list(label_names),
             max_length=e.data.max_length,
             adapter=e.adapter.given_to_devices(),
-            trainer=e.trainer,
-            client_rule=None if rule is None else Target.model_validate(rule),
+            trainer=e.trainer.model_copy(update={"after_noise": _as_protocol_1(e.trainer.after_noise)}),
+            client_rule=_as_protocol_1(None if rule is None else Target.model_validate(rule)),
             mechanism=None if mechanism is None else MechanismTerms(**vars(mechanism), delta=e.privacy.delta),
             randomness=e.privacy.randomness,
         )
@@ -118,3 +120,11 @@ class Terms(Section):
     def section(self) -> dict[str, Any]:
         """Return the terms as plain values."""
         return self.model_dump(by_alias=True)
+
+
+def _as_protocol_1(rule: Target | None) -> Target | None:
+    """Return a rule under the name that devices of every release know it by."""
+    if rule is None:
+        return None
+    names = {OLD_NAMES[old]: old for old in RULES_OF_PROTOCOL}
+    return Target.model_validate({**rule.section(), TARGET: names.get(rule.target, rule.target)})

@@ -91,7 +91,7 @@ def settings_of(
         "dataset_id": f"{e.name} {own.name}",
         "model": e.model.section(),
         "data": {
-            "_target_": "fedlr.data.table.load_table",
+            "_target_": "table",
             "path": os.path.abspath(own / "rows.jsonl"),
             "labels": list(label_names),
         },

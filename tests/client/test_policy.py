@@ -23,7 +23,7 @@ import torch
 import client.policy
 import fedlr.client_rules
 from client.bounds import OPTIMIZERS
-from client.bounds import RULES as ALLOWED_RULES
+from client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
 from client.device import Device
 from client.policy import PolicyRefusal, check_terms
 from client.settings import Settings

@@ -356,7 +356,7 @@ def test_what_cannot_follow_is_refused_by_name(overrides: tuple[str, ...], said:
     [
         ("scaffold", ("+method.dynamic_ranks=true",), "keep nothing"),
         ("flexlora", ("+method.dynamic_ranks=true",), "mixed_ranks=false"),
-        ("rank_budget", ("method.broadcast.path=fedlr.method.trained_block",), "full_adapter"),
+        ("rank_budget", ("method.broadcast=trained_block",), "full_adapter"),
     ],
 )
 def test_what_has_the_rank_of_its_round_is_not_kept_by_clients(base: str, changes: tuple[str, ...], said: str) -> None:

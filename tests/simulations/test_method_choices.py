@@ -36,7 +36,7 @@ from tests.simulations.small_runs import experiment, federation
 from tests.training.small_models import mutant
 
 OPACUS = "trainer.engine=opacus"
-AFTER = "trainer.after_noise._target_=fedlr.client_rules"
+AFTER = "trainer.after_noise._target_="
 MERGES = "self._side.merge(adapter)"
 MIXED = ("method=flexlora", "adapter.client_ranks=[1,2,4]", "adapter.rank=4", "num_rounds=3")
 SGD = (
@@ -90,7 +90,7 @@ def test_together_and_one_by_one_give_the_same_numbers(tmp_path: Path, name: str
 def test_a_rule_of_the_trainer_acts_before_the_optimizer(tmp_path: Path) -> None:
     # orthonormal rows of A: g_B (A A^T + reg I)^-1 is g_B / (1 + reg)
     rule = (
-        "trainer.after_noise._target_=fedlr.client_rules.preconditioned.ScaledGradient",
+        "trainer.after_noise._target_=scaled_gradient",
         "trainer.after_noise.reg=1.0",
     )
     method = "method=ffa_lora_orthonormal"
@@ -312,9 +312,9 @@ def test_a_runtime_that_does_not_serve_a_method_is_refused(overrides: tuple[str,
     [
         (("method=fedgsa", "method.block_schedule.roles=[lora_A,lora_B]"), "lora_B and not lora_A for FedGSA"),
         (("method=scaffold", "weighting=examples", "partition=dirichlet_by_label"), "weighting=uniform for SCAFFOLD"),
-        (("method=ffa_lora", f"{AFTER}.alternation.LocalAlternation"), "lora_A and lora_B for LA-LoRA"),
-        (("method=fedit", f"{AFTER}.alternation.LocalAlternation", OPACUS), "trainer.engine=fused"),
-        (("method=fedit", f"{AFTER}.alternation.LocalAlternation", "trainer.num_steps=1"), "trainer.num_steps >= 2"),
+        (("method=ffa_lora", f"{AFTER}local_alternation"), "lora_A and lora_B for LA-LoRA"),
+        (("method=fedit", f"{AFTER}local_alternation", OPACUS), "trainer.engine=fused"),
+        (("method=fedit", f"{AFTER}local_alternation", "trainer.num_steps=1"), "trainer.num_steps >= 2"),
     ],
 )
 def test_what_a_rule_cannot_use_is_refused_before_anybody_is_charged(overrides: tuple[str, ...], message: str) -> None:

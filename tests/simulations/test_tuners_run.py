@@ -282,11 +282,11 @@ REFUSED = {
     "'frod': its saved folder": words("frod"),
     "method=fedavg or fedavg_rotating .* got fedsvd": words("vera", "method=fedsvd"),
     "method=fedavg or fedavg_rotating .* got flora": words("vera", "method=flora"),
-    "got fedavg: it is made": words("vera", "method.broadcast.path=fedlr.method.full_adapter"),
+    "got fedavg: it is made": words("vera", "method.broadcast=full_adapter"),
     "trainer.engine=opacus .* got fused": words("vera", "trainer.engine=fused"),
     "trainer.after_noise=none": words(
         "vera",
-        "trainer.after_noise={_target_: fedlr.client_rules.preconditioned.ScaledGradient, reg: 0.1}",
+        "trainer.after_noise={_target_: scaled_gradient, reg: 0.1}",
     ),
     "grad_sample_mode=hooks or loop .* got ghost": words("vera", "trainer.grad_sample_mode=ghost"),
     "runtime.base_dtype=float32": words("vera", "runtime.base_dtype=bfloat16"),
