@@ -14,10 +14,10 @@ from flwr.clientapp import ClientApp
 from client.device import Device
 from client.node import FAILED, answer
 from client.settings import load_settings
-from fedlr.commands import quiet_libraries
+from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
-from fedlr.offline import go_offline
-from fedlr.wire import to_record
+from fedlr.flower.records import to_record
+from fedlr.runs.commands import quiet_libraries
 
 PARTITION = "partition_id"  # in the answer to a query
 app = ClientApp()

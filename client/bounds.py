@@ -8,19 +8,19 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedlr.experiment import PositiveInt, Rate, Section
-from fedlr.old_names import RuleName
-from fedlr.parts import OPTIMIZERS, RULES_OF_PROTOCOL, OptimizerName
-from fedlr.ranges import (
+from fedlr.config.old_names import RuleName
+from fedlr.config.parts import OPTIMIZERS, RULES_OF_PROTOCOL, OptimizerName
+from fedlr.config.schema import PositiveInt, Rate, Section
+from fedlr.errors.ranges import (
     LARGEST_DIVISOR,
     LARGEST_GRAD_NORM,
     LARGEST_NOISE_MULTIPLIER,
     LEAST_DIVISOR,
     LEAST_GRAD_NORM,
 )
-from fedlr.terms import Sha256
-from fedlr.tuners.blocks import LORA
-from fedlr.tuners.registry import TUNERS
+from fedlr.flower.terms import Sha256
+from fedlr.models.tuners.blocks import LORA
+from fedlr.models.tuners.registry import TUNERS
 
 # Bounds that no owner needs to move.
 LARGEST_ARGUMENT = 1e6  # of an optimizer or a rule

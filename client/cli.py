@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlr.commands import command, dispatch, quiet_flower
+from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
-from fedlr.offline import go_offline
+from fedlr.runs.commands import command, dispatch, quiet_flower
 
 COMMANDS = {
     "key": ("client.key", "key"),

@@ -28,8 +28,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedlr.addresses import host_and_port
 from fedlr.errors import InputError
+from fedlr.flower.addresses import host_and_port
 
 EXPIRED, NOT_YET_VALID = 10, 9
 UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)

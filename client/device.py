@@ -4,9 +4,9 @@
             -> ledger.settle -> disk -> reply
 
 What a request can make fail fails before the ledger is charged, whatever rows would have been drawn
-(`fedlr.pools.rehearsal`).
+(`fedlr.rounds.pools.rehearsal`).
 
-Nothing but `fedlr.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
+Nothing but `flower.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
 word. A round that was released is sent again from disk; one that was charged and never released is charged again with
 fresh noise (or, with seeded randomness, computed again to the bit, which releases nothing new).
 """
@@ -19,16 +19,16 @@ from client.policy import Policy, PolicyRefusal, check_request, check_terms
 from client.replies import Kept, Replies, last_heads
 from client.settings import Settings
 from client.trainee import Trainee
-from fedlr.adapter import AdapterState, Block, ClientUpdate
-from fedlr.assembly import torch_threads
+from fedlr.adapters.state import AdapterState, Block, ClientUpdate
 from fedlr.errors import InputError
-from fedlr.messages import RefusalReason, Reply, ReplyFacts, Request
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.local import LocalPool
+from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request
+from fedlr.flower.records import Limits, RecordDict
+from fedlr.flower.terms import Terms
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism
-from fedlr.terms import Terms
-from fedlr.wire import Limits, RecordDict
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import LocalPool
+from fedlr.training.threads import torch_threads
 
 OWN = 0  # this device in its own ledger, whatever number a server gives it
 

@@ -11,14 +11,14 @@ from client.device import OWN
 from client.policy import check_terms
 from client.settings import Settings
 from client.trainee import check_model
-from fedlr.build import build
+from fedlr.config.build import build
+from fedlr.data.memory import free_memory
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
-from fedlr.memory import free_memory
-from fedlr.models import BaseModel, resolve
+from fedlr.flower.terms import Terms
+from fedlr.models.network import BaseModel, resolve
 from fedlr.privacy.charges import Charge, read_ledger
 from fedlr.privacy.mechanism import check_delta
-from fedlr.terms import Terms
 
 GB = 1e9
 BYTES = 4  # of a float32

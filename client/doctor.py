@@ -18,10 +18,10 @@ from client.device_checks import (
 from client.findings import Finding, found
 from client.server_checks import server_findings
 from client.settings import Settings, load_settings
-from fedlr.commands import USAGE_ERROR, Options, quiet_libraries
+from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
-from fedlr.offline import go_offline
-from fedlr.terms import Terms
+from fedlr.flower.terms import Terms
+from fedlr.runs.commands import USAGE_ERROR, Options, quiet_libraries
 
 
 def doctor(arguments: Sequence[str]) -> int:

@@ -3,8 +3,8 @@
 import socket
 from pathlib import Path
 
-from fedlr.commands import Options, command
-from fedlr.node_key import create_node_key
+from fedlr.flower.node_key import create_node_key
+from fedlr.runs.commands import Options, command
 
 
 @command

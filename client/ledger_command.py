@@ -5,10 +5,10 @@ from pathlib import Path
 
 from client.device import OWN
 from client.settings import FOLDER_MODE, Settings, load_settings
-from fedlr.commands import Options, command
 from fedlr.errors import InputError
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import privacy_statement
+from fedlr.runs.commands import Options, command
 
 
 @command

@@ -35,7 +35,7 @@ from client.device import Device
 from client.settings import Settings
 from fedlr.errors import InputError, ShutOutError
 from fedlr.files import write_whole
-from fedlr.node_key import load_node_key
+from fedlr.flower.node_key import load_node_key
 
 NODE_ID = "node_id"  # in the state folder: by it a session that a killed process left behind is ended
 # How long to wait between two questions to the server: short while an experiment goes on, long when nothing does.

@@ -27,10 +27,10 @@ ledger are touched:
     broadcast, enrolled, side, control      known roles, finite values, shapes of the rank, bounded numbers of values
     scale                                   the one that the terms give
 
-Left to others: the form of a message (`fedlr.messages`, `fedlr.wire`); the model's hashes, once it is loaded
-(`client.trainee`); whether it fits the model, and what was kept (`fedlr.pools.rehearsal`, `fedlr.pools.kept`); a role
-that is personal no more, and a second task under one round's name (`client.device`); what is spent
-(`fedlr.privacy.ledger`).
+Left to others: the form of a message (`flower.messages`, `flower.records`); the model's hashes, once it is loaded
+(`client.trainee`); whether it fits the model, and what was kept (`rounds.pools.rehearsal`,
+`rounds.pools.client_state`); a role that is personal no more, and a second task under one round's name
+(`client.device`); what is spent (`fedlr.privacy.ledger`).
 """
 
 import math
@@ -52,7 +52,7 @@ from client.bounds import (
 )
 from client.bounds import Policy as Policy
 from client.settings import Settings
-from fedlr.adapter import (
+from fedlr.adapters.state import (
     HEAD,
     LARGEST_VALUE,
     LORA_A,
@@ -66,15 +66,15 @@ from fedlr.adapter import (
     roles_of,
     side_tensors,
 )
-from fedlr.build import build_choice, build_optimizer
-from fedlr.config_errors import shown
+from fedlr.config.build import build_choice, build_optimizer
+from fedlr.config.parts import OPTIMIZERS
+from fedlr.config.schema import Target
 from fedlr.errors import InputError
-from fedlr.experiment import Target
-from fedlr.messages import Request
-from fedlr.parts import OPTIMIZERS
-from fedlr.ranges import LEAST_GRAD_NORM
-from fedlr.terms import Terms
-from fedlr.tuners.blocks import LORA, entry_of, role_of
+from fedlr.errors.messages import shown
+from fedlr.errors.ranges import LEAST_GRAD_NORM
+from fedlr.flower.messages import Request
+from fedlr.flower.terms import Terms
+from fedlr.models.tuners.blocks import LORA, entry_of, role_of
 
 
 class PolicyRefusal(InputError):

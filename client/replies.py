@@ -1,7 +1,7 @@
 """What a device keeps on its disk between rounds: its released updates, what never leaves it, the adapter it was given.
 
 A released update is sent again as it was, to the bit, and never made a second time: a retry costs no privacy and is
-counted once. Each is a sealed folder (`fedlr.sealed`), whole or absent:
+counted once. Each is a sealed folder (`fedlr.runs.verified_folder`), whole or absent:
 
     STATE_DIR/experiments/EXPERIMENT_ID/round-00003/     update, personal, memory, and the facts of the reply
     STATE_DIR/experiments/EXPERIMENT_ID/enrolled/        the adapter that broadcasts overlay
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedlr.adapter import AdapterState, Slot
+from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
-from fedlr.messages import Reply, ReplyFacts
-from fedlr.sealed import read_sealed, remove_sealed, sealed_names, write_sealed
+from fedlr.flower.messages import Reply, ReplyFacts
+from fedlr.runs.verified_folder import read_sealed, remove_sealed, sealed_names, write_sealed
 
 ROUNDS_KEPT = 3
 UPDATE, PERSONAL, MEMORY, REPLY = "update", "personal", "memory", "reply"

@@ -12,7 +12,7 @@ from client.connection_errors import check_connection, diagnose, load_root_certi
 from client.findings import Finding, found
 from client.settings import Settings
 from fedlr.errors import InputError
-from fedlr.node_key import load_node_key
+from fedlr.flower.node_key import load_node_key
 
 TIMEOUT_S = 10.0
 

@@ -15,15 +15,15 @@ from pydantic import AfterValidator, Field, ValidationError
 from yaml import YAMLError
 
 from client.bounds import Policy
-from fedlr.addresses import host_and_port
-from fedlr.config_errors import dotted, first_problem, one_line, shown
+from fedlr.config.schema import PositiveFloat, PositiveInt, Section, Target, device_name
 from fedlr.data.values import named
 from fedlr.errors import InputError
-from fedlr.experiment import PositiveFloat, PositiveInt, Section, Target, device_name
-from fedlr.node_key import require_private
+from fedlr.errors.messages import dotted, first_problem, one_line, shown
+from fedlr.errors.ranges import require_delta
+from fedlr.flower.addresses import host_and_port
+from fedlr.flower.node_key import require_private
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
-from fedlr.ranges import require_delta
 
 FOLDER_MODE = 0o700
 Text = Annotated[str, Field(min_length=1, max_length=200)]

@@ -10,24 +10,26 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from client.settings import Settings
-from fedlr.adapter import HEAD, LAYOUT, AdapterState, Block, read_adapter, roles_of
-from fedlr.assembly import check_trainable, local_training, torch_threads, working_model
-from fedlr.build import build, build_choice
-from fedlr.client_rule import ClientRule
+from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of
+from fedlr.config.build import build, build_choice
+from fedlr.config.schema import RuntimeSection
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share, tokenise
 from fedlr.errors import InputError
-from fedlr.experiment import RuntimeSection
-from fedlr.models import AdaptedModel, BaseModel
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.local import Charges, LocalPool
-from fedlr.pools.rehearsal import Rehearsal, with_largest_id
+from fedlr.flower.terms import Terms
+from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.network import AdaptedModel, BaseModel
+from fedlr.models.peft_state import LAYOUT, read_adapter
+from fedlr.models.reading import check_reading, read_texts
+from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import check_delta
-from fedlr.reading import check_reading, read_texts
-from fedlr.side import SideWeights
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import Charges, LocalPool
+from fedlr.rounds.pools.rehearsal import Rehearsal, with_largest_id
+from fedlr.runs.prepare import check_trainable, local_training, working_model
 from fedlr.streams import OsRandomness, SeededRandomness
-from fedlr.terms import Terms
-from fedlr.tuners.attach import attach
+from fedlr.tasks.tokenise import Share, tokenise
+from fedlr.training.threads import torch_threads
 
 
 @dataclass(frozen=True)

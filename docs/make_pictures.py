@@ -1,15 +1,15 @@
 """Draw the pictures that README.md shows, from a finished run: `python docs/make_pictures.py outputs/demo/TIME`.
 
-The picture is the report's own (`fedlr.report`). Those of docs/performance.md come from `fedlr bench docs`.
+The picture is the report's own (`fedlr.runs.report`). Those of docs/performance.md come from `fedlr bench docs`.
 """
 
 import sys
 from pathlib import Path
 
 from fedlr.errors import InputError
-from fedlr.report.learning_pictures import accuracy_by_round
-from fedlr.report.run_files import read_run
-from fedlr.report.svg import standing_alone
+from fedlr.runs.report.learning_pictures import accuracy_by_round
+from fedlr.runs.report.run_files import read_run
+from fedlr.runs.report.svg import standing_alone
 
 DEMO = Path(__file__).parent / "demo.svg"
 

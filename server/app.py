@@ -12,10 +12,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlr.adapter import num_bytes, read_adapter
+from fedlr.adapters.state import num_bytes
+from fedlr.config.parts import OWN_PARTS, require_registered
+from fedlr.config.schema import Experiment, check_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment, check_experiment
-from fedlr.parts import OWN_PARTS, require_registered
+from fedlr.models.peft_state import read_adapter
 from server.nodes import Nodes, PartitionNodes, RosterNodes
 from server.pool import GridPool
 from server.reply_grid import ReplyGrid

@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedlr.commands import Options, command
 from fedlr.errors import InputError
-from fedlr.node_key import OWNER_ONLY, READ_BY_ALL, refuse_existing, require_private, write_new
+from fedlr.flower.node_key import OWNER_ONLY, READ_BY_ALL, refuse_existing, require_private, write_new
+from fedlr.runs.commands import Options, command
 
 AUTHORITY_DAYS = 3650
 CERTIFICATE_DAYS = 397

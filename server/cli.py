@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fedlr.commands import command, dispatch, quiet_flower, ready
 from fedlr.errors import InputError, PassingError
+from fedlr.runs.commands import command, dispatch, quiet_flower, ready
 
 if TYPE_CHECKING:
     from server.run import Run
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> None:
     if experiment.runtime.kind != "superlink":
         raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
     from fedlr.files import make_folder
-    from fedlr.run_dir import sole_writer
+    from fedlr.runs.directory import sole_writer
     from server.going_on import check_enrolled
     from server.roster import load_roster
     from server.run import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.constant import NodeStatus
 
-from fedlr.commands import Options, command
+from fedlr.runs.commands import Options, command
 from server.enrol import SuperLink, control_of
 from server.roster import load_roster
 

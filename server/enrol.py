@@ -16,9 +16,9 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedlr.commands import Options, command
 from fedlr.errors import InputError
-from fedlr.node_key import load_public_key
+from fedlr.flower.node_key import load_public_key
+from fedlr.runs.commands import Options, command
 from server.roster import Roster, load_roster, locked, save_roster
 
 UNKNOWN_NODE = 2**64 - 1

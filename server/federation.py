@@ -8,31 +8,26 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedlr.adapter import num_values, read_adapter
-from fedlr.assembly import (
-    check_trainable,
-    load_examples,
-    local_training,
-    private_mechanism,
-    torch_threads,
-    working_model,
-)
-from fedlr.build import build, build_method, naming
-from fedlr.checks import check_aggregate, check_runtime
+from fedlr.adapters.state import num_values
+from fedlr.config.build import build, build_method, naming
+from fedlr.config.runtime_rules import check_aggregate, check_runtime
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.evaluate import Evaluator
-from fedlr.experiment import Experiment
-from fedlr.method import Method
-from fedlr.models import AdaptedModel, BaseModel
-from fedlr.moves import check_moves
+from fedlr.flower.terms import Terms
+from fedlr.methods.method import Method
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.network import AdaptedModel, BaseModel
+from fedlr.models.peft_state import read_adapter
+from fedlr.models.reading import check_reading, read_texts
+from fedlr.models.starts.starts import start_of
+from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism
-from fedlr.reading import check_reading, read_texts
-from fedlr.rounds import ServerState, initial_state, task_of
-from fedlr.side import SideWeights
-from fedlr.starts import start_of
-from fedlr.terms import Terms
+from fedlr.rounds.evaluate import Evaluator
+from fedlr.rounds.round import ServerState, initial_state, task_of
+from fedlr.runs.prepare import check_trainable, load_examples, local_training, private_mechanism, working_model
+from fedlr.training.moves import check_moves
 from fedlr.training.noise import update_noise
-from fedlr.tuners.attach import attach
+from fedlr.training.threads import torch_threads
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,14 @@ def assemble(
         check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
         with naming("data", "max_length"):
             test = read_texts(held_out, base, max_length=experiment.data.max_length)
-        begun = start_of(experiment, base, model, seed=seed)
+        begun = start_of(
+            experiment.adapter,
+            base,
+            model,
+            private=experiment.data.section(),
+            max_length=experiment.data.max_length,
+            seed=seed,
+        )
         start = initial_state(begun.adapter, method)
         check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)
         first = task_of(start, method, train_head=experiment.adapter.train_head).block

@@ -1,7 +1,7 @@
 """The gate: from a device's message to an update the round may use, or to a typed reason why not.
 
 It stands in front of every method (reliability.md R-S1). The record is decoded by its exact form, what it says of
-itself must be what was asked of exactly this client, and `fedlr.validate` then looks at every value. Nothing a device
+itself must be what was asked of exactly this client, and `rounds.validate` then looks at every value. Nothing a device
 sends can raise, and no word of it reaches a log: a reason is one of a closed set.
 """
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedlr.adapter import ClientUpdate, Slot
+from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.errors import InputError
-from fedlr.messages import Reply, ReplyFacts, reply_limits
-from fedlr.rounds import Dropout
-from fedlr.wire import RecordDict
+from fedlr.flower.messages import Reply, ReplyFacts, reply_limits
+from fedlr.flower.records import RecordDict
+from fedlr.rounds.round import Dropout
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def answer_of(record: RecordDict, asked: Asked, *, weight: float) -> Answer:
     """Decode one reply; it never raises for anything that the record holds.
 
     `weight` is the server's own. An update that is returned has the form that was asked for; its values are checked
-    where the round takes it (`fedlr.validate`).
+    where the round takes it (`fedlr.rounds.validate`).
     """
     client = asked.client_id
     try:

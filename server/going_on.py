@@ -4,9 +4,9 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
-from fedlr.run_dir import recorded_tree
+from fedlr.runs.directory import recorded_tree
 
 ALWAYS = {"adapter", "data", "method", "model", "name", "num_clients", "num_rounds", "privacy", "trainer"}  # of any run
 

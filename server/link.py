@@ -29,8 +29,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlr import __version__
+from fedlr.config.schema import DeploymentSection
 from fedlr.errors import InputError
-from fedlr.experiment import DeploymentSection
 from server.reply_grid import ReplyGrid
 
 COMPLETED, FAILED = "completed", "failed"

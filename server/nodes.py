@@ -8,7 +8,7 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedlr.wire import facts_of
+from fedlr.flower.records import facts_of
 from server.roster import load_roster
 
 QUERY, PARTITION = "query", "partition_id"

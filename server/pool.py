@@ -12,11 +12,11 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedlr.adapter import AdapterState, ClientUpdate, Slot
-from fedlr.client_ranks import narrowed
-from fedlr.messages import Request
-from fedlr.rounds import Dropout, RoundTask
-from fedlr.terms import Terms
+from fedlr.adapters.client_ranks import narrowed
+from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
+from fedlr.flower.messages import Request
+from fedlr.flower.terms import Terms
+from fedlr.rounds.round import Dropout, RoundTask
 from server.gate import Answer, Asked, answer_of, is_stated
 from server.nodes import Nodes
 from server.reports import Reports
@@ -26,7 +26,7 @@ LEAST_TTL_S = 1.0
 
 
 class GridPool:
-    """A `ClientPool` (fedlr.rounds) over a Grid.
+    """A `ClientPool` (fedlr.rounds.round) over a Grid.
 
     Args:
         grid: of a running Flower run.

@@ -20,10 +20,10 @@ import httpx
 import uvicorn
 from cryptography import x509
 
-from fedlr.addresses import host_and_port
-from fedlr.commands import Options, command
 from fedlr.errors import InputError
-from fedlr.node_key import require_private
+from fedlr.flower.addresses import host_and_port
+from fedlr.flower.node_key import require_private
+from fedlr.runs.commands import Options, command
 from server.fleet_proxy import FleetProxy
 from server.proxy_limits import MEGABYTE, Limits, limited_protocol
 

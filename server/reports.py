@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fedlr.messages import ReplyFacts
+from fedlr.flower.messages import ReplyFacts
 
 FELL, OLD = "epsilon_fell", "old_ledger"  # reasons of the gate's closed set
 ROUNDING = 1e-3  # relative: an accountant's grid may round another number of steps otherwise

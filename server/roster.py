@@ -16,10 +16,10 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedlr.config_errors import first_problem
 from fedlr.errors import InputError
+from fedlr.errors.messages import first_problem
 from fedlr.files import make_folder, write_whole, writing
-from fedlr.node_key import canonical_public_key
+from fedlr.flower.node_key import canonical_public_key
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 

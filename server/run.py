@@ -16,21 +16,18 @@ from typing import Any
 
 from safetensors.torch import save
 
-from fedlr.adapter import side_tensors
-from fedlr.assembly import torch_threads
-from fedlr.checkpoint import latest_checkpoint, reading_facts, save_checkpoint
-from fedlr.client_ranks import num_rows_and_columns
+from fedlr.adapters.client_ranks import num_rows_and_columns
+from fedlr.adapters.state import side_tensors
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError, PassingError
-from fedlr.experiment import Experiment
-from fedlr.export import export_adapter
 from fedlr.files import make_folder, sync_file, write_whole
-from fedlr.pools.local import sharing_base
+from fedlr.models.export import export_adapter
 from fedlr.privacy.reported import reported_statement
 from fedlr.privacy.statement import with_origin
-from fedlr.records import client_rows, metrics_row, summarise
-from fedlr.report import write_report
-from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
-from fedlr.run_dir import (
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds
+from fedlr.runs.checkpoint import latest_checkpoint, reading_facts, save_checkpoint
+from fedlr.runs.directory import (
     CHECKPOINTS,
     CLIENTS,
     IDENTITY,
@@ -44,6 +41,9 @@ from fedlr.run_dir import (
     write_json,
     write_origin,
 )
+from fedlr.runs.recorder import client_rows, metrics_row, summarise
+from fedlr.runs.report import write_report
+from fedlr.training.threads import torch_threads
 from server.federation import Served, assemble
 from server.going_on import check_same, may_be_drawn
 from server.reports import Reports
@@ -151,7 +151,7 @@ class Run:
                     self._finished(state, diagnostics)
 
     def leave_behind(self) -> str | None:
-        """Write statement, adapter, summary and report; return why all was for nothing, if it was (`fedlr.outcome`)."""
+        """Write statement, adapter, summary and report; return why all was for nothing, if it was (`runs.outcome`)."""
         e, served, state = self.experiment, self.served, self.progress.state
         statement = reported_statement(
             e.privacy.delta if served.mechanism else None,

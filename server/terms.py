@@ -3,11 +3,11 @@
 from pathlib import Path
 from secrets import randbits
 
-from fedlr.commands import command, option, ready
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
 from fedlr.files import write_whole
-from fedlr.run_dir import new_identity, read_identity
+from fedlr.runs.commands import command, option, ready
+from fedlr.runs.directory import new_identity, read_identity
 
 
 @command

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from fedlr.client_rule import CONTROL
-from fedlr.method import full_adapter
-from fedlr.rounds import ClientPool, ServerState, run_round
+from fedlr.methods.client_rules.rule import CONTROL
+from fedlr.methods.method import full_adapter
+from fedlr.rounds.round import ClientPool, ServerState, run_round
 from simulations.federation import Federation
 from simulations.progress import alone_rounds
 

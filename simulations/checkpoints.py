@@ -13,17 +13,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedlr.adapter import AdapterState
-from fedlr.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from fedlr.config_errors import first_problem
+from fedlr.adapters.state import AdapterState
+from fedlr.config.schema import Experiment, Section
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment, Section
+from fedlr.errors.messages import first_problem
 from fedlr.files import sync_file
-from fedlr.pools.kept import Kept
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.report.run_files import check_rows
-from fedlr.rounds import ServerState
-from fedlr.run_dir import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
+from fedlr.rounds.pools.client_state import Kept
+from fedlr.rounds.round import ServerState
+from fedlr.runs.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fedlr.runs.directory import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
+from fedlr.runs.report.run_files import check_rows
 from simulations.federation import Federation
 
 

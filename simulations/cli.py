@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlr.commands import command as any_command
-from fedlr.commands import option, ready
-from fedlr.config_errors import shown
+from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
-from fedlr.offline import go_offline
+from fedlr.errors.messages import shown
+from fedlr.runs.commands import command as any_command
+from fedlr.runs.commands import option, ready
 
 if TYPE_CHECKING:
-    from fedlr.experiment import Experiment
+    from fedlr.config.schema import Experiment
 
 MOST_RUNS = 2_000  # of a sweep
 MULTIRUN = ("-m", "--multirun")
@@ -41,7 +41,7 @@ def simulate(arguments: list[str]) -> None:
     experiments = [ready(overrides) for overrides in jobs]
     for experiment in experiments:
         check_output_dir(experiment)
-    from fedlr.report import comparison_table, write_comparison
+    from fedlr.runs.report import comparison_table, write_comparison
 
     run_dirs = run_all(jobs, experiments)
     if run_dirs:
@@ -62,7 +62,7 @@ def resume(arguments: list[str]) -> None:
     must be the same, and the ledger the newest. A directory that somebody sent runs no code of theirs: functions of
     your own that the run's configuration names are imported only if you name them here.
     """
-    from fedlr.run_dir import recorded_experiment
+    from fedlr.runs.directory import recorded_experiment
 
     own_parts = []
     while (own_part := option(arguments, "--own-part", "the name of a function of your own")) is not None:
@@ -97,7 +97,7 @@ def compare(arguments: list[str]) -> None:
     difference of every arm with its paired 95 % interval, as a table and a picture.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
     """
-    from fedlr.report import comparison_table, write_comparison
+    from fedlr.runs.report import comparison_table, write_comparison
 
     against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
     out = free_name(Path(COMPARISON)) if named is None else new_page(named)
@@ -111,7 +111,7 @@ def compare(arguments: list[str]) -> None:
 @command
 def report(arguments: list[str]) -> None:
     """Draw report.html again from a run's files: fedlr report RUN_DIR"""
-    from fedlr.report import write_report
+    from fedlr.runs.report import write_report
 
     print(f"report in {write_report(existing_run(only_one(arguments)))}")
 
@@ -153,7 +153,7 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     >>> expand(["name=x", "-m", "seed=1,2"])
     [['name=x', 'seed=1'], ['name=x', 'seed=2']]
     """
-    from fedlr.experiment import parse_overrides
+    from fedlr.config.schema import parse_overrides
 
     texts = [argument for argument in arguments if argument not in MULTIRUN]
     if flags := [text for text in texts if text.startswith("-")]:

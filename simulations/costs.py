@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlr.adapter import num_bytes
-from fedlr.assembly import state_store, torch_threads, whole_and_working
-from fedlr.data.tokenise import Share, TokenisedText
-from fedlr.evaluate import MOST_SCORED, Evaluator
-from fedlr.pools.fused import bytes_a_client, group_size
-from fedlr.prefix import encode_prefix
+from fedlr.adapters.state import num_bytes
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.prefix import encode_prefix
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.side import SideWeights
+from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
+from fedlr.rounds.pools.fused import bytes_a_client, group_size
+from fedlr.runs.prepare import state_store, whole_and_working
+from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation
 from simulations.progress import alone_rounds
 from simulations.runtime import pool_here

@@ -11,16 +11,16 @@ from typing import Any
 
 import yaml
 
-from fedlr.assembly import load_examples
-from fedlr.build import build
+from fedlr.config.build import build
+from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
 from fedlr.files import make_folder, write_whole
-from fedlr.models import BaseModel
-from fedlr.node_key import create_node_key
+from fedlr.flower.node_key import create_node_key
+from fedlr.models.network import BaseModel
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
+from fedlr.runs.prepare import load_examples
 
 
 def write_devices(

@@ -8,8 +8,24 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedlr.adapter import num_values, read_adapter
-from fedlr.assembly import (
+from fedlr.adapters.client_ranks import num_rows_and_columns
+from fedlr.adapters.state import num_values
+from fedlr.config.build import build, build_method, naming
+from fedlr.config.runtime_rules import check_aggregate, check_runtime
+from fedlr.config.schema import Experiment
+from fedlr.data.partition import Partition
+from fedlr.data.placement import num_shared_texts
+from fedlr.data.table import LabelledText
+from fedlr.methods.method import Method
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.network import AdaptedModel, BaseModel
+from fedlr.models.peft_state import read_adapter
+from fedlr.models.reading import check_reading, read_texts
+from fedlr.models.starts.starts import start_of
+from fedlr.models.tuners.attach import attach
+from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
+from fedlr.rounds.round import RoundTask, ServerState, initial_state, task_of
+from fedlr.runs.prepare import (
     check_trainable,
     load_examples,
     local_training,
@@ -18,25 +34,10 @@ from fedlr.assembly import (
     private_mechanism,
     working_model,
 )
-from fedlr.build import build, build_method, naming
-from fedlr.checks import check_aggregate, check_runtime
-from fedlr.client_ranks import num_rows_and_columns
-from fedlr.data.partition import Partition
-from fedlr.data.placement import num_shared_texts
-from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share, TokenisedText
-from fedlr.experiment import Experiment
-from fedlr.method import Method
-from fedlr.models import AdaptedModel, BaseModel
-from fedlr.moves import check_moves
-from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
-from fedlr.reading import check_reading, read_texts
-from fedlr.rounds import RoundTask, ServerState, initial_state, task_of
-from fedlr.side import SideWeights
-from fedlr.starts import start_of
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
+from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.local import LocalTraining
-from fedlr.tuners.attach import attach
+from fedlr.training.moves import check_moves
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,15 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     with naming("data", "max_length"):
         tokenised = read_texts(data, base, max_length=experiment.data.max_length)
         test = read_texts(held_out, base, max_length=experiment.data.max_length)
-    begun = start_of(experiment, base, model, seed=seed, private_texts={*data.texts, *held_out.texts})
+    begun = start_of(
+        experiment.adapter,
+        base,
+        model,
+        private=experiment.data.section(),
+        max_length=experiment.data.max_length,
+        seed=seed,
+        private_texts={*data.texts, *held_out.texts},
+    )
     start = initial_state(begun.adapter, method)
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)

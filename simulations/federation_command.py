@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fedlr.commands import command, ready
+from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment, compose_experiment
-from fedlr.run_dir import create_run_dir, read_json
+from fedlr.runs.commands import command, ready
+from fedlr.runs.directory import create_run_dir, read_json
 from simulations.cli import say
 from simulations.rehearsal import Rehearsal
 

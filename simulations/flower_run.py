@@ -12,12 +12,12 @@ from pathlib import Path
 from pkgutil import resolve_name
 from secrets import randbits
 
-from fedlr.commands import quiet_flower
+from fedlr.config.parts import OWN_PARTS, own_parts_of
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
 from fedlr.files import make_folder, write_whole
-from fedlr.parts import OWN_PARTS, own_parts_of
-from fedlr.run_dir import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin
+from fedlr.runs.commands import quiet_flower
+from fedlr.runs.directory import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin
 from simulations.devices import write_devices
 
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"

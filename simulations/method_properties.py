@@ -14,15 +14,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, in_block, num_values
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.ideal import Ideal
-from fedlr.build import build_method
-from fedlr.client_ranks import narrowed
+from fedlr.adapters.client_ranks import narrowed
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, in_block, num_values
+from fedlr.config.build import build_method
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.method import Method
-from fedlr.rounds import RoundTask, ServerState, initial_state, run_round, task_of
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
+from fedlr.methods.method import Method
+from fedlr.rounds.round import RoundTask, ServerState, initial_state, run_round, task_of
 
 LAYERS = {"layer.0": (41, 53), "layer.1": (67, 43), "layer.2": (59, 61)}  # D, K
 RANK, NUM_CLIENTS, NUM_ROUNDS = 4, 3, 6

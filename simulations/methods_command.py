@@ -48,7 +48,7 @@ def methods(arguments: list[str]) -> None:
 
 def names() -> list[str]:
     """Return the methods that have a file, sorted."""
-    from fedlr import experiment
+    from fedlr.config import schema as experiment
 
     return sorted(path.stem for path in (experiment.CONFIGS / "method").glob("*.yaml"))
 
@@ -61,7 +61,7 @@ def row(properties: "Properties") -> tuple[str, ...]:
 
 def described(name: str, width: int) -> str:
     """Return the first lines of a method's file, its choices, and its properties with their figures."""
-    from fedlr import experiment
+    from fedlr.config import schema as experiment
     from simulations.method_properties import NUM_CLIENTS, named_method, properties_of
 
     text = (experiment.CONFIGS / "method" / f"{name}.yaml").read_text(encoding="utf-8")

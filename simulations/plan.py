@@ -11,15 +11,15 @@ from secrets import randbits
 
 import numpy as np
 
-from fedlr.adapter import SHIPPED, num_values, roles_of
-from fedlr.assembly import torch_threads
-from fedlr.client_ranks import narrowed
-from fedlr.cohorts import cohorts
-from fedlr.experiment import Experiment
+from fedlr.adapters.client_ranks import narrowed
+from fedlr.adapters.state import SHIPPED, num_values, roles_of
+from fedlr.config.schema import Experiment
+from fedlr.flower.records import num_bytes
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.report.wording import epsilon_text
-from fedlr.wire import num_bytes
+from fedlr.rounds.cohorts import cohorts
+from fedlr.runs.report.wording import epsilon_text
+from fedlr.training.threads import torch_threads
 from simulations.costs import (
     Costs,
     cohort_bytes,

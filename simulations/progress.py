@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedlr.experiment import Experiment
-from fedlr.outcome import SMALLER_STEPS, counted
-from fedlr.report.wording import epsilon_text
+from fedlr.config.schema import Experiment
+from fedlr.runs.outcome import SMALLER_STEPS, counted
+from fedlr.runs.report.wording import epsilon_text
 
 
 class Progress:

@@ -1,6 +1,6 @@
 """Virtual clients in several processes: Ray actors, each with a resident base model and threads of its own.
 
-The groups of a round are those of one process (`fedlr.pools.fused`), in the same order, so the numbers are the
+The groups of a round are those of one process (`fedlr.rounds.pools.fused`), in the same order, so the numbers are the
 same to the bit; only where a group trains differs. The ledger stays in this process, which charges a cohort before any
 actor is asked. An actor builds its federation from the same configuration and seed.
 """
@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedlr.adapter import ClientUpdate
-from fedlr.assembly import torch_threads
-from fedlr.experiment import check_experiment
-from fedlr.pools.fused import group_size
-from fedlr.pools.kept import Kept
-from fedlr.pools.local import Accounts, Charges
+from fedlr.adapters.state import ClientUpdate
+from fedlr.config.schema import check_experiment
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
-from fedlr.rounds import Dropout, RoundTask
+from fedlr.rounds.pools.client_state import Kept
+from fedlr.rounds.pools.fused import group_size
+from fedlr.rounds.pools.local import Accounts, Charges
+from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import pool_here
 
@@ -30,7 +30,7 @@ QUEUED = 1
 
 
 class RayPool:
-    """A `ClientPool` (fedlr.rounds) over `runtime.num_processes` actors on this machine."""
+    """A `ClientPool` (fedlr.rounds.round) over `runtime.num_processes` actors on this machine."""
 
     def __init__(self, federation: Federation, ledger: Charges | None) -> None:
         ray = _ray()

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
 from fedlr.files import make_folder
-from fedlr.node_key import OWNER_ONLY, write_new
+from fedlr.flower.node_key import OWNER_ONLY, write_new
 from simulations.devices import write_devices
 
 # Nothing calls home, and nothing is installed or fetched while we run.

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from fedlr.assembly import torch_threads
-from fedlr.checkpoint import Checkpoint, latest_checkpoint
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.experiment import Experiment
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.report import write_report
-from fedlr.run_dir import (
+from fedlr.runs.checkpoint import Checkpoint, latest_checkpoint
+from fedlr.runs.directory import (
     CHECKPOINTS,
     FINISHED,
     LEDGER,
@@ -18,6 +16,8 @@ from fedlr.run_dir import (
     sole_writer,
     summary_so_far,
 )
+from fedlr.runs.report import write_report
+from fedlr.training.threads import torch_threads
 from simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
 from simulations.federation import Federation, assemble
 from simulations.progress import Progress

@@ -2,10 +2,10 @@
 
 from typing import Any, Protocol
 
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.kept import Kept
-from fedlr.pools.local import Charges, LocalPool
-from fedlr.rounds import ClientPool
+from fedlr.rounds.pools.client_state import Kept
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import Charges, LocalPool
+from fedlr.rounds.round import ClientPool
 from simulations.federation import Federation
 
 

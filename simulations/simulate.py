@@ -12,20 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlr.adapter import Slot
-from fedlr.assembly import torch_threads
+from fedlr.adapters.state import Slot
+from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.evaluate import MOST_SCORED, Evaluator
-from fedlr.experiment import Experiment
-from fedlr.export import export_adapter
 from fedlr.files import make_folder
-from fedlr.pools.local import sharing_base
+from fedlr.models.export import export_adapter
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin
-from fedlr.records import client_rows, metrics_row, summarise
-from fedlr.report import write_report
-from fedlr.rounds import RoundDiagnostics, ServerState, federated_rounds
-from fedlr.run_dir import (
+from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds
+from fedlr.runs.directory import (
     CLIENTS,
     LEDGER,
     METRICS,
@@ -36,8 +33,11 @@ from fedlr.run_dir import (
     write_json,
     write_origin,
 )
+from fedlr.runs.recorder import client_rows, metrics_row, summarise
+from fedlr.runs.report import write_report
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.noise import update_noise
+from fedlr.training.threads import torch_threads
 from simulations.alone import train_alone
 from simulations.checkpoints import Checkpoints
 from simulations.federation import Federation, assemble, describe

@@ -42,7 +42,7 @@ from transformers import (
     T5Model,
 )
 
-from fedlr.data.synthetic import VOCABULARY
+from fedlr.tasks.synthetic import VOCABULARY
 
 PAD, BOS, EOS = 0, 2, 3
 NUM_TOKENS, POSITIONS = 150, 80

@@ -3,20 +3,8 @@
 import pytest
 import torch
 
-from fedlr.adapter import (
-    HEAD,
-    LORA_A,
-    LORA_B,
-    AdapterState,
-    LoraFactors,
-    Slot,
-    adapter_parameters,
-    num_bytes,
-    num_values,
-    read_adapter,
-    train_only,
-    write_adapter,
-)
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, LoraFactors, Slot, num_bytes, num_values
+from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only, write_adapter
 from tests.training.small_models import CLASSIFIERS, EVERYTHING, batch, random_rows, small_model
 
 

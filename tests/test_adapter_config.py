@@ -11,7 +11,7 @@ import peft.tuners.lora.layer as peft_layers
 import pytest
 from pydantic import ValidationError
 
-from fedlr.adapter_config import CHANGE_THE_BASE, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
+from fedlr.models.adapter_config import CHANGE_THE_BASE, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
 
 ACCEPTED = [*INITIALISERS, *INFORMED, *MADE_BY_THE_SERVER]
 REFUSED = [*CHANGE_THE_BASE, "pissa_niter_4", "mica"]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, LoraFactors, Slot
-from fedlr.checkpoint import checkpoint_path, checkpoint_rounds, latest_checkpoint, save_checkpoint
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, LoraFactors, Slot
 from fedlr.errors import InputError
-from fedlr.rounds import ServerState
-from fedlr.sealed import Corrupt
+from fedlr.rounds.round import ServerState
+from fedlr.runs.checkpoint import checkpoint_path, checkpoint_rounds, latest_checkpoint, save_checkpoint
+from fedlr.runs.verified_folder import Corrupt
 
 MORE = {"personal": {Slot("3 layer.0", LORA_A): torch.tensor([0.1, float("nan")]).bfloat16()}}
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, state(1), {})
-    monkeypatch.setattr("fedlr.sealed.VERSION", 2)
+    monkeypatch.setattr("fedlr.runs.verified_folder.VERSION", 2)
     with pytest.raises(InputError, match="Expected version 2") as error:
         latest_checkpoint(tmp_path, say=pytest.fail)
     assert not isinstance(error.value, Corrupt)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fedlr.cohorts
-from fedlr.cohorts import sample_cohort
+import fedlr.rounds.cohorts
+from fedlr.rounds.cohorts import sample_cohort
 from tests.training.small_models import mutant
 
 
@@ -28,7 +28,7 @@ def test_cohorts_are_distinct_capped_and_as_large_as_they_can_be(
     seed: int, num_clients: int, share: float, max_participations: int, num_rounds: int
 ) -> None:
     size = max(1, round(share * num_clients))
-    capped(fedlr.cohorts, seed, num_clients, size, max_participations, num_rounds)
+    capped(fedlr.rounds.cohorts, seed, num_clients, size, max_participations, num_rounds)
 
 
 def capped(module: ModuleType, seed: int, num_clients: int, size: int, most: int, num_rounds: int) -> None:
@@ -55,7 +55,7 @@ def capped(module: ModuleType, seed: int, num_clients: int, size: int, most: int
 )
 def test_cohorts_without_a_cap_or_with_repetition_are_seen(change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        capped(mutant(fedlr.cohorts, change), 3, 6, 4, 2, 4)
+        capped(mutant(fedlr.rounds.cohorts, change), 3, 6, 4, 2, 4)
 
 
 def uniform(draw: Callable[..., Sequence[int]]) -> None:

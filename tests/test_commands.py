@@ -5,8 +5,8 @@ import os
 import pytest
 
 import server.cli
-from fedlr.commands import Options, command
 from fedlr.errors import InputError
+from fedlr.runs.commands import Options, command
 
 
 @command

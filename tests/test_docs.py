@@ -24,11 +24,11 @@ import yaml
 import client.cli
 import server.cli
 from fedlr.__main__ import main
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.statement import no_privacy_statement
-from fedlr.validate import rejection
+from fedlr.rounds.validate import rejection
 from simulations.cli import expand
 
 ROOT = Path(__file__).parents[1]
@@ -110,12 +110,12 @@ def with_median(tmp_path_factory: pytest.TempPathFactory) -> "types.SimpleNamesp
     function, test = fenced(text, "python")
     configs = shutil.copytree(ROOT / "configs", tmp_path_factory.mktemp("checkout") / "configs")
     (configs / "method" / "median.yaml").write_text(fenced(text, "yaml")[0], encoding="utf-8")
-    module = types.ModuleType("fedlr.aggregate.median")
+    module = types.ModuleType("fedlr.methods.aggregate.median")
     exec(compile(function, "median.py", "exec"), module.__dict__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
-        patch.setattr(importlib.import_module("fedlr.aggregate"), "median", module, raising=False)
-        patch.setattr("fedlr.experiment.CONFIGS", configs)
+        patch.setattr(importlib.import_module("fedlr.methods.aggregate"), "median", module, raising=False)
+        patch.setattr("fedlr.config.schema.CONFIGS", configs)
         yield types.SimpleNamespace(test=test)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlr.adapter import LORA_B, ClientUpdate, Slot
-from fedlr.build import build_method
-from fedlr.experiment import compose_experiment
-from fedlr.method import Method
+from fedlr.adapters.state import LORA_B, ClientUpdate, Slot
+from fedlr.config.build import build_method
+from fedlr.config.schema import compose_experiment
+from fedlr.methods.method import Method
 from simulations import cli
 from simulations.method_properties import MadeUpClients, measured
 from simulations.methods_command import names
@@ -45,7 +45,7 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     exec(compile(code, code_path, "exec"), module.__dict__)
     parent, _, last = name.rpartition(".")
     monkeypatch.setattr(importlib.import_module(parent), last, module, raising=False)
-    monkeypatch.setattr("fedlr.experiment.CONFIGS", configs)
+    monkeypatch.setattr("fedlr.config.schema.CONFIGS", configs)
     monkeypatch.chdir(tmp_path)
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(variable, "1")  # the command sets them itself: restored after the test

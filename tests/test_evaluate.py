@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlr.data.tokenise import collate
-from fedlr.evaluate import evaluate
+from fedlr.rounds.evaluate import evaluate
+from fedlr.tasks.tokenise import collate
 from tests.training.small_models import CLASSIFIERS, client_data, random_rows, small_model
 
 

@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from pydantic import ValidationError
 
-from fedlr.adapter_config import FROM_WEIGHTS, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
-from fedlr.assembly import private_mechanism
-from fedlr.build import build, build_method, build_optimizer, check_sections
+from fedlr.config.build import build, build_method, build_optimizer, check_sections
+from fedlr.config.schema import CONFIGS, check_experiment, compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import CONFIGS, check_experiment, compose_experiment
-from fedlr.models import BaseModel, attach_lora, tiny_random
+from fedlr.models.adapter_config import FROM_WEIGHTS, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
+from fedlr.models.network import BaseModel, attach_lora, tiny_random
+from fedlr.runs.prepare import private_mechanism
 from simulations import cli
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -155,8 +155,8 @@ def made_up(*, label_names: tuple[str, ...], width: tuple[int, int] = (1, 2), **
 
 
 def test_a_callable_of_ones_own_must_return_what_belongs_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlr.models.made_up", made_up, raising=False)
-    section = {"_target_": "fedlr.models.made_up", "width": [3, 4], "depth": 2}
+    monkeypatch.setattr("fedlr.models.network.made_up", made_up, raising=False)
+    section = {"_target_": "fedlr.models.network.made_up", "width": [3, 4], "depth": 2}
     with pytest.raises(InputError, match="model._target_ to return a BaseModel, got str"):
         build(section, "model", label_names=("a", "b"), seed=0)
     with pytest.raises(InputError, match="model.width.1 to be a valid integer, got null"):

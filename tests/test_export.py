@@ -19,13 +19,14 @@ from transformers import (
     RobertaModel,
 )
 
-from fedlr.adapter import HEAD, AdapterState, LoraFactors, Slot, read_adapter, write_adapter
-from fedlr.data.synthetic import VOCABULARY
-from fedlr.export import export_adapter
-from fedlr.models import AdapterConfig, BaseModel, attach_lora, pretrained, tiny_random, word_tokenizer
-from fedlr.pools.local import sharing_base
-from fedlr.prefix import without_prefix
-from fedlr.side import SideWeights
+from fedlr.adapters.state import HEAD, AdapterState, LoraFactors, Slot
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.export import export_adapter
+from fedlr.models.network import AdapterConfig, BaseModel, attach_lora, pretrained, tiny_random, word_tokenizer
+from fedlr.models.peft_state import read_adapter, write_adapter
+from fedlr.models.prefix import without_prefix
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.tasks.synthetic import VOCABULARY
 
 LABELS = ("bad", "good", "so so")
 WIDTHS = {

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.optim import SGD, AdamW, Optimizer
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.method import Finaliser, OrthonormalRows, SvdRefactor, keep
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.method import Finaliser, OrthonormalRows, SvdRefactor, keep
 
 SHAPES = {"layer.0": (10, 8), "layer.1": (3, 10)}  # (D, K); in the second, D < R
 RANK, SCALE = 4, 2.0

@@ -162,9 +162,9 @@ ADAPTER = {
 CHOICES = {
     "method=fedsvd method.personal=[lora_B]": ["method.personal", "not all", "lora_B"],
     "method=fedit method.personal=lora_A": ["method.personal"],
-    "method=fedit +method.client._target_=fedlr.method.Always +method.client.roles=[lora_B]": [
+    "method=fedit +method.client._target_=always +method.client.roles=[lora_B]": [
         "method.client",
-        "Always",
+        "always",
     ],
     "method=fedprox method.client.mu=-1": ["method.client.mu", "got -1"],
     "method=rolora method.block_schedule.roles=[lora_B]": ["two different roles", "lora_B"],
@@ -187,7 +187,10 @@ CHOICES = {
     "adapter.client_memory_mb=[0] method=flexlora": ["adapter.client_memory_mb", "0"],
     "adapter.client_memory_mb=[] method=flexlora": ["adapter.client_memory_mb", "[]"],
     "method=hetlora trainer.engine=opacus": ["trainer.engine=fused", "hetlora"],
-    "trainer.after_noise._target_=fedlr.client_rules.nope": ["trainer.after_noise", "fedlr.client_rules.nope"],
+    "trainer.after_noise._target_=fedlr.methods.client_rules.nope": [
+        "trainer.after_noise",
+        "fedlr.methods.client_rules.nope",
+    ],
     "trainer.after_noise._target_=torch.optim.SGD": ["trainer.after_noise"],
 }
 TARGETS = {
@@ -208,7 +211,7 @@ TARGETS = {
     "~method.finalise": ["a value for method.finalise, got none"],
     "method.block_schedule.roles=[lora_C]": ["method.block_schedule.roles", "lora_A, lora_B, head", "lora_C"],
     "method=lora_fair method.aggregate.penalty=-1": ["method.aggregate.penalty", "at least 0, got -1"],
-    "model._target_=fedlr.models.tinny": ["model._target_", "'fedlr.models.tinny'"],
+    "model._target_=fedlr.models.network.tinny": ["model._target_", "'fedlr.models.network.tinny'"],
     "model._target_=math.pi": ["model._target_", "function or a class", "math.pi"],
 }
 PLACES = {
@@ -329,7 +332,7 @@ def test_a_misspelt_key_is_found_before_the_heavy_libraries_load() -> None:
 def test_hub_libraries_that_are_loaded_already_are_told_to_stay_offline(here: Path) -> None:
     import huggingface_hub
 
-    from fedlr.offline import go_offline
+    from fedlr.config.offline import go_offline
 
     try:
         go_offline(False)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from fedlr.assembly import torch_threads
-from fedlr.build import check_sections
-from fedlr.commands import USAGE_ERROR, command
+from fedlr.config.build import check_sections
+from fedlr.config.schema import check_experiment, compose_experiment, known_keys
 from fedlr.errors import InputError, in_range
-from fedlr.experiment import check_experiment, compose_experiment, known_keys
-from fedlr.limits import MOST_DEPTH, check_limits, pattern_problem
+from fedlr.errors.limits import MOST_DEPTH, check_limits, pattern_problem
+from fedlr.runs.commands import USAGE_ERROR, command
+from fedlr.training.threads import torch_threads
 from simulations import cli
 from simulations.federation import assemble
 

@@ -7,8 +7,9 @@ Mutants this file kills: each snippet of `OFFENCES`, put into a module where it 
 """
 
 import ast
+import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,10 @@ VAGUE_NAMES = {"utils.py", "common.py", "base.py", "types.py", "helpers.py", "mi
 RIVALS = "simulations/bench/rivals/"  # what we are measured against, used as its own users do
 # Who may import what. A place is a file, or a folder when it ends in "/".
 PLACES = {
-    "flwr": ("fedlr/wire.py", "fedlr/flower/", "server/", "client/", "simulations/flower_run.py", RIVALS),
+    "flwr": ("fedlr/flower/", "server/", "client/", "simulations/flower_run.py", RIVALS),
     "opacus": ("fedlr/privacy/", "fedlr/training/", RIVALS),
-    "peft": ("fedlr/adapter.py", "fedlr/models.py", "fedlr/export.py", "fedlr/tuners/", RIVALS),
-    "hydra": ("fedlr/experiment.py", "simulations/cli.py", "server/", "client/"),
+    "peft": ("fedlr/models/", RIVALS),
+    "hydra": ("fedlr/config/schema.py", "simulations/cli.py", "server/", "client/"),
 }
 # Never, anywhere: they run code from a file, or write files that only such a reader opens.
 NEVER = (
@@ -39,26 +40,33 @@ NEVER = (
     "torch.save",
 )
 
-# Inside fedlr imports go down: a module may import names of a lower level, or of its own folder.
-LEVELS = {
-    name: level
-    for level, names in enumerate(
-        [
-            ("errors",),
-            ("adapter", "streams"),
-            ("refactor", "privacy", "data", "client_rule", "side", "cohorts"),
-            ("low_rank",),
-            ("aggregate",),
-            ("client_rules", "layer_choice", "method", "validate", "training"),
-            ("rounds",),
-            ("experiment",),
-            ("build",),
-        ]
-    )
-    for name in names
-}
-# rounds sees a ClientPool, never how a client trains.
-NEVER_TOGETHER = {"fedlr/rounds.py": "fedlr.training", "fedlr/method.py": "fedlr.training"}
+# The rooms of fedlr, the lowest first: each imports its own modules and those of rooms above it in this list.
+ROOMS = (
+    "errors",
+    "streams",
+    "files",
+    "adapters",
+    "privacy",
+    "data",
+    "tasks",
+    "models",
+    "methods",
+    "training",
+    "rounds",
+    "config",
+    "runs",
+    "flower",
+)
+FRONT_DOOR = ("__init__", "__main__")
+RANK = {room: number for number, room in enumerate((*ROOMS, *FRONT_DOOR))}
+MOST_ENTRIES = 14
+# A round sees a ClientPool, never how a client trains.
+NEVER_TOGETHER = {"fedlr/rounds/round.py": "fedlr.training", "fedlr/rounds/cohorts.py": "fedlr.training"}
+# Tables of names, which are looked up late and by text: a string there is no import.
+TABLES = ("fedlr/config/parts.py", "fedlr/config/old_names.py")
+# Flower's simulation starts both apps by name, in processes that import nothing of simulations.
+APPS = {"simulations/flower_run.py": ("server.app.app", "client.app.app")}
+A_NAME = re.compile(r"(fedlr|simulations|server|client)(\.\w+)+(:\w+)?")
 
 
 def names_used(source: str, package: str = "") -> Iterator[str]:
@@ -110,7 +118,8 @@ def within(name: str, banned: str) -> bool:
 def offences(path: str, source: str) -> list[str]:
     """What a module at `path`, relative to the repository, does against the rules."""
     house, *folders = path.split("/")[:-1]
-    used = sorted(set(names_used(source, ".".join([house, *folders]))))
+    named = set(named_modules(source)) - set(APPS.get(path, ())) if path not in TABLES else set()
+    used = sorted({*names_used(source, ".".join([house, *folders])), *named})
     found = [f"{path}: {name} is never used" for name in used if any(within(name, ban) for ban in NEVER)]
     found += [f"{path}: line {line} allows pickle" for line in unpickling(source)]
     for library, places in PLACES.items():
@@ -118,15 +127,32 @@ def offences(path: str, source: str) -> list[str]:
             found += [f"{path}: {name}, but {library} stays in {places}" for name in used if within(name, library)]
     for other in set(HOUSES) - {house}:
         found += [f"{path}: {name}, but {house} never imports {other}" for name in used if within(name, other)]
-    return found + ([o for name in used for o in _against_levels(path, name)] if house == "fedlr" else [])
+    return found + ([o for name in used for o in _against_order(path, name)] if house == "fedlr" else [])
 
 
-def _against_levels(path: str, name: str) -> list[str]:
-    mine = Path(path.split("/")[1]).stem
-    theirs = name.split(".")[1] if name.startswith("fedlr.") else mine
-    upwards = mine != theirs and LEVELS.get(theirs, -1) >= LEVELS.get(mine, len(LEVELS))
+def _against_order(path: str, name: str) -> list[str]:
+    """Return what is wrong with a name that a module of fedlr uses: it stands below in the list of rooms."""
+    mine, theirs = path.split("/")[1].removesuffix(".py"), (name.split(".") + [""])[1]
+    if not within(name, "fedlr") or theirs not in RANK:
+        return []
+    upwards = RANK[theirs] > RANK.get(mine, -1)
     together = path in NEVER_TOGETHER and within(name, NEVER_TOGETHER[path])
     return [f"{path}: {name}, but imports inside fedlr go down"] if upwards or together else []
+
+
+def named_modules(source: str) -> Iterator[str]:
+    """Names of modules of this project that stand in strings, as `"server.app:app"` does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and A_NAME.fullmatch(node.value):
+            name = node.value.replace(":", ".")
+            parts = name.split(".")
+            if any((ROOT / Path(*parts[:end])).with_suffix(".py").is_file() for end in range(2, len(parts) + 1)):
+                yield name
+
+
+def unknown_rooms(entries: Iterable[str]) -> set[str]:
+    """Return the entries of fedlr/ that are in no line of the rule."""
+    return {entry.removesuffix(".py") for entry in entries} - {*ROOMS, *FRONT_DOOR, "py.typed", "__pycache__"}
 
 
 def modules() -> list[Path]:
@@ -149,6 +175,13 @@ def test_module_is_short_and_named_for_what_it_holds(path: Path) -> None:
     assert path.name not in VAGUE_NAMES
 
 
+def test_every_room_has_its_place_in_the_order_and_there_are_few() -> None:
+    entries = {path.name for path in (ROOT / "fedlr").iterdir()}
+    assert unknown_rooms(entries) == set() and {*ROOMS} <= {entry.removesuffix(".py") for entry in entries}
+    assert len(ROOMS) <= MOST_ENTRIES
+    assert unknown_rooms([*entries, "helpers.py", "trackers"]) == {"helpers", "trackers"}
+
+
 def test_linter_exempts_exactly_the_places_of_this_table() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
     assert set(config["flake8-tidy-imports"]["banned-api"]) == {*PLACES, *NEVER}
@@ -159,30 +192,35 @@ def test_linter_exempts_exactly_the_places_of_this_table() -> None:
 
 
 OFFENCES = {
-    "import pickle": "fedlr/wire.py",
+    "import pickle": "fedlr/flower/records.py",
     "from pickle import loads": "fedlr/privacy/ledger.py",
-    "import torch\nstate = torch.load('x')": "fedlr/models.py",
+    "import torch\nstate = torch.load('x')": "fedlr/models/network.py",
     "import torch as t\nt.save({}, 'x')": "simulations/cli.py",
     "from torch import load": "fedlr/training/local.py",
     "import numpy as np\nread = np.load": "fedlr/data/table.py",
-    "import io, numpy as np\nnp.lib.format.read_array(io.BytesIO(b''), allow_pickle=True)": "fedlr/wire.py",
-    "from numpy.lib.format import read_array\nread_array(file)": "fedlr/wire.py",
-    "from numpy import lib\nlib.npyio.NpzFile('x', allow_pickle=1)": "fedlr/wire.py",
+    "import io, numpy as np\nnp.lib.format.read_array(io.BytesIO(b''), allow_pickle=True)": "fedlr/flower/records.py",
+    "from numpy.lib.format import read_array\nread_array(file)": "fedlr/flower/records.py",
+    "from numpy import lib\nlib.npyio.NpzFile('x', allow_pickle=1)": "fedlr/flower/records.py",
     "import pandas\npandas.read_pickle('x')": "fedlr/data/table.py",
-    "import flwr.app": "fedlr/rounds.py",
+    "import flwr.app": "fedlr/rounds/round.py",
     "from flwr.app import Message": "fedlr/privacy/ledger.py",
-    "import opacus": "fedlr/wire.py",
-    "def f():\n    from opacus.accountants import RDPAccountant": "fedlr/evaluate.py",
+    "import opacus": "fedlr/flower/records.py",
+    "def f():\n    from opacus.accountants import RDPAccountant": "fedlr/rounds/evaluate.py",
     "from peft import LoraConfig": "fedlr/training/local.py",
-    "from hydra.utils import instantiate": "fedlr/pools/local.py",
-    "def f():\n    import simulations.cli": "fedlr/experiment.py",
-    "import importlib\nimportlib.import_module('simulations.cli')": "fedlr/report/page.py",
+    "from hydra.utils import instantiate": "fedlr/rounds/pools/local.py",
+    "def f():\n    import simulations.cli": "fedlr/config/schema.py",
+    "import importlib\nimportlib.import_module('simulations.cli')": "fedlr/runs/report/page.py",
     "from server import app": "client/app.py",
-    "from fedlr.training import local": "fedlr/rounds.py",
-    "from fedlr import training": "fedlr/rounds.py",
-    "from fedlr.rounds import run_round": "fedlr/aggregate/mean.py",
-    "from ..method import Method": "fedlr/privacy/accountant.py",
-    "from fedlr.experiment import Experiment": "fedlr/rounds.py",
+    "from fedlr.training import local": "fedlr/rounds/round.py",
+    "from fedlr import training": "fedlr/rounds/round.py",
+    "from fedlr.rounds.round import run_round": "fedlr/methods/aggregate/mean.py",
+    "from ..methods import method": "fedlr/privacy/accountant.py",
+    "from fedlr.config.schema import Experiment": "fedlr/rounds/round.py",
+    "from fedlr.models.peft_state import read_adapter": "fedlr/adapters/state.py",
+    "from fedlr.training.gradients import clip_weights": "fedlr/models/precision.py",
+    "APP = 'server.app:app'": "fedlr/flower/messages.py",
+    "RULE = 'fedlr.config.parts'": "fedlr/privacy/ledger.py",
+    "import fedlr.runs.prepare": "fedlr/config/build.py",
 }
 
 
@@ -196,13 +234,16 @@ def test_each_offence_is_found(source: str, path: str) -> None:
     [
         ("fedlr/privacy/accountant.py", "import opacus\nfrom fedlr.errors import InputError"),
         (
-            "fedlr/aggregate/mean.py",
-            "from fedlr.adapter import AdapterState\nfrom .fair import x",
+            "fedlr/methods/aggregate/mean.py",
+            "from fedlr.models.peft_state import AdapterState\nfrom .fair import x",
         ),
-        ("fedlr/rounds.py", "from fedlr.method import Method\nfrom fedlr.aggregate.diagnostics import x"),
-        ("fedlr/experiment.py", "import hydra\nfrom fedlr.rounds import run_round"),
+        (
+            "fedlr/rounds/round.py",
+            "from fedlr.methods.method import Method\nfrom fedlr.methods.measure.diagnostics import x",
+        ),
+        ("fedlr/config/schema.py", "import hydra\nfrom fedlr.rounds.round import run_round"),
         ("fedlr/data/table.py", "import json\nload = json.load\nimport numpy as np\nnp.loadtxt"),
-        ("simulations/cli.py", "from hydra import compose\nfrom fedlr.pools.local import x\nimport fedlr"),
+        ("simulations/cli.py", "from hydra import compose\nfrom fedlr.rounds.pools.local import x\nimport fedlr"),
     ],
 )
 def test_what_the_design_allows_is_no_offence(path: str, source: str) -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from fedlr.adapter import LORA_A, Slot, adapted_layers, read_adapter
-from fedlr.adapter_config import INFORMED, AdapterConfig
-from fedlr.data.synthetic import VOCABULARY
+from fedlr.adapters.state import LORA_A, Slot
 from fedlr.errors import InputError
-from fedlr.informed import input_moments, leading_rows, made_up_text, principal_rows
-from fedlr.models import AdaptedModel, attach_lora, pretrained, tiny_random, word_tokenizer
+from fedlr.models.adapter_config import INFORMED, AdapterConfig
+from fedlr.models.network import AdaptedModel, attach_lora, pretrained, tiny_random, word_tokenizer
+from fedlr.models.peft_state import adapted_layers, read_adapter
+from fedlr.models.starts.from_base import input_moments, leading_rows, made_up_text, principal_rows
+from fedlr.tasks.synthetic import VOCABULARY
 
 LABELS = ("negative", "positive")
 

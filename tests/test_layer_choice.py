@@ -15,13 +15,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, num_values
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.mean import weighted_mean
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, num_values
 from fedlr.errors import InputError
-from fedlr.layer_choice import SCORE, WAIT, BetterFactor, ScoredMean
-from fedlr.method import Alternate, Method, full_adapter, trained_block
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.layer_choice import SCORE, WAIT, BetterFactor, ScoredMean
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
+from fedlr.methods.method import Alternate, Method, full_adapter, trained_block
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 D, K, R = 12, 20, 3

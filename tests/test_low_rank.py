@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedlr.low_rank as shipped
-from fedlr.adapter import LoraFactors
+import fedlr.adapters.low_rank as shipped
+from fedlr.adapters.factors import svd_refactor
+from fedlr.adapters.low_rank import LowRankSum, completed_rows
+from fedlr.adapters.state import LoraFactors
 from fedlr.errors import InputError
-from fedlr.low_rank import LowRankSum, completed_rows
-from fedlr.refactor import svd_refactor
 from tests.training.small_models import mutant
 
 OUT, INTO = 30, 22

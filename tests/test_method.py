@@ -19,14 +19,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, roles_of
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.ideal import Ideal
-from fedlr.build import build_method
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, roles_of
+from fedlr.config.build import build_method
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.method import Always, Method, SvdRefactor, full_adapter, trained_block
-from fedlr.rounds import ServerState, task_of
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
+from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, trained_block
+from fedlr.rounds.round import ServerState, task_of
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

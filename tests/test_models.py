@@ -21,18 +21,12 @@ from transformers import (
     RobertaModel,
 )
 
-from fedlr.adapter import HEAD, read_adapter
-from fedlr.data.synthetic import VOCABULARY
+from fedlr.adapters.state import HEAD
 from fedlr.errors import InputError
-from fedlr.fingerprint import tensor_fingerprint
-from fedlr.models import (
-    AdapterConfig,
-    attach_lora,
-    pretrained,
-    resolve,
-    tiny_random,
-    word_tokenizer,
-)
+from fedlr.models.fingerprint import tensor_fingerprint
+from fedlr.models.network import AdapterConfig, attach_lora, pretrained, resolve, tiny_random, word_tokenizer
+from fedlr.models.peft_state import read_adapter
+from fedlr.tasks.synthetic import VOCABULARY
 
 LABELS = ("negative", "neutral", "positive")
 WIDTHS = {

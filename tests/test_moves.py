@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, read_adapter, train_only
-from fedlr.build import build, build_method
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState
+from fedlr.config.build import build, build_method
 from fedlr.errors import InputError
-from fedlr.models import AdaptedModel
-from fedlr.moves import check_moves, largest_gradient
-from fedlr.tuners.attach import attach
+from fedlr.models.network import AdaptedModel
+from fedlr.models.peft_state import read_adapter, train_only
+from fedlr.models.tuners.attach import attach
+from fedlr.training.moves import check_moves, largest_gradient
 from simulations import cli
 from tests.simulations.small_runs import experiment
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from client.key import key
 from fedlr.errors import InputError
-from fedlr.node_key import canonical_public_key, create_node_key, load_node_key, load_public_key, write_new
+from fedlr.flower.node_key import canonical_public_key, create_node_key, load_node_key, load_public_key, write_new
 
 
 def test_the_pair_is_a_pair_in_the_formats_that_flower_reads(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import fedlr.outcome as outcome
-from fedlr.adapter import AdapterState, Slot
+import fedlr.runs.outcome as outcome
+from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
-from fedlr.evaluate import Evaluation
-from fedlr.records import metrics_row
-from fedlr.rounds import ServerState
+from fedlr.rounds.evaluate import Evaluation
+from fedlr.rounds.round import ServerState
+from fedlr.runs.recorder import metrics_row
 from simulations import cli
 from simulations.simulate import simulate
 from tests.simulations.small_runs import RUN_FILES, experiment, lines

@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedlr.outlying
-import fedlr.rounds
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.mean import weighted_mean
+import fedlr.rounds.outlying
+import fedlr.rounds.round
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.method import Always, Method, full_adapter, keep
-from fedlr.outlying import MAX_UPDATE_RATIO, NUM_REFERENCES
-from fedlr.rounds import Dropout, ServerState, run_round
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.method import Always, Method, full_adapter, keep
+from fedlr.rounds.outlying import MAX_UPDATE_RATIO, NUM_REFERENCES
+from fedlr.rounds.round import Dropout, ServerState, run_round
 from tests.server.small_federation import Outcomes
 from tests.training.small_models import mutant
 
@@ -101,7 +101,7 @@ def of_the_values(tensors: Sent, sent_down: Mapping[Slot, Tensor]) -> dict[str, 
     return moves_as_they_are(tensors, {slot: torch.zeros_like(tensor) for slot, tensor in sent_down.items()})
 
 
-moves_as_they_are = fedlr.outlying.moves
+moves_as_they_are = fedlr.rounds.outlying.moves
 MUTANTS = {
     "one norm over all roles": ("moves", one_norm, "(-B, -A) of two"),
     "values in place of moves": ("moves", of_the_values, "(-B, -A) of two"),
@@ -111,7 +111,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_bound_that_measures_something_else_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target, replacement, attack = MUTANTS[name]
-    monkeypatch.setattr(fedlr.rounds, target, replacement)
+    monkeypatch.setattr(fedlr.rounds.round, target, replacement)
     with pytest.raises(AssertionError):
         effect(attack, max_ratio=MAX_UPDATE_RATIO)
 
@@ -127,7 +127,7 @@ def test_a_bound_that_measures_something_else_is_seen(name: str, monkeypatch: py
 def test_a_measure_that_an_attacker_sets_is_seen(
     change: tuple[str, str], attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedlr.rounds, "near_the_others", mutant(fedlr.outlying, change).near_the_others)
+    monkeypatch.setattr(fedlr.rounds.round, "near_the_others", mutant(fedlr.rounds.outlying, change).near_the_others)
     with pytest.raises(AssertionError):
         effect(attack, max_ratio=MAX_UPDATE_RATIO)
 

@@ -16,18 +16,15 @@ import pytest
 import torch
 import yaml
 
-import fedlr.aggregate
-import fedlr.client_rules
 import fedlr.data
-import fedlr.tuners
+import fedlr.methods.aggregate
+import fedlr.methods.client_rules
+import fedlr.models.tuners
 from client.bounds import Policy
-from fedlr import parts, slots
-from fedlr.adapter import AdapterState, Block
-from fedlr.build import build, build_choice, build_optimizer, find
-from fedlr.data.table import LabelledText
-from fedlr.errors import InputError
-from fedlr.experiment import CONFIGS, compose_experiment
-from fedlr.parts import (
+from fedlr.adapters.state import AdapterState, Block
+from fedlr.config import parts, slots
+from fedlr.config.build import build, build_choice, build_optimizer, find
+from fedlr.config.parts import (
     GET_METHOD,
     OPTIMIZERS,
     PARTS,
@@ -39,11 +36,14 @@ from fedlr.parts import (
     own_parts_of,
     require_registered,
 )
+from fedlr.config.schema import CONFIGS, compose_experiment
+from fedlr.data.table import LabelledText
+from fedlr.errors import InputError
 
-LIBRARY = (fedlr.aggregate, fedlr.client_rules, fedlr.data, fedlr.tuners)
+LIBRARY = (fedlr.methods.aggregate, fedlr.methods.client_rules, fedlr.data, fedlr.models.tuners)
 NOT_TO_BE_NAMED = {
-    "fedlr.aggregate.layer_mean.BoundLayerMean",  # LayerMean makes it, with a model
-    "fedlr.client_rules.chain.Chain",  # of rules that are objects already
+    "fedlr.methods.aggregate.layer_mean.BoundLayerMean",  # LayerMean makes it, with a model
+    "fedlr.methods.client_rules.chain.Chain",  # of rules that are objects already
     "fedlr.data.table.split_train_test",  # returns two
 }
 
@@ -79,7 +79,12 @@ def test_every_registered_part_is_what_belongs_in_its_section() -> None:
 def test_every_part_of_the_library_is_registered() -> None:
     """By its signature: a rule that is added and forgotten here could not be resumed."""
     registered = {place for names in PARTS.values() for place in names.values()} | NOT_TO_BE_NAMED
-    modules = ["fedlr.method", "fedlr.layer_choice", "fedlr.client_rule", "fedlr.models"]
+    modules = [
+        "fedlr.methods.method",
+        "fedlr.methods.layer_choice",
+        "fedlr.methods.client_rules.rule",
+        "fedlr.models.network",
+    ]
     for package in LIBRARY:
         modules += [f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
     classes = [kind for section, kind in slots.KINDS.items() if section != "trainer.optimizer"]
@@ -146,13 +151,19 @@ def make_median() -> Median:
 
 HERE = "parts_of_a_users_own"
 WRONG = {
-    "data._target_": ["os.system", "os:system", "builtins.exec", "fedlr.run_dir.subprocess.run", "antigravity.x"],
+    "data._target_": [
+        "os.system",
+        "os:system",
+        "builtins.exec",
+        "fedlr.runs.directory.subprocess.run",
+        "antigravity.x",
+    ],
     "model._target_": ["fedlr.data.table.load_table", "{here}.untyped", "{here}.of_another_type", "math.pi"],
     "partition._target_": ["{here}.typed", "torch.load", "hydra.utils.instantiate"],
     "method.aggregate.path": ["builtins.exec", "builtins.print", "{here}.one_argument", "{here}.untyped", "torch.load"],
-    "method.aggregate._target_": ["fedlr.method.keep", "keep", "{here}.median", "{here}.Turns", "pickle.loads"],
+    "method.aggregate._target_": ["fedlr.methods.method.keep", "keep", "{here}.median", "{here}.Turns", "pickle.loads"],
     "method.aggregate": ["builtins.exec", "{here}.one_argument", "{here}.Turns", "keep", "weighted_meen", "lr"],
-    "method.finalise.path": ["{here}.median", "fedlr.method.full_adapter", "sys.exit"],
+    "method.finalise.path": ["{here}.median", "fedlr.methods.method.full_adapter", "sys.exit"],
     "method.broadcast.path": ["{here}.median", "builtins.dict"],
     "method.block_schedule._target_": ["{here}.Median", "builtins.frozenset"],
     "method.client._target_": ["{here}.Median", "types.SimpleNamespace"],
@@ -166,7 +177,7 @@ RIGHT = {
     "method.aggregate": ["{here}.median", "{here}.Median", "lora_fair", "weighted_mean"],
     "method.aggregate._target_": ["{here}.Median", "{here}.make_median"],
     "method.block_schedule._target_": ["{here}.Turns"],
-    "method.broadcast.path": ["fedlr.method.trained_block"],
+    "method.broadcast.path": ["fedlr.methods.method.trained_block"],
     "trainer.optimizer._target_": ["torch.optim.LBFGS"],
 }
 
@@ -192,7 +203,7 @@ def test_what_does_not_belong_at_a_key_is_refused_before_it_is_called() -> None:
     assert CALLS == []
 
 
-MUTANTS = {"a kind that is found out by calling": ("fedlr.build.check_kind", lambda found, name, where: None)}
+MUTANTS = {"a kind that is found out by calling": ("fedlr.config.build.check_kind", lambda found, name, where: None)}
 
 
 @pytest.mark.parametrize("mutant", [None, *MUTANTS])
@@ -224,7 +235,7 @@ READ = {
     "finalise": {"_target_": "fedlr.method.SvdRefactor"},
 }
 OLD: dict[str, Any] = {
-    "data": {"_target_": "fedlr.data.table.load_table", "path": "fedlr.method.keep"},
+    "data": {"_target_": "table", "path": "fedlr.method.keep"},
     "method": {
         "_target_": "fedlr.method.Method",
         "aggregate": {"_target_": GET_METHOD, "path": "fedlr.aggregate.mean.weighted_mean"},
@@ -259,13 +270,13 @@ def test_dotted_paths_of_older_releases_stand_for_names_in_their_own_group_only(
 def test_a_configuration_that_was_read_names_registered_parts_in_their_sections_only() -> None:
     for key, value in READ.items():
         with pytest.raises(InputError, match=f"Expected .*{key}.* in FILE"):
-            require_registered({key: value}, source="FILE", own_parts=["fedlr.models.tiny_random"])
+            require_registered({key: value}, source="FILE", own_parts=["tiny_random"])
     own = {"data": {"_target_": "mine.load"}}
     for near in ("mine.load2", "mine", "mine:load", "Mine.load", " mine.load"):
         with pytest.raises(InputError, match=r"data\._target_ in FILE .*'?\"?mine\.load"):
             require_registered(own, source="FILE", own_parts=[near])
     require_registered(own, source="FILE", own_parts=["mine.load"])
-    assert own_parts_of({**own, "model": {"_target_": "fedlr.models.tiny_random"}}) == ["mine.load"]
+    assert own_parts_of({**own, "model": {"_target_": "tiny_random"}}) == ["mine.load"]
 
 
 def test_a_walk_of_the_first_level_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,18 +11,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-import fedlr.precision
+import fedlr.models.precision
 import fedlr.training.gradients
-from fedlr.adapter import adapter_parameters, read_adapter, train_only
 from fedlr.errors import InputError
-from fedlr.fingerprint import tensor_fingerprint
-from fedlr.precision import bfloat16_note, with_bfloat16_base
+from fedlr.models.fingerprint import tensor_fingerprint
+from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only
+from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training.gradients import HookGradients, LoopGradients
 from fedlr.training.local import LocalTraining, train_client
-from fedlr.training.losses import causal_lm, cross_entropy
 from fedlr.training.supported import check_supported
 from tests.training.small_models import (
     B_AND_HEAD,
@@ -78,7 +78,7 @@ def check_types(module: object, architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", BUILDERS)
 def test_frozen_tensors_are_bfloat16_and_everything_else_is_not(architecture: str) -> None:
-    check_types(fedlr.precision, architecture)
+    check_types(fedlr.models.precision, architecture)
 
 
 BUFFERS = "[m._buffers.update({n: b.bfloat16()}) for m in low.modules() for n, b in list(m._buffers.items()) if n]"
@@ -96,14 +96,14 @@ BUFFERS = "[m._buffers.update({n: b.bfloat16()}) for m in low.modules() for n, b
 )
 def test_a_wrong_conversion_is_caught(architecture: str, change: tuple[str, str], error: type[Exception]) -> None:
     with pytest.raises(error):
-        check_types(mutant(fedlr.precision, change), architecture)
+        check_types(mutant(fedlr.models.precision, change), architecture)
 
 
 def test_a_shared_tensor_is_caught() -> None:
     # The buffers and all that deepcopy finds in its memo are shared.
     change = ("dict(halved))", "{**{id(p): p for p in adapter_parameters(model).values()}, **halved})")
     with pytest.raises(AssertionError, match="share"):
-        check_types(mutant(fedlr.precision, change), "bert")
+        check_types(mutant(fedlr.models.precision, change), "bert")
 
 
 def test_attention_is_eager_in_the_copy_only() -> None:

@@ -27,15 +27,15 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-import fedlr.prefix
-from fedlr.adapter import adapter_parameters, read_adapter, train_only, write_adapter
+import fedlr.models.prefix
 from fedlr.data.store import TableStore
-from fedlr.data.tokenise import TokenisedText, collate, micro_batches
 from fedlr.errors import InputError
-from fedlr.precision import with_bfloat16_base
-from fedlr.prefix import encode_prefix, prefix, without_prefix
+from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only, write_adapter
+from fedlr.models.precision import with_bfloat16_base
+from fedlr.models.prefix import encode_prefix, prefix, without_prefix
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
 from fedlr.training.gradients import HookGradients
-from fedlr.training.losses import cross_entropy
 from tests.training.small_models import B_AND_HEAD, client_data, mutant, random_rows
 
 SIZES = {
@@ -139,7 +139,7 @@ def parity(module: object, config: PreTrainedConfig) -> None:
 
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 def test_cut_model_has_the_logits_and_clipped_gradients_of_the_whole(config: PreTrainedConfig) -> None:
-    parity(fedlr.prefix, config)
+    parity(fedlr.models.prefix, config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -159,7 +159,7 @@ def test_in_the_same_micro_batch_every_bit_is_that_of_the_whole_model(family: st
 def test_bfloat16_states_that_are_converted_are_caught() -> None:
     change = ("states.view(torch.uint16) if states.dtype == torch.bfloat16 else states", "states.to(torch.uint16)")
     with pytest.raises(InputError, match="bert"):
-        mutant(fedlr.prefix, change).without_prefix(with_bfloat16_base(adapted(FAMILY["bert"], layers=[2])))
+        mutant(fedlr.models.prefix, change).without_prefix(with_bfloat16_base(adapted(FAMILY["bert"], layers=[2])))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_bfloat16_states_that_are_converted_are_caught() -> None:
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_cuts_that_are_wrong_are_seen(family: str, change: tuple[str, str]) -> None:
     with pytest.raises((AssertionError, InputError)):
-        parity(mutant(fedlr.prefix, change), FAMILY[family])
+        parity(mutant(fedlr.models.prefix, change), FAMILY[family])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_cuts_that_are_wrong_are_seen(family: str, change: tuple[str, str]) -> N
 )
 def test_the_probe_refuses_a_wrong_cut_by_itself(change: tuple[str, str]) -> None:
     with pytest.raises(InputError, match="roberta"):
-        mutant(fedlr.prefix, change).without_prefix(adapted(FAMILY["roberta"], layers=[2, 3]))
+        mutant(fedlr.models.prefix, change).without_prefix(adapted(FAMILY["roberta"], layers=[2, 3]))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -317,7 +317,7 @@ def check_stored(module: object, folder: Path, other: Callable[[], tuple[PeftMod
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_stored_states_are_those_of_these_texts_and_layers(tmp_path: Path, other: Callable) -> None:
-    check_stored(fedlr.prefix, tmp_path, other)
+    check_stored(fedlr.models.prefix, tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_stored_states_are_those_of_these_texts_and_layers(tmp_path: Path, other
 )
 def test_a_key_that_forgets_something_is_caught(tmp_path: Path, other: str, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        check_stored(mutant(fedlr.prefix, change), tmp_path, OTHERS[other])
+        check_stored(mutant(fedlr.models.prefix, change), tmp_path, OTHERS[other])
 
 
 def test_stored_states_are_found_by_another_run_whatever_its_head(

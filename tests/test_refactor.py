@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, LoraFactors, Slot
+from fedlr.adapters.factors import orthonormal_rows, product_norm, product_singular_values, svd_refactor
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, LoraFactors, Slot
 from fedlr.errors import InputError
-from fedlr.method import OrthonormalRows, SvdRefactor
-from fedlr.refactor import orthonormal_rows, product_norm, product_singular_values, svd_refactor
+from fedlr.methods.method import OrthonormalRows, SvdRefactor
 
 REFACTORS = [svd_refactor, orthonormal_rows]
 

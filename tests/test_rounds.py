@@ -15,19 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedlr.rounds
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, adapter_parameters
-from fedlr.aggregate.mean import weighted_mean
+import fedlr.rounds.round
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot
 from fedlr.errors import InputError
-from fedlr.method import Always, Method, SvdRefactor, full_adapter, keep, trained_block
-from fedlr.rounds import (
-    Dropout,
-    RoundTask,
-    ServerState,
-    federated_rounds,
-    initial_state,
-    run_round,
-)
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep, trained_block
+from fedlr.models.peft_state import adapter_parameters
+from fedlr.rounds.round import Dropout, RoundTask, ServerState, federated_rounds, initial_state, run_round
 from fedlr.streams import Purpose, stream
 from simulations.simulate import create_ledger, make_pool
 from tests.simulations.small_runs import federation
@@ -243,7 +237,7 @@ def test_a_cohort_that_cannot_be_is_refused(cohort_size: int) -> None:
 
 
 def test_silence_that_is_no_event_is_seen() -> None:
-    deaf = mutant(fedlr.rounds, ("if client not in heard]", "if False]"))
+    deaf = mutant(fedlr.rounds.round, ("if client not in heard]", "if False]"))
     _, diagnostics = deaf.run_round(ServerState(start()), [0, 2], pool=Answers(), method=FFA)
     assert diagnostics.dropouts == ()
     _, diagnostics = run_round(ServerState(start()), [0, 2], pool=Answers(), method=FFA)

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-import fedlr.aggregate.mean
-import fedlr.cohorts
-import fedlr.rounds
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.fair import LoraFair, LoraFairRidge
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.cohorts import cohorts, sample_cohort
-from fedlr.method import Always, Method, full_adapter, keep
-from fedlr.outlying import NUM_REFERENCES
-from fedlr.rounds import Dropout, RoundTask, ServerState, run_round
+import fedlr.methods.aggregate.mean
+import fedlr.rounds.cohorts
+import fedlr.rounds.round
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.methods.aggregate.fair import LoraFair, LoraFairRidge
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.method import Always, Method, full_adapter, keep
+from fedlr.rounds.cohorts import cohorts, sample_cohort
+from fedlr.rounds.outlying import NUM_REFERENCES
+from fedlr.rounds.round import Dropout, RoundTask, ServerState, run_round
 from fedlr.streams import Purpose, stream
 from tests.training.small_models import mutant
 
@@ -77,18 +77,21 @@ def most_alive(module: ModuleType, method: Method, order: Sequence[int], *, bad:
 
 @pytest.mark.parametrize("method", [MEAN, FEDIT, FAIR, RIDGE], ids=lambda m: m.name)
 def test_a_round_of_a_thousand_clients_holds_a_handful_of_updates(method: Method) -> None:
-    assert most_alive(fedlr.rounds, method, range(1000)) <= NUM_REFERENCES + 5
+    assert most_alive(fedlr.rounds.round, method, range(1000)) <= NUM_REFERENCES + 5
 
 
 def test_updates_out_of_order_are_held_only_until_their_turn() -> None:
     swapped = [client ^ 1 for client in range(1000)]
-    assert most_alive(fedlr.rounds, MEAN, swapped) <= NUM_REFERENCES + 6
+    assert most_alive(fedlr.rounds.round, MEAN, swapped) <= NUM_REFERENCES + 6
     blocks = [10 * (k // 10) + 9 - k % 10 for k in range(1000)]  # each ten clients backwards
-    assert most_alive(fedlr.rounds, MEAN, blocks) <= NUM_REFERENCES + 15
+    assert most_alive(fedlr.rounds.round, MEAN, blocks) <= NUM_REFERENCES + 15
 
 
 def test_a_client_that_only_sends_what_cannot_be_used_does_not_make_the_server_hold_all_others() -> None:
-    assert most_alive(fedlr.rounds, MEAN, range(1000), bad=[0, 500]) <= fedlr.rounds.MOST_HELD + NUM_REFERENCES + 5
+    assert (
+        most_alive(fedlr.rounds.round, MEAN, range(1000), bad=[0, 500])
+        <= fedlr.rounds.round.MOST_HELD + NUM_REFERENCES + 5
+    )
 
 
 def listing(adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
@@ -97,7 +100,7 @@ def listing(adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterSt
 
 @pytest.mark.parametrize("name", ["aggregator", "round", "patience"])
 def test_rounds_that_hold_every_update_are_seen(name: str) -> None:
-    module, method, bad = fedlr.rounds, MEAN, []
+    module, method, bad = fedlr.rounds.round, MEAN, []
     if name == "aggregator":
         method = Method("list", B_ONLY, listing, keep, full_adapter)
     elif name == "round":
@@ -151,7 +154,7 @@ def no_schedule_matters(module: ModuleType) -> None:
 
 
 def test_no_schedule_of_the_pool_matters() -> None:
-    no_schedule_matters(fedlr.rounds)
+    no_schedule_matters(fedlr.rounds.round)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_no_schedule_of_the_pool_matters() -> None:
 )
 def test_schedules_that_matter_are_seen(change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        no_schedule_matters(mutant(fedlr.rounds, change))
+        no_schedule_matters(mutant(fedlr.rounds.round, change))
 
 
 def test_a_dropout_is_the_pools_last_word() -> None:
@@ -218,7 +221,7 @@ def test_a_run_draws_each_cohort_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(key["round_index"])
         return stream(seed, purpose, **key)
 
-    monkeypatch.setattr(fedlr.cohorts, "stream", counting_stream)
+    monkeypatch.setattr(fedlr.rounds.cohorts, "stream", counting_stream)
     sizes = {"num_rounds": 20, "num_clients": 6, "cohort_size": 3, "max_participations": 20, "seed": 5}
-    rounds = fedlr.rounds.federated_rounds(ServerState(ADAPTER), pool=Answers(), method=MEAN, **sizes)
+    rounds = fedlr.rounds.round.federated_rounds(ServerState(ADAPTER), pool=Answers(), method=MEAN, **sizes)
     assert len(list(rounds)) == 20 and asked == list(range(20))

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlr import sealed
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
-from fedlr.sealed import Corrupt, read_sealed, remove_sealed, sealed_names, write_sealed
+from fedlr.runs import verified_folder as sealed
+from fedlr.runs.verified_folder import Corrupt, read_sealed, remove_sealed, sealed_names, write_sealed
 
 Groups = dict[str, dict[Slot, Tensor]]
 CHANGES = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")

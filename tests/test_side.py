@@ -11,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import fedlr.side
-from fedlr.adapter import AdapterState, LoraFactors, read_adapter
+import fedlr.models.base_delta
+from fedlr.adapters.state import AdapterState, LoraFactors
 from fedlr.errors import InputError
-from fedlr.side import SideWeights
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.peft_state import read_adapter
 from tests.training.small_models import mutant
 
 IN, OUT, PATH = 6, 4, "base_model.model.layer"
@@ -68,7 +69,7 @@ def test_a_layer_computes_its_side_product_and_nothing_older(layer: nn.Module) -
 def test_wrong_merges_are_seen(change: tuple[str, str]) -> None:
     model = adapted()
     with pytest.raises(AssertionError):
-        follows(mutant(fedlr.side, change).SideWeights(model), model)
+        follows(mutant(fedlr.models.base_delta, change).SideWeights(model), model)
 
 
 def test_a_square_layer_is_not_merged_the_wrong_way_round() -> None:

@@ -15,14 +15,13 @@ from peft import EvaConfig, LoraConfig, LoraGAConfig, TaskType, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor
 
-from fedlr.adapter import adapted_layers, read_adapter
-from fedlr.adapter_config import AdapterConfig
-from fedlr.data.synthetic import VOCABULARY
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import TokenisedText, collate, tokenise
 from fedlr.errors import InputError
-from fedlr.models import BaseModel, attach_lora, tiny_random
-from fedlr.start_factors import (
+from fedlr.models.adapter_config import AdapterConfig
+from fedlr.models.network import BaseModel, attach_lora, tiny_random
+from fedlr.models.peft_state import adapted_layers, read_adapter
+from fedlr.models.starts import tuner_starts as peft_starts
+from fedlr.models.starts.factors import (
     corda_factors,
     eva_factors,
     lora_ga_factors,
@@ -31,9 +30,10 @@ from fedlr.start_factors import (
     pissa_factors,
     signed_svd,
 )
-from fedlr.starts import centred_moments, mean_moments, weight_gradients
-from fedlr.training.losses import cross_entropy
-from fedlr.tuners import starts as peft_starts
+from fedlr.models.starts.starts import centred_moments, mean_moments, weight_gradients
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.synthetic import VOCABULARY
+from fedlr.tasks.tokenise import TokenisedText, collate, tokenise
 
 LABELS, SCALE = ("negative", "positive"), 2.0
 

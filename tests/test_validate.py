@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlr.adapter import LARGEST_VALUE, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.method import Always, Method, SvdRefactor, full_adapter, keep
-from fedlr.rounds import Dropout, RoundTask, ServerState, run_round
-from fedlr.validate import rejection
+from fedlr.adapters.state import LARGEST_VALUE, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep
+from fedlr.rounds.round import Dropout, RoundTask, ServerState, run_round
+from fedlr.rounds.validate import rejection
 
 A, B = Slot("layer", LORA_A), Slot("layer", LORA_B)
 ADAPTER = AdapterState({A: torch.ones(2, 3), B: torch.zeros(4, 2)}, scale=1.0)

@@ -11,9 +11,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlr.adapter import LORA_A, LORA_B, Slot, read_adapter
+from fedlr.adapters.state import LORA_A, LORA_B, Slot
 from fedlr.errors import InputError
-from fedlr.wire import ARRAYS, LAYOUT, from_record, num_bytes, to_record
+from fedlr.flower.records import ARRAYS, LAYOUT, from_record, num_bytes, to_record
+from fedlr.models.peft_state import read_adapter
 from tests.training.small_models import small_model
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedlr import wire
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.flower import records as wire
 
 
 class Canary:

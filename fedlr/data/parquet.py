@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from fedlr.config_errors import first_line
 from fedlr.data.rows import Row, Rows, check_columns, check_fits
 from fedlr.errors import InputError
+from fedlr.errors.messages import first_line
 
 _ROW_BYTES = 40  # what a row costs at least, as Python objects, over the factor of `check_fits`
 _ROWS_AT_ONCE = 4096

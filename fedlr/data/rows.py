@@ -22,8 +22,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedlr.data.memory import free_memory
 from fedlr.errors import InputError
-from fedlr.memory import free_memory
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 

@@ -12,7 +12,7 @@ choices:
   rows.
 * A number is not a text: refused per row where the format knows types (JSON, Parquet), and for a csv, where
   it does not, when every text is one, since then the column is the wrong one.
-* A text is kept as it is, of any length; `fedlr.data.tokenise` truncates and counts.
+* A text is kept as it is, of any length; `fedlr.tasks.tokenise` truncates and counts.
 """
 
 import os

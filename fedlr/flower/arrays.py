@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, Block, Slot, in_block
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, Block, Slot, in_block
 from fedlr.errors import InputError
 
 LORA_FACTOR = re.compile(r"(?P<path>.+)\.(?P<role>lora_[AB])(\.[^.]+)?\.weight")

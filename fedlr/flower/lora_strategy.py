@@ -1,4 +1,4 @@
-"""A method of the library as a Flower strategy: rounds are those of `fedlr.rounds`, only the clients are Flower's.
+"""A method of the library as a Flower strategy: rounds are those of `rounds.round`, only the clients are Flower's.
 
 Arrays go down whole and come back whole or as the trained part, under PEFT's names. What differs from Flower's FedAvg,
 because of what 1.41 does with bad luck and bad replies: every wait ends, the cohort follows from a seed, the server
@@ -20,13 +20,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedlr.build import build_method
+from fedlr.config.build import build_method
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
 from fedlr.flower.arrays import PeftNames, read_arrays
 from fedlr.flower.replies import CLIENT_ERROR, FROZEN_MOVED, ReplyPool, Weighting, first_contents, mean_metrics
-from fedlr.method import Method
-from fedlr.rounds import Answers, Dropout, ServerState, initial_state, task_of
+from fedlr.methods.method import Method
+from fedlr.rounds.round import Answers, Dropout, ServerState, initial_state, task_of
 from fedlr.streams import Purpose, stream
 
 SERVER_ROUND, TRAINED_KEYS = "server-round", "trained-keys"  # what a client is told in its ConfigRecord

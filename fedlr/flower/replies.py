@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
 
-from fedlr.adapter import AdapterState, ClientUpdate, in_block
+from fedlr.adapters.state import AdapterState, ClientUpdate, in_block
 from fedlr.flower.arrays import PeftNames, decode
-from fedlr.rounds import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundTask
 
-FROZEN_MOVED, CLIENT_ERROR = "trained_what_is_frozen", "client_error"  # reasons beside those of fedlr.validate
+FROZEN_MOVED, CLIENT_ERROR = "trained_what_is_frozen", "client_error"  # reasons beside those of fedlr.rounds.validate
 LARGEST_METRIC = 1e100
 logger = logging.getLogger("flwr")
 
@@ -36,7 +36,7 @@ class Weighting:
 
 @dataclass(frozen=True)
 class ReplyPool:
-    """A `ClientPool` (fedlr.rounds) whose clients have trained: their replies, by node."""
+    """A `ClientPool` (fedlr.rounds.round) whose clients have trained: their replies, by node."""
 
     contents: Mapping[int, RecordDict]
     dropouts: Sequence[Dropout]
@@ -56,7 +56,7 @@ class ReplyPool:
         yield from unreadable
 
     def _read(self, task: RoundTask, node: int, content: RecordDict) -> ClientUpdate | str:
-        """Return the update, or in a word why there is none. The values of what trained are `fedlr.validate`'s."""
+        """Return the update, or in a word why there is none. The values of what trained are `rounds.validate`'s."""
         records = list(content.array_records.values())
         trained = set(self.names.keys(task.block))
         if len(records) != 1 or set(records[0]) not in (trained, set(self.names.slots)):

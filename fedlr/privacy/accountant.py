@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import dp_accounting
 
 from fedlr.errors import InputError
+from fedlr.errors.ranges import MOST_STEPS, AccountantName, require_delta
 from fedlr.privacy.mechanism import PrivacyBudget, require_sample_rate
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.ranges import MOST_STEPS, AccountantName, require_delta
 
 Events = Sequence[tuple[dp_accounting.DpEvent, int]]
 Accountant = Any  # of dp-accounting, whose questions are not those of its base class

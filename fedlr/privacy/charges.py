@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Self, get_args
 
 from fedlr.errors import InputError
+from fedlr.errors.ranges import AccountantName, require_delta
 from fedlr.privacy import chain
 from fedlr.privacy.filter import Event, RenyiFilter, Steps, renyi_filter, spent, would_spend
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.rows import RELATION, UNIT, VERSION, RandomnessKind, checked
-from fedlr.ranges import AccountantName, require_delta
 
 
 @dataclass(frozen=True)

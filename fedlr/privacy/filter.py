@@ -23,16 +23,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedlr.privacy.accountant import (
-    Events,
-    epsilon,
-    longest_lasting_order,
-    renyi_epsilon,
-    spent_delta,
-)
+from fedlr.errors.ranges import AccountantName
+from fedlr.privacy.accountant import Events, epsilon, longest_lasting_order, renyi_epsilon, spent_delta
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.ranges import AccountantName
 
 MARGIN = 1e-3  # of delta, kept back for the rounding of loss distributions (1e-14, measured; delta is 1e-10 at least)
 

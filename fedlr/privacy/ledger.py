@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Literal, Self
 
 from fedlr.errors import InputError
+from fedlr.errors.ranges import AccountantName
 from fedlr.privacy import chain
 from fedlr.privacy.charges import Charge, Charges, Header, parse_header, recovered
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.rows import RandomnessKind, checked
-from fedlr.ranges import AccountantName
 
 
 @dataclass(frozen=True)

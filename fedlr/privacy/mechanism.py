@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlr.errors import InputError
-from fedlr.ranges import (
+from fedlr.errors.ranges import (
     LARGEST_DIVISOR,
     LARGEST_GRAD_NORM,
     LARGEST_NOISE_MULTIPLIER,

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fedlr.config_errors import shown
 from fedlr.errors import InputError
+from fedlr.errors.messages import shown
+from fedlr.errors.ranges import MOST_STEPS, AccountantName
 from fedlr.privacy.chain import Row
-from fedlr.ranges import MOST_STEPS, AccountantName
 
 VERSION = 1
 UNIT = "one training example of one client"

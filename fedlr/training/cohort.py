@@ -26,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlr.adapter import HEAD, Slot, in_block
-from fedlr.client_ranks import beyond, narrowed, within
-from fedlr.client_rule import RuleInputs
-from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
+from fedlr.adapters.client_ranks import beyond, narrowed, within
+from fedlr.adapters.state import HEAD, Slot, in_block
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.rule import RuleInputs
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.streams import Randomness
+from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.training.fused import ClippedSums
 from fedlr.training.local import LocalTraining, check_training
 

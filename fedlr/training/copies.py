@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.functorch import cannot_follow, places_of
-from fedlr.training.gradients import clipped_row_sums, losses_of, sorted_trained
-from fedlr.training.losses import PerExampleLoss
+from fedlr.training.gradients import clipped_row_sums, sorted_trained
 
 
 class CopiesGradients:

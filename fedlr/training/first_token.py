@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlr.training.supported import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
+from fedlr.tasks.probe import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
 
 # Of the largest logit: another order of the same products. A token that should not count changes logits by far more.
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05
@@ -143,7 +143,7 @@ def _same_logits(model: nn.Module, short: nn.Module) -> bool:
 
 
 def _reads_tokens(model: Any) -> bool:
-    """Return whether a model embeds tokens; behind a cached prefix (fedlr.prefix) it reads hidden states."""
+    """Return whether a model embeds tokens; behind a cached prefix (fedlr.models.prefix) it reads hidden states."""
     try:
         return isinstance(model.get_input_embeddings(), nn.Embedding)
     except (AttributeError, NotImplementedError):

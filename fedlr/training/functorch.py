@@ -18,17 +18,10 @@ from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
-from fedlr.training.gradients import (
-    _attribute,
-    _no_trace,
-    _trained_layers,
-    clipped_row_sums,
-    losses_of,
-    sorted_trained,
-)
-from fedlr.training.losses import PerExampleLoss
+from fedlr.tasks.losses import PerExampleLoss, losses_of
+from fedlr.training.gradients import _attribute, _no_trace, _trained_layers, clipped_row_sums, sorted_trained
 
 
 class FunctorchGradients:

@@ -22,11 +22,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import HEAD, Block, Slot, adapted_layers, head_parts
+from fedlr.adapters.state import HEAD, Block, Slot
 from fedlr.errors import InputError
+from fedlr.models.peft_state import adapted_layers, head_parts
+from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.first_token import first_token_only
-from fedlr.training.gradients import LARGEST_GHOST_NORM, clip_weights, losses_of, sorted_trained
-from fedlr.training.losses import PerExampleLoss
+from fedlr.training.gradients import LARGEST_GHOST_NORM, clip_weights, sorted_trained
 from fedlr.training.stacked import Pass, PerExample, StackedLinear, StackedLora
 
 

@@ -26,10 +26,10 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.ghost import Float64GhostHooks
-from fedlr.training.losses import PerExampleLoss
 
 # True of every model whose first trained layer reads a frozen embedding, and harmless: Opacus uses the
 # outputs only.
@@ -213,14 +213,6 @@ def _row_norms(rows: Tensor) -> Tensor:
     parts = [part.double().norm(dim=1) for part in torch.split(rows, NORM_CHUNK, dim=1)]
     norms: Tensor = torch.stack(parts).norm(dim=0)
     return norms
-
-
-def losses_of(model: nn.Module, loss: PerExampleLoss, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Run the model and return one loss an example, (N,)."""
-    losses = loss(model(**inputs).logits, labels)
-    if losses.shape != labels.shape[:1]:
-        raise ValueError("Expected a loss of shape (N,), one entry an example, got another shape")
-    return losses
 
 
 def _gradients(loss: Tensor, trained: Mapping[Slot, nn.Parameter]) -> dict[Slot, Tensor]:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import Slot
-from fedlr.client_rule import ClientRule, RuleInputs
-from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
 from fedlr.streams import Randomness
+from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.training.gradients import Gradients
 
 

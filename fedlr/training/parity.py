@@ -11,11 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import Slot, train_only, write_adapter
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.models.peft_state import train_only, write_adapter
+from fedlr.tasks.losses import PerExampleLoss
 from fedlr.training.fused import ClippedSums
 from fedlr.training.gradients import HookGradients, LoopGradients
-from fedlr.training.losses import PerExampleLoss
 
 CLIENTS_COMPARED = 4
 # Of the norm of a client's sum, or of the norms of its rows. Two orders of the same float32 products differ by 1e-6; in

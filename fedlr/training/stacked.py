@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, Slot
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
+from fedlr.models.peft_state import ADAPTER_NAME
 
 
 class PerExample(Protocol):

@@ -11,7 +11,6 @@ from a global generator, and the engines would no longer agree.
 PEFT is looked at by attribute, not by class: only adapter, models and export import it.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,14 +19,15 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from fedlr.adapter import ADAPTER_NAME, HEAD, LORA_A, LORA_B, ROLES, Block, head_parts, roles_of
-from fedlr.config_errors import first_line
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ROLES, Block, roles_of
 from fedlr.errors import InputError
+from fedlr.errors.messages import first_line
+from fedlr.models.peft_state import ADAPTER_NAME, head_parts
+from fedlr.tasks.probe import PROBE_EXAMPLES, in_training, probe_inputs
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
 
 ONE_BY_ONE = "set trainer.engine=opacus trainer.grad_sample_mode=loop, which takes one example at a time"
-PROBE_EXAMPLES, PROBE_TOKENS = 3, 5  # neither equal nor one, so that a wrong axis shows
 PROBE_PADDING = (2, 19)
 MAX_PROBE_CHANGE = 1e-3  # relative; far above what another batch composition does to float32 kernels
 # Another width rounds otherwise, by 0.03 in a small bfloat16 model. What passes here, the same model in float32 shows.
@@ -167,53 +167,6 @@ def _trained_layers(model: nn.Module, roles: frozenset[str]) -> dict[str, nn.Mod
     return found
 
 
-def probe_inputs(model: Any) -> dict[str, Tensor]:
-    """Return what a model reads, of a few constant examples: token ids and their mask, or pixels.
-
-    Raises:
-        InputError: if the model reads neither.
-    """
-    device = next(model.parameters()).device
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (PROBE_EXAMPLES, config.num_channels, height, width)
-        # In [-1, 1], and rough: a model sees little of a smooth image.
-        pixels = torch.arange(math.prod(shape), device=device) * 7919 % 257 / 128 - 1
-        return {"pixel_values": pixels.view(shape)}
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    special = _special_tokens(config)
-    usable = [token for token in range(vocabulary) if token not in special][:64]
-    if len(usable) < 2:
-        raise InputError("Expected a model that reads tokens or pixels, got one without a token embedding")
-    positions = torch.arange(PROBE_EXAMPLES * PROBE_TOKENS) % len(usable)
-    tokens = torch.tensor(usable)[positions].view(PROBE_EXAMPLES, PROBE_TOKENS).to(device)
-    if (end := end_token(model)) is not None:
-        tokens[:, -1] = end
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def end_token(model: Any) -> int | None:
-    """Return the token at which a classifier reads a text (BART, T5), of which every example must hold one; else None.
-
-    Others read the first token, the last one, or the mean.
-    """
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = network.config.get_text_config()
-    if not network.config.is_encoder_decoder or not hasattr(network, "classification_head"):
-        return None
-    end = config.eos_token_id
-    return end if isinstance(end, int) else None
-
-
-def _special_tokens(config: Any) -> set[int]:
-    """Return the ids that a model's configuration gives a meaning of their own."""
-    names = ("pad", "bos", "eos", "sep", "cls", "mask", "decoder_start")
-    given = (getattr(config.get_text_config(), f"{name}_token_id", None) for name in names)
-    return {token for value in given for token in (value if isinstance(value, list) else [value]) if token is not None}
-
-
 def _with_another_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the examples with another one in the last place: its tokens moved, its pixels turned to the negative."""
     last = {n: -rows[-1:] if rows.is_floating_point() else rows[-1:].roll(1, dims=-1) for n, rows in inputs.items()}
@@ -238,18 +191,6 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
                 f"Expected a model that reads a few made-up examples of {sorted(inputs)}, got {type(error).__name__}: "
                 f"{first_line(error)}; look at model.name_or_path"
             ) from error
-
-
-@contextmanager
-def in_training(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode for a while; afterwards each of its modules is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from fedlr.errors import InputError
-from fedlr.node_key import require_private
+from fedlr.flower.node_key import require_private
 
 MIN_TOKEN_LENGTH = 32
 AUTHORIZATION = "authorization"

@@ -5,9 +5,9 @@ import sys
 import threading
 from pathlib import Path
 
-from fedlr.addresses import host_and_port
-from fedlr.commands import Options, command
 from fedlr.errors import InputError
+from fedlr.flower.addresses import host_and_port
+from fedlr.runs.commands import Options, command
 from server.view.access import Token, read_token, server_credentials
 from server.view.connection import ViewAddress
 from server.view.download import download_adapter

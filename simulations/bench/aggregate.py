@@ -23,14 +23,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
-from fedlr.aggregate.fair import LoraFairRidge
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.rank import svd_redistribution
-from fedlr.assembly import torch_threads
-from fedlr.method import Aggregator, Always, Method, full_adapter, keep
-from fedlr.refactor import svd_refactor
-from fedlr.rounds import RoundTask, ServerState, run_round
+from fedlr.adapters.factors import svd_refactor
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
+from fedlr.methods.aggregate.fair import LoraFairRidge
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.rank import svd_redistribution
+from fedlr.methods.method import Aggregator, Always, Method, full_adapter, keep
+from fedlr.rounds.round import RoundTask, ServerState, run_round
+from fedlr.training.threads import torch_threads
 from simulations.bench.contestants import ENVIRONMENT
 from simulations.bench.memory_use import can_measure, peak_mb, reset_peak, resident_mb
 from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal

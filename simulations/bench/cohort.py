@@ -11,7 +11,7 @@ from statistics import median
 
 from torch import Tensor
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from simulations.bench.contestants import Contestant
 from simulations.bench.federations import OPACUS, UPPER_THIRD, ours, overrides
 from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal

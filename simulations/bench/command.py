@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
-from fedlr.offline import go_offline
 from simulations.cli import command, say
 
 DEFAULT_FOLDER = Path("outputs/bench")

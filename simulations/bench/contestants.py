@@ -19,7 +19,7 @@ from typing import Any, Self
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from simulations.bench.outcome import BenchmarkFailed
 
 CLIENTS_A_MESSAGE = 4  # small enough that two processes end together

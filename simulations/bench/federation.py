@@ -17,8 +17,8 @@ from statistics import fmean
 
 from torch import Tensor
 
-from fedlr.adapter import AdapterState, num_bytes
-from fedlr.experiment import compose_experiment
+from fedlr.adapters.state import AdapterState, num_bytes
+from fedlr.config.schema import compose_experiment
 from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome
 from simulations.bench.rivals.flower_deployment import fedavg
 from simulations.bench.rivals.flower_fedavg import STEP

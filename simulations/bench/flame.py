@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from fedlr.report.svg import COLOURS, standing_alone
+from fedlr.runs.report.svg import COLOURS, standing_alone
 
 Stack = tuple[str, ...]  # "function (file)", outermost first
 EVERY_S, SWITCH_S = 0.002, 0.0005
@@ -103,7 +103,7 @@ def flame_svg(stacks: Mapping[Stack, float], *, title: str, category: Callable[[
     Args:
         stacks: seconds by stack.
         title: what a screen reader says.
-        category: name of a colour of `fedlr.report.svg.COLOURS` for a frame with those around it.
+        category: name of a colour of `fedlr.runs.report.svg.COLOURS` for a frame with those around it.
     """
     root = tree(stacks)
     boxes = list(_boxes(root, (), 0.0, root.seconds))

@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import LORA_B, Slot, adapter_parameters, train_only
-from fedlr.data.tokenise import Share, TokenisedText
-from fedlr.pools.local import sharing_base
+from fedlr.adapters.state import LORA_B, Slot
+from fedlr.models.peft_state import adapter_parameters, train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.rounds.pools.local import sharing_base
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.cohort import Stack, train_cohort
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import HookGradients
 from fedlr.training.local import LocalTraining, train_client
-from fedlr.training.losses import cross_entropy
 from simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
 from simulations.bench.rivals.networks import Shape, build_network
 from simulations.bench.settings import Settings

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedlr import __version__
-from fedlr.run_dir import PACKAGES, git_revision
+from fedlr.runs.directory import PACKAGES, git_revision
 
 
 def about() -> dict[str, Any]:

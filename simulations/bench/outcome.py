@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
-from fedlr.run_dir import write_json
+from fedlr.runs.directory import write_json
 from simulations.bench.goals import BY_KEY, Goal
 
 Size = Literal["tiny", "quick", "full"]

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedlr.adapter import ClientUpdate
-from fedlr.assembly import torch_threads
-from fedlr.experiment import compose_experiment
-from fedlr.pools.kept import Kept
-from fedlr.pools.local import Accounts
+from fedlr.adapters.state import ClientUpdate
+from fedlr.config.schema import compose_experiment
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.rounds import Dropout, RoundTask, run_round
+from fedlr.rounds.pools.client_state import Kept
+from fedlr.rounds.pools.local import Accounts
+from fedlr.rounds.round import Dropout, RoundTask, run_round
+from fedlr.training.threads import torch_threads
 from simulations.bench.federations import overrides
 from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
 from simulations.bench.settings import Settings

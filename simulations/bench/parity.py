@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from simulations.bench.contestants import Contestant
 from simulations.bench.federations import OPACUS, ours, overrides
 from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome, joint_norm

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedlr.report.picture import Picture, drawn
-from fedlr.report.svg import SERIES, colour, legend
+from fedlr.runs.report.picture import Picture, drawn
+from fedlr.runs.report.svg import SERIES, colour, legend
 from simulations.bench.goals import Goal
 from simulations.bench.outcome import Measure, Outcome, spread
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import adapted_layers, train_only
-from fedlr.assembly import torch_threads
-from fedlr.experiment import compose_experiment
-from fedlr.pools.local import sharing_base
+from fedlr.config.schema import compose_experiment
+from fedlr.models.peft_state import adapted_layers, train_only
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.tasks.losses import cross_entropy
 from fedlr.training.cohort import Stack as ClientStack
 from fedlr.training.cohort import train_cohort
 from fedlr.training.fused import FusedGradients
-from fedlr.training.losses import cross_entropy
+from fedlr.training.threads import torch_threads
 from simulations.bench.federations import ours, overrides
 from simulations.bench.flame import Stack, sampled
 from simulations.bench.outcome import Measure, Outcome

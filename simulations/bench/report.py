@@ -6,7 +6,7 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.files import write_whole
-from fedlr.report.svg import standing_alone
+from fedlr.runs.report.svg import standing_alone
 from simulations.bench.flame import flame_svg
 from simulations.bench.goals import GOALS, Goal
 from simulations.bench.outcome import Measure, Outcome, read_outcome

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import LORA_B, Slot, train_only
-from fedlr.assembly import torch_threads
-from fedlr.pools.local import sharing_base
+from fedlr.adapters.state import LORA_B, Slot
+from fedlr.models.peft_state import train_only
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.tasks.losses import PerExampleLoss
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import Gradients, LoopGradients
 from fedlr.training.local import apply, privatise
-from fedlr.training.losses import PerExampleLoss
+from fedlr.training.threads import torch_threads
 from simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
 from simulations.bench.rivals.networks import FAMILIES, Network, Shape, build_network
 from simulations.bench.rivals.opacus_steps import OpacusGhostStep, OpacusStep, PlainStep

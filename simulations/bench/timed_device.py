@@ -11,10 +11,10 @@ from functools import wraps
 from typing import Any
 
 from fedlr.__main__ import main
-from fedlr.adapter import ClientUpdate
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.local import LocalPool
-from fedlr.rounds import Dropout, RoundTask
+from fedlr.adapters.state import ClientUpdate
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import LocalPool
+from fedlr.rounds.round import Dropout, RoundTask
 
 Train = Callable[[Any, RoundTask, Sequence[int]], Iterator[ClientUpdate | Dropout]]
 TOOK = "trained in seconds: "

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlr.adapter import ClientUpdate, Slot
-from fedlr.experiment import compose_experiment
-from fedlr.rounds import run_round
+from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.config.schema import compose_experiment
+from fedlr.rounds.round import run_round
 from simulations.bench.memory_use import peak_mb, reset_peak
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 
 SHAPES = {"layer.0": (12, 20), "layer.1": (9, 7)}
 RANK = 3

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlr.adapter import LORA_A, LORA_B, Slot
-from fedlr.aggregate.diagnostics import aggregation_error, singular_values
-from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.method import SvdRefactor
+from fedlr.adapters.state import LORA_A, LORA_B, Slot
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.measure.diagnostics import aggregation_error, singular_values
+from fedlr.methods.measure.ideal import Ideal
+from fedlr.methods.method import SvdRefactor
 
 
 def test_the_aggregation_error_is_that_of_the_dense_products(federation):

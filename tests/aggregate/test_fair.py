@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.fair import LoraFair, LoraFairRidge
-from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.mean import weighted_mean
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.fair import LoraFair, LoraFairRidge
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
 
 PATHS = ("layer.0", "layer.1")
 BOTH = (LORA_A, LORA_B)

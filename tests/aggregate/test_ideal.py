@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedlr.aggregate.ideal as shipped
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
+import fedlr.methods.measure.ideal as shipped
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from tests.training.small_models import mutant
 
 PATHS = ("layer.0", "layer.1")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fedlr.aggregate.ideal as shipped
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
-from fedlr.aggregate.diagnostics import aggregation_error, aggregation_error_sd
-from fedlr.aggregate.fair import LoraFair, LoraFairRidge
-from fedlr.aggregate.mean import weighted_mean
+import fedlr.methods.measure.ideal as shipped
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
+from fedlr.methods.aggregate.fair import LoraFair, LoraFairRidge
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.measure.diagnostics import aggregation_error, aggregation_error_sd
 from tests.training.small_models import mutant
 
 OUT, INTO, RANK = 140, 180, 2

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, ROLES, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.method import SvdRefactor
-from fedlr.refactor import svd_refactor
+from fedlr.adapters.factors import svd_refactor
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ROLES, AdapterState, ClientUpdate, Slot
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
+from fedlr.methods.method import SvdRefactor
 
 PATHS = ("layer.0", "layer.1")
 

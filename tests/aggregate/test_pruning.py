@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import fedlr.aggregate.pruning as shipped
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.pruning import SelfPruning
-from fedlr.aggregate.rank import norm_weighted_mean
-from fedlr.client_ranks import CLIENT_RANKS, narrowed, widened, within
-from fedlr.client_rule import ClientRule
+import fedlr.methods.aggregate.pruning as shipped
+from fedlr.adapters.client_ranks import CLIENT_RANKS, narrowed, widened, within
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.errors import InputError
-from fedlr.method import Always, Method, full_adapter, keep
-from fedlr.rounds import RoundTask, ServerState, run_round
+from fedlr.methods.aggregate.pruning import SelfPruning
+from fedlr.methods.aggregate.rank import norm_weighted_mean
+from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.methods.method import Always, Method, full_adapter, keep
+from fedlr.rounds.round import RoundTask, ServerState, run_round
 from tests.training.small_models import mutant
 
 BOTH = (LORA_A, LORA_B)

@@ -14,15 +14,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import fedlr.aggregate.rank as shipped
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.rank import norm_weighted_mean, svd_redistribution
-from fedlr.client_ranks import narrowed, widened
+import fedlr.methods.aggregate.rank as shipped
+from fedlr.adapters.client_ranks import narrowed, widened
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.errors import InputError
-from fedlr.method import SvdRefactor
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.rank import norm_weighted_mean, svd_redistribution
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
+from fedlr.methods.method import SvdRefactor
 from tests.training.small_models import mutant
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"

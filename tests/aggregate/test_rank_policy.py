@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate import random_ranks, rank_policy
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.random_ranks import RandomDirections
-from fedlr.aggregate.rank_policy import CLOCK, RANKS, RankBudget, RankEnergy
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.errors import InputError
-from fedlr.layer_choice import StrongestLayers
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.finalise import random_ranks, rank_policy
+from fedlr.methods.finalise.random_ranks import RandomDirections
+from fedlr.methods.finalise.rank_policy import CLOCK, RANKS, RankBudget, RankEnergy
+from fedlr.methods.layer_choice import StrongestLayers
 from tests.training.small_models import mutant
 
 SHAPES = {"layer.0": (12, 20), "layer.1": (3, 20), "layer.2": (16, 9)}  # layer.1 has fewer outputs than ranks

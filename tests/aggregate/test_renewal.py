@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
-from fedlr.aggregate import renewal
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.renewal import Renewal, fresh_rows, split_by_strength, stacked
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.errors import InputError
-from fedlr.method import SvdRefactor
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.finalise import renewal
+from fedlr.methods.finalise.renewal import Renewal, fresh_rows, split_by_strength, stacked
+from fedlr.methods.method import SvdRefactor
 
 SHAPES = {"layer.0": (12, 20), "layer.1": (3, 20), "layer.2": (16, 9)}  # layer.1 has fewer outputs than ranks
 R, SCALE = 4, 0.25

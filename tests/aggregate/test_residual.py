@@ -15,11 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import fedlr.aggregate.residual as shipped
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.residual import ExactResidual
+import fedlr.methods.aggregate.residual as shipped
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.residual import ExactResidual
 from tests.training.small_models import mutant
 
 CONFIG = Path(__file__).parents[2] / "configs" / "method" / "fedex_lora.yaml"

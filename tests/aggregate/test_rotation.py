@@ -14,12 +14,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot, num_values
-from fedlr.aggregate.diagnostics import aggregation_error
-from fedlr.aggregate.ideal import Ideal
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.rotation import FedRot
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot, num_values
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.rotation import FedRot
+from fedlr.methods.measure.diagnostics import aggregation_error
+from fedlr.methods.measure.ideal import Ideal
 
 PATHS = ("layer.0", "layer.1")
 BOTH = (LORA_A, LORA_B)

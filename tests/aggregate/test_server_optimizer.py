@@ -14,11 +14,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.server_optimizer import MOMENTUM, SECOND_MOMENT, FedAdam, FedAvgM, FedYogi
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
 from fedlr.errors import InputError
-from fedlr.method import keep, trained_block
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.server_optimizer import MOMENTUM, SECOND_MOMENT, FedAdam, FedAvgM, FedYogi
+from fedlr.methods.method import keep, trained_block
 
 SLOT = Slot("layer", LORA_B)
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"

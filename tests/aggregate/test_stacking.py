@@ -16,10 +16,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import fedlr.aggregate.stacking as shipped
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.stacking import RunningProducts, folded, stack_and_fold
+import fedlr.methods.aggregate.stacking as shipped
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.stacking import RunningProducts, folded, stack_and_fold
 from tests.training.small_models import mutant
 
 CONFIG = Path(__file__).parents[2] / "configs" / "method" / "flora.yaml"

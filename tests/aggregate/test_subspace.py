@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.aggregate.subspace import FedAsk, _Projectors, projected_mean
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
 from fedlr.errors import InputError
-from fedlr.method import Method, SvdRefactor
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.subspace import FedAsk, _Projectors, projected_mean
+from fedlr.methods.method import Method, SvdRefactor
 
 PATHS = ("layer.0", "layer.1")
 R = 3

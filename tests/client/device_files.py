@@ -11,14 +11,14 @@ import torch
 import yaml
 
 from client.settings import Settings, load_settings
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, Slot
-from fedlr.data.synthetic import synthetic_text
-from fedlr.models import BaseModel, tiny_random
-from fedlr.node_key import create_node_key
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, Slot
+from fedlr.flower.node_key import create_node_key
+from fedlr.models.network import BaseModel, tiny_random
 from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.tasks.synthetic import synthetic_text
 
 LABELS = ("negative", "positive")
-MODEL = {"_target_": "fedlr.models.tiny_random", "hidden_size": 16, "num_layers": 1}
+MODEL = {"_target_": "tiny_random", "hidden_size": 16, "num_layers": 1}
 PATH = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
@@ -44,7 +44,7 @@ def client_yaml(folder: Path, **changes: Any) -> Path:
         "state_dir": "state",
         "dataset_id": "letters",
         "model": dict(MODEL),
-        "data": {"_target_": "fedlr.data.table.load_table", "path": "letters.csv", "labels": list(LABELS)},
+        "data": {"_target_": "table", "path": "letters.csv", "labels": list(LABELS)},
         "privacy": {"epsilon": 6.0, "delta": 1e-5, "accountant": "rdp"},
         "policy": {"allowed_models": [tiny().body_sha256]},
     }

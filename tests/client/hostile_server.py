@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, SIDE_A, SIDE_B, AdapterState, Slot
-from fedlr.messages import Request
-from fedlr.rounds import RoundTask
-from fedlr.terms import Terms
-from fedlr.wire import RecordDict, facts_of, from_record, to_record
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, SIDE_A, SIDE_B, AdapterState, Slot
+from fedlr.flower.messages import Request
+from fedlr.flower.records import RecordDict, facts_of, from_record, to_record
+from fedlr.flower.terms import Terms
+from fedlr.rounds.round import RoundTask
 from tests.client.device_files import PATH, enrolled, terms_tree
 
 NAN, INF = math.nan, math.inf
-RULES = "fedlr.client_rules."
+RULES = "fedlr.methods.client_rules."
 REDOS = "(([a-z])+.)+[A-Z]([a-z])+$"
 
 
@@ -102,12 +102,12 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "an optimizer on a graph": {"trainer.optimizer.differentiable": True},
     "an argument nobody knows": {"trainer.optimizer.callback": 1},
     "os.system after the noise": {"trainer.after_noise": section("os.system", command="true")},
-    "an export after the noise": {"trainer.after_noise": section("fedlr.export.export_adapter", folder="/tmp")},
+    "an export after the noise": {"trainer.after_noise": section("fedlr.models.export.export_adapter", folder="/tmp")},
     "get_method after the noise": {"trainer.after_noise": section("hydra.utils.get_method", path="os.system")},
     "a rule within rules": {"client_rule": section(f"{RULES}chain.Chain", rules=[])},
     "os.system as client rule": {"client_rule": section("os.system", command="true")},
     "a rule with a text": {"client_rule": section(f"{RULES}preconditioned.LoraPlus", ratio=2.0, optimizer="os.system")},
-    "a rule of text": {"client_rule": "fedlr.client_rules.proximal.FedProx"},
+    "a rule of text": {"client_rule": "fedlr.methods.client_rules.proximal.FedProx"},
     "a clipping whose bound rounds away": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "ghost"},
     "another clipping": {"trainer.grad_sample_mode": "none"},
     "another engine": {"trainer.engine": "hostile.engine"},

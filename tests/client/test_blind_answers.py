@@ -23,18 +23,18 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from client.device import Device
 from client.settings import Settings
 from client.trainee import Trainee
-from fedlr.adapter import LORA_A, LORA_B, SIDE_A, SIDE_B, Slot
+from fedlr.adapters.state import LORA_A, LORA_B, SIDE_A, SIDE_B, Slot
 from fedlr.errors import InputError
-from fedlr.messages import Reply
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.kept import Kept
-from fedlr.pools.local import LocalPool
-from fedlr.pools.rehearsal import Rehearsal
+from fedlr.flower.messages import Reply
+from fedlr.flower.records import RecordDict
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.rounds.pools.client_state import Kept
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import LocalPool
+from fedlr.rounds.pools.rehearsal import Rehearsal
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import HookGradients
-from fedlr.wire import RecordDict
 from tests.client.device_files import PATH, device_settings
 from tests.client.hostile_server import CASES, RULES, Case, ones, section, side
 

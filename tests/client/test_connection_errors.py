@@ -26,9 +26,9 @@ from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.connection_errors import check_connection, diagnose, load_root_certificates
-from fedlr.addresses import host_and_port
 from fedlr.errors import InputError
-from fedlr.node_key import create_node_key, load_node_key
+from fedlr.flower.addresses import host_and_port
+from fedlr.flower.node_key import create_node_key, load_node_key
 from server.certificates import write_certificates
 from server.enrol import SuperLink, register, unregister
 from tests.server.live_superlink import QUIET, Running, free_port, proxy, superlink
@@ -236,7 +236,7 @@ STOCK_CLIENT = """
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from fedlr.node_key import load_node_key
+from fedlr.flower.node_key import load_node_key
 from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_connection import http_request_response
 address, ca, key, off_s = sys.argv[1:]

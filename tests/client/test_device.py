@@ -16,14 +16,15 @@ import client.cli
 import client.node
 from client.device import Device
 from client.trainee import Trainee
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, read_adapter
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors
 from fedlr.errors import InputError
-from fedlr.messages import Reply, Request
-from fedlr.models import BaseModel
-from fedlr.rounds import RoundTask
-from fedlr.terms import Terms
+from fedlr.flower.messages import Reply, Request
+from fedlr.flower.terms import Terms
+from fedlr.models.network import BaseModel
+from fedlr.models.peft_state import read_adapter
+from fedlr.models.tuners.attach import attach
+from fedlr.rounds.round import RoundTask
 from fedlr.training.fused import FusedGradients
-from fedlr.tuners.attach import attach
 from tests.client.device_files import device_settings, terms_tree, tiny
 
 

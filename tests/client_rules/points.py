@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot
-from fedlr.client_rule import ClientRule, LocalPoint
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
+from fedlr.methods.client_rules.rule import ClientRule, LocalPoint
 
 C, R = 3, 2
 SHAPES = {

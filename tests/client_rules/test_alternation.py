@@ -8,9 +8,9 @@ the same script), zeros beyond the ends.
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot, in_block
-from fedlr.client_rules.alternation import KERNEL, LocalAlternation, smoothed
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot, in_block
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.alternation import KERNEL, LocalAlternation, smoothed
 from tests.client_rules.points import (
     ROLES,
     SHAPES,

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B
-from fedlr.client_rule import ClientRule
-from fedlr.client_rules.alternation import LocalAlternation
-from fedlr.client_rules.chain import Chain
-from fedlr.client_rules.preconditioned import LoraPlus, ScaledGradient
-from fedlr.client_rules.proximal import FedProx
-from fedlr.client_rules.scaffold import ScaffoldClient
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.alternation import LocalAlternation
+from fedlr.methods.client_rules.chain import Chain
+from fedlr.methods.client_rules.preconditioned import LoraPlus, ScaledGradient
+from fedlr.methods.client_rules.proximal import FedProx
+from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.methods.client_rules.scaffold import ScaffoldClient
 from tests.client_rules.points import (
     ROLES,
     changes_nothing_it_is_given,

@@ -7,16 +7,16 @@ clients that is not the trainer's, an optimizer that SCAFFOLD's formulas do not 
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, num_values
-from fedlr.build import build_method
-from fedlr.client_rules.alternation import LocalAlternation
-from fedlr.client_rules.personal import SharedBlock
-from fedlr.client_rules.proximal import FedProx
-from fedlr.client_rules.scaffold import ScaffoldClient, ScaffoldServer
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, num_values
+from fedlr.config.build import build_method
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.method import Method
-from fedlr.rounds import ServerState, task_of
+from fedlr.methods.client_rules.alternation import LocalAlternation
+from fedlr.methods.client_rules.personal import SharedBlock
+from fedlr.methods.client_rules.proximal import FedProx
+from fedlr.methods.client_rules.scaffold import ScaffoldClient, ScaffoldServer
+from fedlr.methods.method import Method
+from fedlr.rounds.round import ServerState, task_of
 from tests.client_rules.points import ROLES, SHAPES, draw, same
 
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot
-from fedlr.client_rules.preconditioned import LoraPlus, ScaledGradient
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.preconditioned import LoraPlus, ScaledGradient
 from tests.client_rules.points import (
     ROLES,
     C,

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from fedlr.adapter import LORA_A, LORA_B
-from fedlr.client_rules.proximal import FedProx
+from fedlr.adapters.state import LORA_A, LORA_B
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.proximal import FedProx
 from tests.client_rules.points import (
     ROLES,
     C,

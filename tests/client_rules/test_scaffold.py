@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.client_rule import LocalPoint
-from fedlr.client_rules.scaffold import CONTROL, ScaffoldClient, ScaffoldServer
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.client_rules.rule import LocalPoint
+from fedlr.methods.client_rules.scaffold import CONTROL, ScaffoldClient, ScaffoldServer
 from tests.client_rules.points import (
     ROLES,
     SHAPES,

@@ -10,10 +10,10 @@ from math import floor
 import pytest
 import torch
 
-import fedlr.client_rules.tail as shipped
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot
-from fedlr.client_rules.tail import TailPenalty
+import fedlr.methods.client_rules.tail as shipped
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.tail import TailPenalty
 from tests.client_rules.points import (
     ROLES,
     C,

@@ -15,10 +15,9 @@ import pytest
 
 import fedlr.data.rows as rows_module
 import fedlr.data.table as table_module
-from fedlr.adapter_config import PublicTable
+from fedlr.data.public import PublicTable, read_public
 from fedlr.data.table import load_table
 from fedlr.errors import InputError
-from fedlr.public_examples import read_public
 
 MARKER = "Zq7PrivateOfSomebody"
 SIZE = 2_000_000

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 import fedlr.data.partition as partitions
 import fedlr.data.placement as places
-from fedlr.assembly import load_examples, placement
-from fedlr.build import build
+from fedlr.config.build import build
+from fedlr.config.schema import compose_experiment
 from fedlr.data.partition import Partition, dirichlet, iid
 from fedlr.data.placement import content, num_shared_texts, split_train_test
-from fedlr.data.synthetic import synthetic_text
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
+from fedlr.runs.prepare import load_examples, placement
+from fedlr.tasks.synthetic import synthetic_text
 
 GROUPS = (
     "partition=by_group",

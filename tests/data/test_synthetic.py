@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fedlr.data.synthetic import MAX_LABELS, VOCABULARY, synthetic_text
 from fedlr.errors import InputError
+from fedlr.tasks.synthetic import MAX_LABELS, VOCABULARY, synthetic_text
 
 
 def test_the_same_seed_gives_the_same_sentences() -> None:

@@ -14,10 +14,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedlr.data.synthetic import VOCABULARY, synthetic_text
 from fedlr.data.table import LabelledText
-from fedlr.data.tokenise import Share, TokenisedText, collate, micro_batches, tokenise
 from fedlr.errors import InputError
+from fedlr.tasks.synthetic import VOCABULARY, synthetic_text
+from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches, tokenise
 
 
 def word_tokenizer(*, special: bool = True, **tokens: str) -> PreTrainedTokenizerFast:

@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot
-from fedlr.experiment import CONFIGS
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
+from fedlr.config.schema import CONFIGS
 from fedlr.flower import lora_strategy, replies
 from fedlr.flower.lora_strategy import LoraStrategy, method_named
 from tests.flower.in_process_grid import InProcessGrid

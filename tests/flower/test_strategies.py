@@ -19,13 +19,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from torch import Tensor
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, in_block
-from fedlr.cohorts import sample_cohort
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, in_block
 from fedlr.errors import InputError
 from fedlr.flower import FedIT, FedSVD, FfaLora, LoraFair, lora_strategy, strategy
 from fedlr.flower.lora_strategy import LoraStrategy, method_named, needs_more_of_clients
-from fedlr.method import Always, Method, full_adapter, keep
-from fedlr.rounds import RoundTask, initial_state, run_round
+from fedlr.methods.method import Always, Method, full_adapter, keep
+from fedlr.rounds.cohorts import sample_cohort
+from fedlr.rounds.round import RoundTask, initial_state, run_round
 from tests.flower.in_process_grid import InProcessGrid, inside_a_run
 from tests.flower.strategy_clients import (
     KEYS,

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-import fedlr.pools.fused as pool_module
+import fedlr.rounds.pools.fused as pool_module
 import fedlr.training.cohort as cohort_module
 import fedlr.training.fused as fused
 import fedlr.training.parity as parity_module
-from fedlr.adapter import ClientUpdate, Slot
+from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.errors import InputError
-from fedlr.pools.fused import FusedPool, group_size
-from fedlr.pools.local import LocalPool
 from fedlr.privacy.charges import read_ledger
-from fedlr.rounds import Dropout, run_round
+from fedlr.rounds.pools.fused import FusedPool, group_size
+from fedlr.rounds.pools.local import LocalPool
+from fedlr.rounds.round import Dropout, run_round
 from fedlr.streams import OsRandomness
 from simulations.federation import Federation
 from simulations.runtime import make_pool

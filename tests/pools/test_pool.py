@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-import fedlr.pools.local as pool_module
+import fedlr.rounds.pools.local as pool_module
 import fedlr.training.local as local
-from fedlr.adapter import ClientUpdate, adapter_parameters
+from fedlr.adapters.state import ClientUpdate
+from fedlr.models.peft_state import adapter_parameters
 from fedlr.privacy.charges import read_ledger
-from fedlr.rounds import Dropout, run_round
+from fedlr.rounds.round import Dropout, run_round
 from fedlr.training.gradients import HookGradients
 from simulations.federation import Federation
 from simulations.simulate import create_ledger, make_pool

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from fedlr.errors import InputError
-from fedlr.report import comparison_table, write_comparison, write_report
-from fedlr.report.comparison import differences
-from fedlr.report.comparison_arms import arms_of
-from fedlr.report.comparison_pictures import final_accuracy
-from fedlr.report.run_files import read_run
-from fedlr.report.wording import bytes_text, epsilon_text, percent
+from fedlr.runs.report import comparison_table, write_comparison, write_report
+from fedlr.runs.report.comparison import differences
+from fedlr.runs.report.comparison_arms import arms_of
+from fedlr.runs.report.comparison_pictures import final_accuracy
+from fedlr.runs.report.run_files import read_run
+from fedlr.runs.report.wording import bytes_text, epsilon_text, percent
 from tests.report.run_directory import write_run
 from tests.report.test_report_page import drawings, fetched
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedlr.report.comparison_arms import CONFIDENCE, Interval, accuracy_text, mean_interval, t_quantile
+from fedlr.runs.report.comparison_arms import CONFIDENCE, Interval, accuracy_text, mean_interval, t_quantile
 
 WRONG = {
     "the normal quantile": lambda x: stats.norm.ppf(0.975) * x.std(ddof=1, axis=1) / math.sqrt(x.shape[1]),

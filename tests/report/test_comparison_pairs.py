@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 from fedlr.errors import InputError
-from fedlr.report import comparison_table, write_comparison
-from fedlr.report.comparison_pairs import PairedArm, paired_arms
-from fedlr.report.run_files import read_run
+from fedlr.runs.report import comparison_table, write_comparison
+from fedlr.runs.report.comparison_pairs import PairedArm, paired_arms
+from fedlr.runs.report.run_files import read_run
 from tests.report.run_directory import write_run
 from tests.report.test_report_page import drawings, fetched
 

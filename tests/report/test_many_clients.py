@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.report import client_pictures, learning_pictures, overview, write_report
-from fedlr.report.picture import MOST_CLIENTS
-from fedlr.report.run_files import read_run
+from fedlr.runs.report import client_pictures, learning_pictures, overview, write_report
+from fedlr.runs.report.picture import MOST_CLIENTS
+from fedlr.runs.report.run_files import read_run
 from tests.report.run_directory import write_run
 
 LABELS = [f"label {i}" for i in range(12)]

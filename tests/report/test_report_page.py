@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import pytest
 
 from fedlr.errors import InputError
-from fedlr.report import write_report
-from fedlr.report.wording import bytes_text, epsilon_text, percent
+from fedlr.runs.report import write_report
+from fedlr.runs.report.wording import bytes_text, epsilon_text, percent
 from tests.report.run_directory import write_json, write_run
 
 PICTURES = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.report import write_comparison, write_report
-from fedlr.report.page import report_page
-from fedlr.report.reproduce import is_folder
-from fedlr.report.run_files import read_run
+from fedlr.runs.report import write_comparison, write_report
+from fedlr.runs.report.page import report_page
+from fedlr.runs.report.reproduce import is_folder
+from fedlr.runs.report.run_files import read_run
 from simulations import cli
 from tests.report.run_directory import write_lines, write_run
 
@@ -56,7 +56,7 @@ def test_one_epsilon_is_written_in_one_way_on_a_page(tmp_path: Path) -> None:
 def test_the_page_says_where_the_base_model_is(tmp_path: Path, model: str, base: str, told: str, absent: str) -> None:
     run_dir = write_run(tmp_path / "run")
     with (run_dir / "config.yaml").open("a") as file:
-        file.write(f"model:\n  _target_: fedlr.models.{model}\n")
+        file.write(f"model:\n  _target_: fedlr.models.network.{model}\n")
     config = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
     (run_dir / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
     page = report_page(read_run(run_dir))

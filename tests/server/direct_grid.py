@@ -8,7 +8,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlr.wire import RecordDict
+from fedlr.flower.records import RecordDict
 
 Answer = Callable[[RecordDict], RecordDict | None]  # None: it never answers
 

@@ -28,7 +28,7 @@ import client.node
 from client.device import Device
 from client.node import Connection, connected, step
 from client.settings import Settings
-from fedlr.wire import RecordDict
+from fedlr.flower.records import RecordDict
 from tests.server.malformed import CANARY, CLASSES, Honest
 
 HONEST, SILENT = "honest", "silent"

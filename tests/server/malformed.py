@@ -19,9 +19,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, Slot, in_block
-from fedlr.messages import ReplyFacts, Request
-from fedlr.wire import ARRAYS, FACTS, LAYOUT, RecordDict, to_record
+from fedlr.adapters.state import HEAD, LORA_A, Slot, in_block
+from fedlr.flower.messages import ReplyFacts, Request
+from fedlr.flower.records import ARRAYS, FACTS, LAYOUT, RecordDict, to_record
 
 CANARY = "canary-5e1f"
 MALFORMED, KEYS, SHAPE, DTYPE = "malformed", "wrong_keys", "wrong_shape", "wrong_dtype"

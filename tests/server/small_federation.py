@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.method import Always, Method, SvdRefactor, full_adapter, keep
-from fedlr.rounds import ClientPool, Dropout, RoundDiagnostics, RoundTask
-from fedlr.terms import Terms
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
+from fedlr.flower.terms import Terms
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep
+from fedlr.rounds.round import ClientPool, Dropout, RoundDiagnostics, RoundTask
 from tests.client.device_files import terms_tree
 
 FEDIT = Method("fedit", Always([LORA_A, LORA_B]), weighted_mean, keep, full_adapter)

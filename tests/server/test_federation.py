@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 
 import client.device as device_module
 from client.device import Device
-from fedlr.adapter import ROLES, SIDE_A, SIDE_B
-from fedlr.assembly import torch_threads
+from fedlr.adapters.state import ROLES, SIDE_A, SIDE_B
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.messages import Reply, Request
+from fedlr.flower.messages import Reply, Request
+from fedlr.flower.records import RecordDict
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.reported import reported_statement
-from fedlr.rounds import RoundTask
-from fedlr.run_dir import LEDGER
-from fedlr.wire import RecordDict
+from fedlr.rounds.round import RoundTask
+from fedlr.runs.directory import LEDGER
+from fedlr.training.threads import torch_threads
 from server.run import Run
 from server.view.adapter_files import find_adapter
 from server.view.refusals import NotThere
@@ -435,7 +435,7 @@ def test_what_goes_wrong_on_a_device_is_one_word_to_the_server(tmp_path: Path, m
 
 def test_a_task_has_one_fingerprint_and_any_change_another(tmp_path: Path) -> None:
     run = Federation(experiment(), tmp_path).start()
-    from fedlr.rounds import task_of
+    from fedlr.rounds.round import task_of
 
     task = task_of(run.progress.state, run.served.method)
     moved = {slot: tensor + 1 for slot, tensor in task.broadcast.items()}

@@ -17,10 +17,10 @@ from flwr.common.constant import TIMESTAMP_HEADER
 import server.pool
 from client.device import Device
 from client.node import step
-from fedlr.cohorts import sample_among, sample_cohort
-from fedlr.commands import command
 from fedlr.errors import InputError, PassingError, ShutOutError
-from fedlr.node_key import create_node_key
+from fedlr.flower.node_key import create_node_key
+from fedlr.rounds.cohorts import sample_among, sample_cohort
+from fedlr.runs.commands import command
 from server.going_on import check_enrolled, may_be_drawn
 from server.link import starting_alone
 from server.pool import GridPool

@@ -21,18 +21,18 @@ from types import ModuleType
 import pytest
 from flwr.app import Message
 
-import fedlr.messages
-import fedlr.wire
+import fedlr.flower.messages
+import fedlr.flower.records
 import server.gate
 import server.pool
-from fedlr.adapter import LORA_A, LORA_B, ClientUpdate
-from fedlr.checkpoint import save_checkpoint
+from fedlr.adapters.state import LORA_A, LORA_B, ClientUpdate
 from fedlr.errors import InputError
-from fedlr.messages import Request
-from fedlr.method import Method
-from fedlr.rounds import Dropout, RoundDiagnostics, RoundTask, ServerState, run_round
-from fedlr.validate import rejection
-from fedlr.wire import RecordDict, facts_of
+from fedlr.flower.messages import Request
+from fedlr.flower.records import RecordDict, facts_of
+from fedlr.methods.method import Method
+from fedlr.rounds.round import Dropout, RoundDiagnostics, RoundTask, ServerState, run_round
+from fedlr.rounds.validate import rejection
+from fedlr.runs.checkpoint import save_checkpoint
 from server.gate import Asked, answer_of
 from server.pool import GridPool
 from tests.server.direct_grid import DirectGrid, reply_to, through_bytes
@@ -208,15 +208,15 @@ WIRE_MUTANTS = {
 @pytest.mark.parametrize("name", WIRE_MUTANTS)
 def test_a_reader_without_one_of_its_checks_is_found_out(name: str) -> None:
     honest, asked = asked_of()
-    record, limits = CLASSES[name][1](honest, random.Random(1)), fedlr.messages.reply_limits(asked.expected)
+    record, limits = CLASSES[name][1](honest, random.Random(1)), fedlr.flower.messages.reply_limits(asked.expected)
     with pytest.raises(InputError):
-        fedlr.wire.from_record(record, limits)
-    mutant(fedlr.wire, WIRE_MUTANTS[name]).from_record(record, limits)
+        fedlr.flower.records.from_record(record, limits)
+    mutant(fedlr.flower.records, WIRE_MUTANTS[name]).from_record(record, limits)
 
 
 def test_facts_of_any_depth_are_refused_and_never_end_a_round() -> None:
     honest, asked = asked_of()
-    broken = mutant(fedlr.messages, ("except RecursionError", "except KeyError"))
+    broken = mutant(fedlr.flower.messages, ("except RecursionError", "except KeyError"))
     raised = 0
     for depth in range(900, 1010):
         record = honest.with_facts(json.dumps(dict(honest.facts))[:-1] + f', "a": {"[" * depth + "]" * depth}' + "}")
@@ -236,7 +236,7 @@ def test_no_epsilon_that_a_device_reports_can_keep_the_server_from_its_checkpoin
         facts = {} if answer.facts is None else {"5": answer.facts.epsilon}
         assert facts == ({"5": epsilon} if epsilon <= 1e9 else {})
         save_checkpoint(tmp_path, ServerState(adapter()), {"epsilon": facts})
-    broken = mutant(fedlr.messages, (", le=LARGEST_EPSILON", ""))
+    broken = mutant(fedlr.flower.messages, (", le=LARGEST_EPSILON", ""))
     with pytest.raises(ValueError, match="JSON"):
         save_checkpoint(
             tmp_path, ServerState(adapter()), {"5": broken.Reply.read(honest.record(epsilon=math.inf)).facts.epsilon}

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 import server.link
-from fedlr.experiment import DeploymentSection
-from fedlr.node_key import create_node_key
-from fedlr.rounds import ServerState, run_round
+from fedlr.config.schema import DeploymentSection
+from fedlr.flower.node_key import create_node_key
+from fedlr.rounds.round import ServerState, run_round
 from server.enrol import SuperLink, register
 from server.link import flower_run
 from server.pool import GridPool

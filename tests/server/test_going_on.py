@@ -11,7 +11,7 @@ import pytest
 import server.cli
 import server.run as run_module
 from fedlr.errors import InputError
-from fedlr.run_dir import sole_writer
+from fedlr.runs.directory import sole_writer
 from server.federation import assemble
 from server.run import Run
 from tests.server.test_federation import Killed, killed_at

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from client.settings import load_settings
-from fedlr.experiment import compose_experiment
+from fedlr.config.schema import compose_experiment
 from simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
 from simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
 from simulations.simulate import simulate

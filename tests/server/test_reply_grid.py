@@ -17,7 +17,7 @@ from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesRespon
 from flwr.superlink.grid import HttpGrid
 
 import server.reply_grid
-from fedlr.wire import from_record, to_record
+from fedlr.flower.records import from_record, to_record
 from server.reply_grid import ReplyGrid
 from tests.server.direct_grid import reply_to
 from tests.server.hostile_devices import CHUNK, OBJECTS, Part, array, message_of

@@ -9,9 +9,9 @@ import json
 import pytest
 
 import server.reports
-from fedlr.messages import ReplyFacts
-from fedlr.rounds import ServerState, run_round
-from fedlr.wire import RecordDict
+from fedlr.flower.messages import ReplyFacts
+from fedlr.flower.records import RecordDict
+from fedlr.rounds.round import ServerState, run_round
 from server.pool import GridPool
 from server.reports import Reports
 from server.run import Progress

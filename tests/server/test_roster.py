@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlr.errors import InputError
-from fedlr.node_key import create_node_key
+from fedlr.flower.node_key import create_node_key
 from server.roster import Roster, load_roster, save_roster
 
 

@@ -17,14 +17,14 @@ import client.app
 import client.device
 import client.node
 from client.device import Device
-from fedlr.adapter import LORA_B
-from fedlr.data.synthetic import synthetic_text
+from fedlr.adapters.state import LORA_B
 from fedlr.errors import InputError
-from fedlr.messages import Reply, ReplyFacts, Request
-from fedlr.pools.fused import FusedPool
+from fedlr.flower.messages import Reply, ReplyFacts, Request
+from fedlr.flower.records import ARRAYS, FACTS, LAYOUT, RecordDict
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.rounds import Dropout, RoundTask
-from fedlr.wire import ARRAYS, FACTS, LAYOUT, RecordDict
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.tasks.synthetic import synthetic_text
 from server.pool import GridPool
 from tests.client.device_files import device_settings, enrolled
 from tests.server.direct_grid import DirectGrid, reply_to, through_bytes

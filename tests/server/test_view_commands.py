@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.addresses import host_and_port
 from fedlr.errors import InputError
+from fedlr.flower.addresses import host_and_port
 from server.view import commands
 from server.view.commands import adapter, view, watch
 from server.view.connection import ViewAddress

@@ -15,10 +15,10 @@ import pytest
 import torch
 from google.protobuf.descriptor import FieldDescriptor
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
-from fedlr.run_dir import append_lines
-from fedlr.sealed import write_sealed
+from fedlr.runs.directory import append_lines
+from fedlr.runs.verified_folder import write_sealed
 from server.view import operator_pb2
 from server.view.access import read_token, server_credentials
 from server.view.adapter_files import find_adapter, open_adapter

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from fedlr.run_dir import append_lines, write_json
+from fedlr.runs.directory import append_lines, write_json
 from server.certificates import write_certificates
 from server.view.access import Token, server_credentials
 from server.view.connection import ViewAddress

@@ -7,7 +7,7 @@ from typing import Any
 
 from client.device import Device
 from client.settings import load_settings
-from fedlr.experiment import Experiment, compose_experiment
+from fedlr.config.schema import Experiment, compose_experiment
 from server.pool import GridPool
 from server.run import Run
 from simulations.devices import write_devices

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import fedlr.pools.fused
-import fedlr.pools.local
-import fedlr.sealed
+import fedlr.rounds.pools.fused
+import fedlr.rounds.pools.local
+import fedlr.runs.verified_folder
 import simulations.checkpoints
 import simulations.resume
 import simulations.simulate
-from fedlr.assembly import torch_threads
-from fedlr.experiment import compose_experiment
-from fedlr.pools.local import Accounts
+from fedlr.config.schema import compose_experiment
+from fedlr.rounds.pools.local import Accounts
+from fedlr.training.threads import torch_threads
 from simulations.federation import assemble
 from simulations.resume import resume
 from tests.simulations.small_runs import SMALL
@@ -60,12 +60,12 @@ def arm_point(point: str, number: int) -> None:
     elif point == "sent":
         on_call(Accounts, "reserve", number, die, before=False)
     elif point in ("half received", "all received"):
-        for pool in (fedlr.pools.fused.FusedPool, fedlr.pools.local.LocalPool):
+        for pool in (fedlr.rounds.pools.fused.FusedPool, fedlr.rounds.pools.local.LocalPool):
             pool.train = dying(pool.train, number, after=2 if point == "half received" else None)  # type: ignore[method-assign]
     elif point == "aggregated":
         on_call(simulations.simulate, "metrics_row", number + 1, die, before=True)
     elif point == "mid-checkpoint":
-        within = lambda: on_call(fedlr.sealed, "_write", 1 + number % 2, die, before=bool(number % 2))  # noqa: E731
+        within = lambda: on_call(fedlr.runs.verified_folder, "_write", 1 + number % 2, die, before=bool(number % 2))  # noqa: E731
         on_call(simulations.checkpoints, "save_checkpoint", number + 1, within, before=True)
     elif point == "after":
         on_call(simulations.checkpoints, "save_checkpoint", number + 1, die, before=False)
@@ -106,8 +106,8 @@ def tell_truth(path: Path) -> None:
 
         return wrapped
 
-    fedlr.pools.fused.train_cohort = telling(fedlr.pools.fused.train_cohort)
-    fedlr.pools.local.train_client = telling(fedlr.pools.local.train_client)
+    fedlr.rounds.pools.fused.train_cohort = telling(fedlr.rounds.pools.fused.train_cohort)
+    fedlr.rounds.pools.local.train_client = telling(fedlr.rounds.pools.local.train_client)
 
 
 def forked(act: Callable[[], object]) -> int:

@@ -5,11 +5,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedlr.assembly import torch_threads
-from fedlr.experiment import Experiment, compose_experiment
+from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.rounds import RoundTask
-from fedlr.run_dir import LEDGER
+from fedlr.rounds.round import RoundTask
+from fedlr.runs.directory import LEDGER
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.progress import Progress
 from simulations.simulate import create_ledger, run_rounds

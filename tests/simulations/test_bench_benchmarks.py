@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import LoraFactors, Slot
-from fedlr.assembly import torch_threads
+from fedlr.adapters.state import LoraFactors, Slot
 from fedlr.training.fused import FusedGradients
+from fedlr.training.threads import torch_threads
 from simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
 from simulations.bench.flame import flame_svg, sampled, tree
 from simulations.bench.outcome import BenchmarkFailed, Outcome

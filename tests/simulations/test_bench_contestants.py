@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from simulations.bench.cohort import TOLERANCES, compare
 from simulations.bench.contestants import Contestant, Process, by_slot, in_threads
 from simulations.bench.federations import OPACUS, ours, overrides

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlr.adapter import num_bytes
-from fedlr.rounds import Dropout
+from fedlr.adapters.state import num_bytes
+from fedlr.rounds.round import Dropout
 from simulations.bench import federation
 from simulations.bench.federation import Rounds, TimedRehearsal, check_mean, exchanged, line_times, measures, overrides
 from simulations.bench.outcome import BenchmarkFailed

@@ -17,7 +17,7 @@ import torch
 
 import simulations.bench.outcome as outcome_module
 import simulations.bench.timing as timing_module
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from simulations.bench import report
 from simulations.bench.command import bench, parse

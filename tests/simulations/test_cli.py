@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.experiment import CONFIGS
+from fedlr.config.schema import CONFIGS
 from fedlr.streams import Purpose, stream
 from simulations import cli
 from tests.simulations.small_runs import RUN_FILES

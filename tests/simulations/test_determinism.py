@@ -20,9 +20,9 @@ import pytest
 import torch
 
 import simulations.simulate as simulation
-from fedlr.assembly import torch_threads
-from fedlr.rounds import Dropout, run_round
+from fedlr.rounds.round import Dropout, run_round
 from fedlr.streams import OsRandomness
+from fedlr.training.threads import torch_threads
 from simulations.simulate import make_pool, simulate, with_other_noise
 from tests.simulations.small_runs import experiment, federation, lines, quiet, rounds
 

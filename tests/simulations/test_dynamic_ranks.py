@@ -13,24 +13,25 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-import fedlr.adapter as adapter_module
-import fedlr.export as export_module
+import fedlr.models.export as export_module
+import fedlr.models.peft_state as adapter_module
 import fedlr.training.cohort as cohort_module
-from fedlr.adapter import LORA_A, LORA_B, AdapterState, LoraFactors, Slot, given_ranks, num_bytes, read_adapter
-from fedlr.aggregate.server_optimizer import FedAvgM
-from fedlr.assembly import torch_threads
-from fedlr.build import build_method
-from fedlr.checkpoint import checkpoint_path
-from fedlr.checks import check_aggregate, check_method
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, LoraFactors, Slot, given_ranks, num_bytes
+from fedlr.config.build import build_method
+from fedlr.config.runtime_rules import check_aggregate, check_method
 from fedlr.errors import InputError
-from fedlr.evaluate import evaluate
-from fedlr.models import tiny_random
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.local import sharing_base
-from fedlr.rounds import RoundDiagnostics, ServerState, run_round, task_of
-from fedlr.run_dir import CHECKPOINTS, LEDGER, METRICS
-from fedlr.sealed import remove_sealed
-from fedlr.side import SideWeights
+from fedlr.methods.aggregate.server_optimizer import FedAvgM
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.network import tiny_random
+from fedlr.models.peft_state import read_adapter
+from fedlr.rounds.evaluate import evaluate
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.rounds.round import RoundDiagnostics, ServerState, run_round, task_of
+from fedlr.runs.checkpoint import checkpoint_path
+from fedlr.runs.directory import CHECKPOINTS, LEDGER, METRICS
+from fedlr.runs.verified_folder import remove_sealed
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger, evaluator_of, run_rounds
@@ -124,8 +125,8 @@ def noise_shapes(cohort: object, f: Federation, folder: Path, monkeypatch: pytes
         return real(shape, **given)
 
     monkeypatch.setattr(cohort, "gaussian_noise", watched)
-    monkeypatch.setattr("fedlr.pools.fused.train_cohort", cohort.train_cohort)
-    monkeypatch.setattr("fedlr.pools.fused.Stack", cohort.Stack)
+    monkeypatch.setattr("fedlr.rounds.pools.fused.train_cohort", cohort.train_cohort)
+    monkeypatch.setattr("fedlr.rounds.pools.fused.Stack", cohort.Stack)
     state = ServerState(other_ranks(f.start.adapter))
     with closing(make_pool(f, create_ledger(f, folder / "ledger.jsonl"))) as pool:
         assert list(run_round(state, [0], pool=pool, method=f.method)[1].trained) == [0]

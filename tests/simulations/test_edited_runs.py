@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-import fedlr.report.picture
+import fedlr.runs.report.picture
 import simulations.resume
 import simulations.simulate
-from fedlr.adapter import AdapterState, Slot
+from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
 from fedlr.privacy.statement import recompute
-from fedlr.report import comparison_table
-from fedlr.report.page import report_page
-from fedlr.report.run_files import read_run
-from fedlr.run_dir import CHECKPOINTS, IDENTITY, LEDGER, write_json
-from fedlr.sealed import read_sealed, write_sealed
+from fedlr.runs.directory import CHECKPOINTS, IDENTITY, LEDGER, write_json
+from fedlr.runs.report import comparison_table
+from fedlr.runs.report.page import report_page
+from fedlr.runs.report.run_files import read_run
+from fedlr.runs.verified_folder import read_sealed, write_sealed
 from server.run import Run
 from simulations.resume import resume
 from simulations.simulate import simulate
@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for module in (simulations.simulate, simulations.resume):
             patch.setattr(module, "assemble", lambda e, **options: replace(f, experiment=e))
             patch.setattr(module, "write_report", read_run)
-        patch.setattr(fedlr.report.picture, "inline_svg", lambda name, title, paint, **size: "<svg/>")
+        patch.setattr(fedlr.runs.report.picture, "inline_svg", lambda name, title, paint, **size: "<svg/>")
         begun = experiment(*OVERRIDES, f"tracking.output_dir={folder / 'x'}", "seed=0")
         simulate(begun, say=lambda line: None).rename(folder / "finished")
         (folder / "finished" / "baselines").mkdir()

@@ -21,7 +21,7 @@ import simulations.simulate
 from fedlr.errors import InputError
 from fedlr.files import NotWritten, write_whole
 from fedlr.privacy.charges import read_ledger
-from fedlr.run_dir import FINISHED, LEDGER
+from fedlr.runs.directory import FINISHED, LEDGER
 from simulations import cli
 from simulations.resume import resume
 from simulations.simulate import simulate

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import AdapterState, ClientUpdate, LoraFactors, Slot, base_layers, write_adapter
-from fedlr.assembly import torch_threads
-from fedlr.checkpoint import latest_checkpoint
+from fedlr.adapters.state import AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.errors import InputError
-from fedlr.pools.local import sharing_base
-from fedlr.run_dir import CHECKPOINTS
-from fedlr.tuners import TUNERS
-from fedlr.tuners.layer_means import Folded
+from fedlr.models.peft_state import base_layers, write_adapter
+from fedlr.models.tuners import TUNERS
+from fedlr.models.tuners.layer_means import Folded
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.runs.checkpoint import latest_checkpoint
+from fedlr.runs.directory import CHECKPOINTS
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import simulate

@@ -14,20 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedlr.pools.fused as fused_pool
-import fedlr.pools.kept as kept_module
-import fedlr.pools.local as local_pool
+import fedlr.rounds.pools.client_state as kept_module
+import fedlr.rounds.pools.fused as fused_pool
+import fedlr.rounds.pools.local as local_pool
 import simulations.runtime as runtime
-from fedlr.adapter import LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot
-from fedlr.assembly import torch_threads
-from fedlr.build import build_method
-from fedlr.checkpoint import latest_checkpoint, save_checkpoint
-from fedlr.checks import check_method
-from fedlr.client_ranks import CLIENT_RANKS, within
+from fedlr.adapters.client_ranks import CLIENT_RANKS, within
+from fedlr.adapters.state import LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot
+from fedlr.config.build import build_method
+from fedlr.config.runtime_rules import check_method
 from fedlr.errors import InputError
-from fedlr.pools.fused import FusedPool
-from fedlr.pools.local import LocalPool
-from fedlr.rounds import ClientPool, Dropout, RoundTask, ServerState, run_round
+from fedlr.rounds.pools.fused import FusedPool
+from fedlr.rounds.pools.local import LocalPool
+from fedlr.rounds.round import ClientPool, Dropout, RoundTask, ServerState, run_round
+from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
+from fedlr.training.threads import torch_threads
 from simulations.alone import train_alone
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
@@ -293,7 +293,7 @@ def test_an_update_of_another_rank_is_rejected(tmp_path: Path) -> None:
         (("method=la_lora", OPACUS), "trainer.engine=fused for method=la_lora"),
         (("method=fedsvd", "adapter.client_ranks=[1,2]"), "a method that aggregates mixed ranks"),
         (("method=flora", "adapter.client_ranks=[1,2]", OPACUS), "trainer.engine=fused for clients of different ranks"),
-        (("method=rolora", "+method.personal=[lora_B]"), "fedlr.method.Always with method.personal"),
+        (("method=rolora", "+method.personal=[lora_B]"), "fedlr.methods.method.Always with method.personal"),
         (
             ("method=hetlora", "+method.personal=[lora_B]", "adapter.client_ranks=[1,2]"),
             "client_ranks=null with",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.adapter import LORA_B, AdapterState, ClientUpdate, LoraFactors
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.client_rule import ClientRule
+from fedlr.adapters.state import LORA_B, AdapterState, ClientUpdate, LoraFactors
 from fedlr.errors import InputError
-from fedlr.method import Always, full_adapter
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.methods.method import Always, full_adapter
 from simulations import methods_command
 from simulations.method_properties import (
     LAYERS,

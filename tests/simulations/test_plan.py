@@ -12,12 +12,12 @@ import pytest
 from torch import Tensor
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from fedlr.experiment import compose_experiment
+from fedlr.config.schema import compose_experiment
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.report.wording import epsilon_text
+from fedlr.runs.report.wording import epsilon_text
 from simulations import cli
 from simulations.costs import MOST_MEASURED, cohort_bytes, num_evaluations, num_passes, num_steps
 from simulations.federation import assemble, prepare

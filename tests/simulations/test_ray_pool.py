@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.rounds import ClientPool, Dropout, RoundTask
+from fedlr.rounds.round import ClientPool, Dropout, RoundTask
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger

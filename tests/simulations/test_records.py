@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.adapter import LORA_B, num_values
+from fedlr.adapters.state import LORA_B, num_values
 from fedlr.errors import InputError
-from fedlr.evaluate import Evaluation
-from fedlr.records import client_rows, metrics_row
-from fedlr.rounds import Dropout, RoundDiagnostics
-from fedlr.run_dir import append_lines, create_run_dir, json_text, read_json, write_json
-from fedlr.wire import num_bytes, to_record
+from fedlr.flower.records import num_bytes, to_record
+from fedlr.rounds.evaluate import Evaluation
+from fedlr.rounds.round import Dropout, RoundDiagnostics
+from fedlr.runs.directory import append_lines, create_run_dir, json_text, read_json, write_json
+from fedlr.runs.recorder import client_rows, metrics_row
 from simulations.simulate import create_ledger, summary
 from tests.simulations.small_runs import experiment, federation, rounds
 

@@ -20,11 +20,11 @@ import pytest
 
 import simulations.checkpoints
 import simulations.simulate
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.pools.kept import Kept
 from fedlr.privacy.charges import read_ledger
-from fedlr.run_dir import CHECKPOINTS, LEDGER, cut_lines, sole_writer
+from fedlr.rounds.pools.client_state import Kept
+from fedlr.runs.directory import CHECKPOINTS, LEDGER, cut_lines, sole_writer
 from simulations.cli import resume as resume_command
 from simulations.resume import resume
 from simulations.simulate import simulate
@@ -198,7 +198,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(
     refused(r"Expected config\.yaml as it was")
     edit(cut_run / "config.yaml", "num_rounds: 3", "num_rounds: 2")
     with monkeypatch.context() as patch:
-        patch.setattr("fedlr.run_dir.git_revision", lambda: "another")
+        patch.setattr("fedlr.runs.directory.git_revision", lambda: "another")
         refused("Expected git .* got another")
     for name, what in (("data_sha256", "examples"), ("seed", "seed"), ("start_sha256", "adapter that the run began")):
         with monkeypatch.context() as patch:
@@ -345,7 +345,7 @@ def no_memory(kept: Kept) -> dict[str, dict[Any, Any]]:
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "without what the clients keep": ("fedlr.pools.kept.Kept.tensors", no_memory),
+    "without what the clients keep": ("fedlr.rounds.pools.client_state.Kept.tensors", no_memory),
     "with lines of later rounds": ("simulations.checkpoints.cut_lines", lambda path, stays: cut_lines(path, bool)),
     "without who took part": ("simulations.simulate.Counter", lambda rows: Counter()),
 }

@@ -14,12 +14,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from fedlr.assembly import load_examples
-from fedlr.data.tokenise import TokenisedText
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.reading import _ending, num_positions
-from fedlr.usage import code_of_card
+from fedlr.models.reading import _ending, num_positions
+from fedlr.models.usage import code_of_card
+from fedlr.runs.prepare import load_examples
+from fedlr.tasks.tokenise import TokenisedText
 from simulations.simulate import simulate
 from tests.families import FAMILIES, NUM_TOKENS, end_tokenizer, save_family
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import fedlr.training.local as local
-from fedlr.adapter import read_adapter
+from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.run_dir import LEDGER
+from fedlr.runs.directory import LEDGER
 from simulations.simulate import create_ledger, leave_behind, simulate
 from tests.simulations import small_runs
 from tests.simulations.small_runs import RUN_FILES, experiment, federation, lines, open_ledger, rounds
@@ -145,8 +145,8 @@ def survives(folder: Path, f: object) -> None:
 KILLER = """
     import os, signal, sys, time
     from pathlib import Path
-    from fedlr.assembly import torch_threads
-    from fedlr.run_dir import LEDGER
+    from fedlr.runs.prepare import torch_threads
+    from fedlr.runs.directory import LEDGER
     from simulations.simulate import create_ledger, run
     from tests.simulations.small_runs import SMALL, federation, quiet
 

@@ -17,22 +17,23 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fedlr.adapter import SHIPPED, AdapterState, ClientUpdate, num_bytes, read_adapter, side_tensors, write_adapter
-from fedlr.adapter_config import FROM_LABELS, FROM_PUBLIC, MADE_BY_THE_SERVER, WITH_SIDE
-from fedlr.assembly import torch_threads
-from fedlr.build import build
-from fedlr.checkpoint import latest_checkpoint, save_checkpoint
-from fedlr.data.synthetic import VOCABULARY
+from fedlr.adapters.state import SHIPPED, AdapterState, ClientUpdate, num_bytes, side_tensors
+from fedlr.config.build import build
+from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import compose_experiment
-from fedlr.pools.local import sharing_base
+from fedlr.flower.terms import Terms
+from fedlr.models.adapter_config import FROM_LABELS, FROM_PUBLIC, MADE_BY_THE_SERVER, WITH_SIDE
+from fedlr.models.base_delta import SideWeights
+from fedlr.models.peft_state import read_adapter, write_adapter
+from fedlr.models.tuners.attach import NOT_IN_RUNS, run_tuner
 from fedlr.privacy.statement import recompute
-from fedlr.rounds import ServerState, task_of
-from fedlr.run_dir import CHECKPOINTS
-from fedlr.side import SideWeights
-from fedlr.terms import Terms
-from fedlr.training.supported import probe_inputs
-from fedlr.tuners.attach import NOT_IN_RUNS, run_tuner
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.rounds.round import ServerState, task_of
+from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
+from fedlr.runs.directory import CHECKPOINTS
+from fedlr.tasks.probe import probe_inputs
+from fedlr.tasks.synthetic import VOCABULARY
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.resume import resume
 from simulations.runtime import make_pool

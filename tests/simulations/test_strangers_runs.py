@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from fedlr.checkpoint import read_checkpoint, save_checkpoint
+from fedlr.config.parts import GET_METHOD
+from fedlr.config.schema import check_experiment, compose_experiment
 from fedlr.errors import InputError
-from fedlr.experiment import check_experiment, compose_experiment
-from fedlr.models import pretrained
-from fedlr.parts import GET_METHOD
-from fedlr.run_dir import CHECKPOINTS
+from fedlr.models.network import pretrained
+from fedlr.runs.checkpoint import read_checkpoint, save_checkpoint
+from fedlr.runs.directory import CHECKPOINTS
 from server.app import experiment_of
 from simulations import cli
 from simulations.checkpoints import about_experiment
@@ -30,8 +30,8 @@ SOURCE = """
 from pathlib import Path
 MARK = Path(__file__).with_suffix(".mark")
 MARK.write_text("imported")
-from fedlr.aggregate.mean import weighted_mean
-from fedlr.data.synthetic import synthetic_text
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.tasks.synthetic import synthetic_text
 """
 
 
@@ -51,7 +51,7 @@ TREES: Mapping[str, Mapping[str, Any]] = {
     "a module as partition": {"partition._target_": f"{CANARY}.iid"},
     "a module as model": {"model._target_": f"{CANARY}.tiny_random"},
     "a module as method": {"method._target_": f"{CANARY}.Method"},
-    "a part within a module of ours": {"data._target_": "fedlr.run_dir.subprocess.run"},
+    "a part within a module of ours": {"data._target_": "fedlr.runs.directory.subprocess.run"},
     "exec as aggregate": {"method.aggregate": function("builtins.exec")},
     "a module as aggregate": {"method.aggregate": function(f"{CANARY}.weighted_mean")},
     "a class as aggregate": {"method.aggregate": part(f"{CANARY}.Median")},
@@ -65,7 +65,7 @@ TREES: Mapping[str, Mapping[str, Any]] = {
     "a part in a list": {"adapter.sizes": {"x": [part(f"{CANARY}.head")]}},
     "Hydra's launcher": {"hydra": {"launcher": part(f"{CANARY}.Launcher")}},
     "a handler of logs": {"hydra": {"job_logging": {"handlers": {"x": {"class": f"{CANARY}.Handler"}}}}},
-    "a registered part where none belongs": {"runtime.device": part("fedlr.models.tiny_random")},
+    "a registered part where none belongs": {"runtime.device": part("fedlr.models.network.tiny_random")},
     "a resolver": {"trainer.optimizer.lr": "${oc.env:HOME}"},
 }
 TEXTS = {
@@ -176,7 +176,7 @@ def test_a_part_of_ones_own_is_resumed_by_whoever_names_it(
 
 
 def test_a_registry_that_is_not_asked_is_seen(sent: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlr.run_dir.require_registered", lambda tree, **options: None)
+    monkeypatch.setattr("fedlr.runs.directory.require_registered", lambda tree, **options: None)
     rewrite(sent, TREES["a module as aggregate"], mark)
     cli.resume([str(sent)])
     assert mark.exists()
@@ -200,7 +200,7 @@ def test_an_experiment_that_comes_by_flower_names_registered_parts_only(
 
 
 def saved_model(folder: Path) -> None:
-    from fedlr.models import tiny_random
+    from fedlr.models.network import tiny_random
 
     base = tiny_random(label_names=("a", "b"), seed=0)
     base.network.save_pretrained(folder)

@@ -19,17 +19,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fedlr.adapter import HEAD, SHIPPED, ClientUpdate, Slot, num_bytes, roles_of, write_adapter
-from fedlr.assembly import torch_threads
-from fedlr.build import build
+from fedlr.adapters.state import HEAD, SHIPPED, ClientUpdate, Slot, num_bytes, roles_of
+from fedlr.config.build import build
 from fedlr.errors import InputError
-from fedlr.pools.local import Worker, sharing_base
+from fedlr.models.peft_state import write_adapter
+from fedlr.models.tuners import TUNERS
+from fedlr.models.tuners.attach import NOT_IN_RUNS
+from fedlr.models.tuners.blocks import ExactBlocks, RotatingBlocks
+from fedlr.rounds.pools.local import Worker, sharing_base
+from fedlr.tasks.probe import probe_inputs
 from fedlr.training.gradients import clipped_row_sums
 from fedlr.training.local import sum_over
-from fedlr.training.supported import probe_inputs
-from fedlr.tuners import TUNERS
-from fedlr.tuners.attach import NOT_IN_RUNS
-from fedlr.tuners.blocks import ExactBlocks, RotatingBlocks
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import leave_behind, simulate

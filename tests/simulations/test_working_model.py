@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlr.adapter import adapter_parameters
-from fedlr.assembly import torch_threads
+from fedlr.models.peft_state import adapter_parameters
+from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from tests.simulations.small_runs import experiment, rounds
 

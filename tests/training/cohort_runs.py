@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import Block, Slot, read_adapter, train_only
-from fedlr.data.tokenise import Share, TokenisedText
+from fedlr.adapters.state import Block, Slot
+from fedlr.models.peft_state import read_adapter, train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training import cohort as shipped
 from fedlr.training import fused, stacked
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.local import LocalTraining
-from fedlr.training.losses import cross_entropy
 from tests.training.local_runs import BOUND, DIVISOR, SIGMA, KeepingSGD
 from tests.training.small_models import A_AND_B, client_data, mutant, small_model
 

@@ -11,14 +11,15 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import Block, Slot, read_adapter, train_only, write_adapter
-from fedlr.data.tokenise import TokenisedText
+from fedlr.adapters.state import Block, Slot
+from fedlr.models.peft_state import read_adapter, train_only, write_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.gradients import Gradients, HookGradients
 from fedlr.training.local import LocalTraining
-from fedlr.training.losses import cross_entropy
 from tests.training.small_models import A_AND_B, among_others, client_data, small_model
 
 SIGMA, BOUND, DIVISOR = 1.3, 0.5, 7.0

@@ -28,8 +28,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedlr.adapter import HEAD, LORA_A, LORA_B, Slot, adapter_parameters
-from fedlr.data.tokenise import Share, TokenisedText
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
+from fedlr.models.peft_state import adapter_parameters
+from fedlr.tasks.tokenise import Share, TokenisedText
 
 VOCABULARY, PADDING, NUM_LABELS, MAX_TOKENS = 40, 1, 3, 9
 

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedlr.adapter import LORA_A, LORA_B, Block, Slot, in_block, train_only, write_adapter
-from fedlr.client_rules.alternation import LocalAlternation
-from fedlr.data.tokenise import Share
+from fedlr.adapters.state import LORA_A, LORA_B, Block, Slot, in_block
 from fedlr.errors import InputError
+from fedlr.methods.client_rules.alternation import LocalAlternation
+from fedlr.models.peft_state import train_only, write_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import Share
 from fedlr.training import cohort as shipped_cohort
 from fedlr.training import fused as shipped_fused
 from fedlr.training.cohort import Stack
 from fedlr.training.local import LocalTraining
-from fedlr.training.losses import cross_entropy
 from tests.training.cohort_runs import CohortBench, worker_threads
 from tests.training.small_models import A_AND_B, client_data, mutant, random_rows, small_model
 from tests.training.test_fused_sums import NUM_CLIENTS, OWNER, examples_of, starts_of

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, Block, adapter_parameters, train_only, write_adapter
-from fedlr.data.tokenise import TokenisedText
+from fedlr.adapters.state import HEAD, LORA_A, Block
+from fedlr.models.peft_state import adapter_parameters, train_only, write_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import cohort as shipped
 from fedlr.training.gradients import HookGradients, SumGradients
 from fedlr.training.local import LocalTraining, train_client
-from fedlr.training.losses import cross_entropy
 from tests.training.cohort_runs import CohortBench, dealt, flat
 from tests.training.local_runs import BOUND, DIVISOR, SIGMA
 from tests.training.small_models import A_AND_B, B_AND_HEAD, B_ONLY, client_data, mutant, random_rows, small_model

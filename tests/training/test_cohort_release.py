@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlr.data.tokenise import TokenisedText
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import cohort as shipped
 from fedlr.training.fused import ClippedSums
-from fedlr.training.losses import cross_entropy
 from tests.training.cohort_runs import CohortBench, engine_over, flat
 from tests.training.local_runs import BOUND, DIVISOR
 from tests.training.small_models import B_AND_HEAD, client_data, mutant, random_rows

@@ -16,8 +16,9 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from fedlr.adapter import HEAD, LORA_B, Slot, read_adapter
+from fedlr.adapters.state import HEAD, LORA_B, Slot
 from fedlr.errors import InputError
+from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler, ShuffledSampler, UnsupportedSampling
 from fedlr.streams import OsRandomness, SeededRandomness

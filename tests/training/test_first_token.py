@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import adapted_layers
-from fedlr.precision import with_bfloat16_base
-from fedlr.prefix import without_prefix
+from fedlr.models.peft_state import adapted_layers
+from fedlr.models.precision import with_bfloat16_base
+from fedlr.models.prefix import without_prefix
 from fedlr.training import first_token
 from fedlr.training.first_token import first_token_only
 from tests.training.small_models import batch, mutant, random_rows, small_model

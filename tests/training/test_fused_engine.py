@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import LORA_A, LORA_B, Block, adapter_parameters, train_only
+from fedlr.adapters.state import LORA_A, LORA_B, Block
 from fedlr.errors import InputError
-from fedlr.precision import with_bfloat16_base
+from fedlr.models.peft_state import adapter_parameters, train_only
+from fedlr.models.precision import with_bfloat16_base
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training import fused as shipped
 from fedlr.training.fused import FusedGradients, check_fused
 from fedlr.training.gradients import HookGradients, LoopGradients
-from fedlr.training.losses import causal_lm, cross_entropy
 from fedlr.training.supported import check_supported
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import (

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapter import HEAD, LORA_A, Block, Slot, adapter_parameters, train_only, write_adapter
+from fedlr.adapters.state import HEAD, LORA_A, Block, Slot
+from fedlr.models.peft_state import adapter_parameters, train_only, write_adapter
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training.cohort import Stack
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.gradients import LoopGradients
-from fedlr.training.losses import causal_lm, cross_entropy
 from tests.training.cohort_runs import engine_over, flat
 from tests.training.small_models import (
     A_AND_B,

@@ -13,13 +13,14 @@ import torch
 from opacus.grad_sample.linear import compute_linear_norm_sample
 from torch import nn
 
-from fedlr.adapter import HEAD, LORA_A, train_only
+from fedlr.adapters.state import HEAD, LORA_A
 from fedlr.errors import InputError
+from fedlr.models.peft_state import train_only
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training import fused
 from fedlr.training import gradients as shipped
 from fedlr.training.ghost import linear_norms
 from fedlr.training.gradients import LoopGradients, SumGradients
-from fedlr.training.losses import causal_lm, cross_entropy
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import (
     A_AND_B,

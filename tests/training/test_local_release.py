@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import read_adapter
-from fedlr.data.tokenise import TokenisedText
+from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import gradients as shipped_engines
 from fedlr.training import local as shipped
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
-from fedlr.training.losses import cross_entropy
 from tests.training.local_runs import BOUND, DIVISOR, Bench
 from tests.training.small_models import (
     B_AND_HEAD,

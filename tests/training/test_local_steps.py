@@ -18,7 +18,7 @@ import torch
 from scipy.stats import kstest
 from torch import nn
 
-from fedlr.adapter import LORA_B, Slot
+from fedlr.adapters.state import LORA_B, Slot
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler, ShuffledSampler, UnsupportedSampling

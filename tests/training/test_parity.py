@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 import fedlr.training.parity as shipped
-from fedlr.adapter import Block, adapter_parameters, read_adapter, train_only
+from fedlr.adapters.state import Block
 from fedlr.errors import InputError
-from fedlr.pools.local import sharing_base
-from fedlr.precision import with_bfloat16_base
+from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only
+from fedlr.models.precision import with_bfloat16_base
+from fedlr.rounds.pools.local import sharing_base
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training.cohort import Stack
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.gradients import HookGradients
-from fedlr.training.losses import causal_lm, cross_entropy
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import (
     A_AND_B,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedlr.training.losses import causal_lm, cross_entropy
+from fedlr.tasks.losses import causal_lm, cross_entropy
 
 
 def test_causal_loss_is_the_mean_over_an_examples_own_tokens() -> None:

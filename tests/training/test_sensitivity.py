@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedlr.adapter import train_only
+from fedlr.models.peft_state import train_only
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training import fused
 from fedlr.training import gradients as shipped
-from fedlr.training.losses import causal_lm, cross_entropy
 from tests.training.small_models import (
     A_AND_B,
     B_AND_HEAD,
@@ -210,7 +210,7 @@ def test_a_wrong_clip_of_the_fused_engine_is_caught(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["HookGradients", "FusedGradients"])
 def test_padding_and_micro_batches_do_not_change_the_sum(name: str) -> None:
-    from fedlr.data.tokenise import collate, micro_batches
+    from fedlr.tasks.tokenise import collate, micro_batches
 
     model = small_model("roberta")
     engine = getattr(MODULES[name], name)(model, train_only(model, A_AND_B), loss=cross_entropy)

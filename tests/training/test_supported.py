@@ -12,12 +12,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import ConvBertConfig, ConvBertForSequenceClassification
 
-from fedlr.adapter import HEAD, LORA_B, train_only
+from fedlr.adapters.state import HEAD, LORA_B
 from fedlr.errors import InputError
-from fedlr.precision import with_bfloat16_base
+from fedlr.models.peft_state import train_only
+from fedlr.models.precision import with_bfloat16_base
+from fedlr.tasks.losses import cross_entropy
 from fedlr.training import supported as shipped
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
-from fedlr.training.losses import cross_entropy
 from fedlr.training.supported import check_supported
 from tests.training.small_models import (
     A_AND_B,

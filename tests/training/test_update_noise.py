@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 
-from fedlr.adapter import ClientUpdate, Slot
-from fedlr.aggregate.diagnostics import ChangeWatch
+from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.methods.measure.diagnostics import ChangeWatch
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.training.local import LocalTraining

@@ -15,13 +15,15 @@ import torch
 from peft import LilyConfig, MontecloraConfig, OSFConfig, PeftType, PsoftConfig, PveraConfig, VeloraConfig
 from torch import Tensor
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.models.tuners import REFUSED, TUNERS, Tuner, tuner
+from fedlr.models.tuners.build import build
+from fedlr.training import tuner_gradients as gradients
 from fedlr.training.gradients import LoopGradients
-from fedlr.tuners import REFUSED, TUNERS, Tuner, gradients, measure, tuner
-from fedlr.tuners.build import build
-from fedlr.tuners.measure import ALL_BLOCKS, BIASED, EXACT, disagreements, subject
-from fedlr.tuners.networks import LinearNetwork
+from simulations.tuner_measure import measure
+from simulations.tuner_measure.measure import ALL_BLOCKS, BIASED, EXACT, disagreements, subject
+from simulations.tuner_measure.networks import LinearNetwork
 
 Rows = dict[Slot, Tensor]
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.models.tuners import TUNERS
+from fedlr.tasks.losses import cross_entropy
 from fedlr.training.functorch import FunctorchGradients, hook_rows, loop_rows
 from fedlr.training.gradients import LoopGradients
-from fedlr.training.losses import cross_entropy
-from fedlr.tuners import TUNERS
-from fedlr.tuners.measure import subject
+from simulations.tuner_measure.measure import subject
 
 
 def engines(name: str) -> tuple[FunctorchGradients, LoopGradients, dict[str, Tensor], Tensor]:

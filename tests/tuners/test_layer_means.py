@@ -19,28 +19,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from fedlr.adapter import (
-    LARGEST_VALUE,
-    LAYOUT,
-    SHIPPED,
-    AdapterState,
-    ClientUpdate,
-    LoraFactors,
-    Slot,
-    read_adapter,
-    write_adapter,
-)
-from fedlr.aggregate import layer_mean
-from fedlr.aggregate.diagnostics import ERRORS
-from fedlr.aggregate.layer_mean import LayerMean
+from fedlr.adapters.state import LARGEST_VALUE, SHIPPED, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.errors import InputError
-from fedlr.tuners import TUNERS, deltas, layer_means, measure, own_forms
-from fedlr.tuners.attach import Layout
-from fedlr.tuners.blocks import AllBlocks
-from fedlr.tuners.float64 import float32_as_float64
-from fedlr.tuners.layer_means import Folded, layers_of
-from fedlr.tuners.networks import LinearNetwork
-from fedlr.tuners.own_forms import equal_diagonal, row_norms
+from fedlr.methods.aggregate import layer_mean
+from fedlr.methods.aggregate.layer_mean import LayerMean
+from fedlr.methods.measure.diagnostics import ERRORS
+from fedlr.models.peft_state import LAYOUT, read_adapter, write_adapter
+from fedlr.models.tuners import TUNERS, deltas, layer_means, own_forms
+from fedlr.models.tuners.attach import Layout
+from fedlr.models.tuners.blocks import AllBlocks
+from fedlr.models.tuners.layer_means import Folded, layers_of
+from fedlr.models.tuners.own_forms import equal_diagonal, row_norms
+from fedlr.training.float64 import float32_as_float64
+from simulations.tuner_measure import measure
+from simulations.tuner_measure.networks import LinearNetwork
 from tests.training.small_models import mutant
 
 SYSTEMS = sorted(name for name, entry in TUNERS.items() if entry.layer_mean)

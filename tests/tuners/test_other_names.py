@@ -7,12 +7,13 @@ same gradients. Mutant: `lora_plus`, whose tensors are LoRA's and whose two lear
 import pytest
 import torch
 
-from fedlr.adapter import HEAD, Slot, adapter_parameters, train_only
-from fedlr.adapter_config import AdapterConfig
-from fedlr.build import build
-from fedlr.training.supported import probe_inputs
-from fedlr.tuners.attach import NOT_IN_RUNS, attach
-from fedlr.tuners.registry import TUNERS
+from fedlr.adapters.state import HEAD, Slot
+from fedlr.config.build import build
+from fedlr.models.adapter_config import AdapterConfig
+from fedlr.models.peft_state import adapter_parameters, train_only
+from fedlr.models.tuners.attach import NOT_IN_RUNS, attach
+from fedlr.models.tuners.registry import TUNERS
+from fedlr.tasks.probe import probe_inputs
 from tests.simulations.small_runs import experiment
 
 # Of these the name says that it is LoRA: which factor is frozen, or how it starts.
@@ -68,6 +69,6 @@ def test_no_other_paper_is_plain_lora(system: str) -> None:
 
 
 def test_the_check_finds_lora_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlr.tuners.attach.NOT_IN_RUNS", {})
+    monkeypatch.setattr("fedlr.models.tuners.attach.NOT_IN_RUNS", {})
     assert is_lora("lora_plus")
     assert not is_lora("rslora")

@@ -14,17 +14,17 @@ import torch
 from peft import BdLoraConfig
 from torch import Tensor, nn
 
-from fedlr.adapter import Slot
+from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.models.starts.tuner_starts import PublicBatch
+from fedlr.models.tuners import TUNERS
+from fedlr.models.tuners.build import build, trained_parameters
+from fedlr.tasks.losses import causal_lm, cross_entropy
 from fedlr.training import copies
 from fedlr.training.copies import CopiesGradients, SplitGradients
 from fedlr.training.functorch import FunctorchGradients, loop_rows
 from fedlr.training.gradients import LoopGradients
-from fedlr.training.losses import causal_lm, cross_entropy
-from fedlr.tuners import TUNERS
-from fedlr.tuners.build import build, trained_parameters
-from fedlr.tuners.gradients import engine
-from fedlr.tuners.starts import PublicBatch
+from fedlr.training.tuner_gradients import engine
 from tests.training.small_models import BUILDERS, QUERY_VALUE, difference, examples_of, joint_norm, mutant
 
 BOUND = 0.05
@@ -172,7 +172,7 @@ def test_an_empty_micro_batch_gives_zeros() -> None:
 
 
 def test_a_layer_that_reads_a_second_tensor_is_refused() -> None:
-    from fedlr.tuners.measure import subject
+    from simulations.tuner_measure.measure import subject
 
     made = subject(TUNERS["mhr"])
     with pytest.raises(InputError, match="use gradients by a loop"):

@@ -15,9 +15,9 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedlr.adapter import ClientUpdate, Slot
-from fedlr.experiment import compose_experiment
-from fedlr.rounds import RoundTask
+from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.config.schema import compose_experiment
+from fedlr.rounds.round import RoundTask
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger

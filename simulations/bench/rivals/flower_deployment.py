@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlr.node_key import create_node_key
+from fedlr.flower.node_key import create_node_key
 from simulations.bench.outcome import BenchmarkFailed
 from simulations.bench.rivals import flower_fedavg
 from simulations.rehearsal import QUIET, SUPERLINK_FILES, Watched, fedlr, free_port, wait_for_port

@@ -20,19 +20,20 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedlr.adapter import LORA_B, Slot, train_only
-from fedlr.assembly import load_examples, private_mechanism
-from fedlr.build import build, build_optimizer
+from fedlr.adapters.state import LORA_B, Slot
+from fedlr.config.build import build, build_optimizer
+from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.data.partition import Partition
-from fedlr.data.tokenise import Share, TokenisedText
-from fedlr.experiment import Experiment, compose_experiment
-from fedlr.models import resolve
+from fedlr.models.network import resolve
+from fedlr.models.peft_state import train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.runs.prepare import load_examples, private_mechanism
 from fedlr.streams import SeededRandomness
+from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.gradients import HookGradients
 from fedlr.training.local import LocalTraining, train_client
-from fedlr.training.losses import cross_entropy
 from simulations.bench.rivals.flower_cached import content, reply
 
 BLOCK = frozenset({LORA_B})

@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from safetensors.torch import save_file
 
-from fedlr.adapter import LORA_B, read_adapter
-from fedlr.build import build
-from fedlr.experiment import Experiment, compose_experiment
-from fedlr.models import AdaptedModel, attach_lora
+from fedlr.adapters.state import LORA_B
+from fedlr.config.build import build
+from fedlr.config.schema import Experiment, compose_experiment
+from fedlr.models.network import AdaptedModel, attach_lora
+from fedlr.models.peft_state import read_adapter
 from simulations.bench.rivals import flower_cached, flower_example
 from simulations.bench.settings import scratch_root
 from simulations.bench.worker import by_name

@@ -18,8 +18,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedlr.adapter import LORA_B, adapter_parameters
-from fedlr.training.losses import PerExampleLoss, causal_lm, cross_entropy
+from fedlr.adapters.state import LORA_B
+from fedlr.models.peft_state import adapter_parameters
+from fedlr.tasks.losses import PerExampleLoss, causal_lm, cross_entropy
 
 FAMILIES = ("encoder", "vit", "decoder")
 NUM_LABELS, PATCH = 2, 16

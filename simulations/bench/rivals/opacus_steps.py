@@ -13,8 +13,8 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
-from fedlr.adapter import Slot
-from fedlr.training.losses import PerExampleLoss
+from fedlr.adapters.state import Slot
+from fedlr.tasks.losses import PerExampleLoss
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

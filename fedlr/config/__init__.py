@@ -1,0 +1,1 @@
+"""The configuration: its schema, the parts it may name, and what goes together."""

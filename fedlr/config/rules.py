@@ -1,0 +1,73 @@
+"""Rules of a configuration that span several keys: what goes together, and what would lie."""
+
+from typing import TYPE_CHECKING
+
+from fedlr.config.start_rules import check_start
+from fedlr.errors import InputError
+from fedlr.errors.ranges import require_delta
+
+if TYPE_CHECKING:
+    from fedlr.config.schema import Experiment
+
+
+def check_together(experiment: "Experiment") -> None:
+    """Refuse values that are right one by one and wrong together.
+
+    Raises:
+        InputError: which names the key to change.
+    """
+    e = experiment
+    check_start(e)
+    if e.privacy.epsilon is not None:
+        require_delta(e.privacy.delta, e.privacy.accountant)
+    most = e.model.section().get("max_length")
+    if isinstance(most, int) and 8 <= most < e.data.max_length:
+        raise InputError(f"Expected data.max_length <= model.max_length={most}, got {e.data.max_length}")
+    if e.cohort_size > e.num_clients:
+        raise InputError(f"Expected cohort_size <= num_clients={e.num_clients}, got {e.cohort_size}")
+    if e.max_participations > e.num_rounds:
+        raise InputError(
+            f"Expected privacy.max_participations <= num_rounds={e.num_rounds}, got {e.max_participations}"
+        )
+    if e.max_participations * e.num_clients < e.num_rounds * e.cohort_size:
+        raise InputError(
+            f"Expected privacy.max_participations >= {-(-e.num_rounds * e.cohort_size // e.num_clients)} so that "
+            f"{e.num_clients} clients can fill {e.num_rounds} rounds of {e.cohort_size}, got {e.max_participations}"
+        )
+    if e.weighting == "examples" and not e.data.public and e.privacy.epsilon is not None:
+        raise InputError(
+            "Expected weighting=uniform, got 'examples': weights by size reveal whether one row is present; "
+            "if sizes are public knowledge, say data.public=true"
+        )
+    if e.privacy.noise_multiplier is not None and e.privacy.epsilon is None:
+        raise InputError(
+            f"Expected privacy=dp with privacy.noise_multiplier={e.privacy.noise_multiplier:g}, got no "
+            "privacy.epsilon: without a budget no noise is added"
+        )
+    if e.privacy.randomness == "os" and e.seed is not None:
+        raise InputError(
+            f"Expected seed=null with privacy.randomness=os, got seed={e.seed}: noise that a seed can "
+            "repeat can be subtracted"
+        )
+    if e.runtime.base_dtype == "bfloat16" and e.privacy.epsilon is not None and e.privacy.randomness == "os":
+        raise InputError(
+            "Expected runtime.base_dtype=float32 with privacy.randomness=os, got bfloat16: one example can change how "
+            "others are padded, and so round, by hundredths of the clip bound, which no epsilon here allows for"
+        )
+    if e.runtime.kind == "superlink" and e.privacy.randomness == "seeded" and not e.deployment.rehearsal:
+        if e.privacy.epsilon is not None:
+            raise InputError(
+                "Expected privacy.randomness=os seed=null with runtime=superlink, got 'seeded': noise of a seed that "
+                "the server knows hides nothing from it; on data of no one's, say deployment.rehearsal=true"
+            )
+    if e.runtime.kind != "local" and e.deployment.min_updates > e.cohort_size:
+        raise InputError(
+            f"Expected deployment.min_updates <= cohort_size={e.cohort_size}, got {e.deployment.min_updates}: no round "
+            "could ever have enough updates"
+        )
+    baselines = [key for key in ("run_no_privacy", "run_alone") if getattr(e.tracking, key)]
+    if baselines and e.privacy.epsilon is not None and not e.data.public:
+        raise InputError(
+            f"Expected tracking.{baselines[0]}=false, got true: baselines train on the same rows outside the privacy "
+            "statement; if the data are public knowledge, say data.public=true"
+        )

@@ -1,0 +1,1 @@
+"""What a server does with an averaged adapter before it goes down again."""

@@ -1,0 +1,1 @@
+"""How far an aggregate is from the ideal one; for records, never for a decision of the rule."""

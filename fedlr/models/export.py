@@ -1,0 +1,136 @@
+"""The released adapter: a folder that any PEFT tool opens."""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from fedlr.adapters.low_rank import LowRankSum
+from fedlr.adapters.state import AdapterState
+from fedlr.files import whole_folder
+from fedlr.models.network import BaseModel
+from fedlr.models.peft_state import ADAPTER_NAME, adapted_layers, base_layers, head_parts, write_adapter
+from fedlr.models.tuners.exported import INSIDE, portable, title_of
+from fedlr.models.usage import reference, usage
+
+CARD = """\
+---
+base_model: {base}
+library_name: peft
+tags: [{tag}, federated-learning, differential-privacy]
+---
+# {name}
+
+{article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
+Base tensors: SHA-256 `{base_sha256}`.
+{personal}
+In this folder:
+
+```python
+{usage}```
+
+Labels: {labels}. Adapter tensors: SHA-256 `{adapter_sha256}`.
+
+## Privacy statement
+{statement}
+
+The full statement, with what it does not cover:
+
+```json
+{statement_json}
+```
+"""
+
+PERSONAL = """
+Every client kept {roles} to itself, and was scored with its own: here is the part they share, with the start's {roles}.
+"""
+
+
+def export_adapter(
+    model: PeftModel,
+    adapter: AdapterState,
+    folder: Path,
+    *,
+    name: str,
+    method: str,
+    base: BaseModel,
+    max_length: int,
+    statement: dict[str, Any],
+    personal: Sequence[str] = (),
+) -> None:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
+
+    The tokenizer lies beside it, with the run's pad token, and the card's lines of Python open both (`models.usage`).
+
+    Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; a frozen random head is included,
+    because a base model loaded anew would draw another one. What the server folded away stands beside the factors, as
+    ranks of the layers more, and each layer has its own rank. The folder is whole or absent.
+    """
+    write_adapter(model, adapter.tensors)
+    system = title_of(model)
+    layers = adapted_layers(model)
+    if any(path in adapter.side or rank != layers[path].r[ADAPTER_NAME] for path, rank in adapter.ranks().items()):
+        _set_ranks(model, adapter)
+    model = portable(model, adapter.side)
+    config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
+    source = reference(base.source)
+    config.base_model_name_or_path = source
+    if not isinstance(config.target_modules, str | None):
+        config.target_modules = _target_modules(model, config.target_modules)
+    labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
+    card = CARD.format(
+        name=name,
+        article="An" if system == "IA3" else "A",
+        system=system,
+        personal=PERSONAL.format(roles=", ".join(personal)) if personal else "",
+        tag=str(config.peft_type).rpartition(".")[2].lower(),
+        method=method,
+        base=source,
+        base_sha256=base.fingerprint,
+        usage=usage(base, max_length=max_length),
+        labels=", ".join(f"{index} = {label}" for index, label in sorted(labels.items())),
+        adapter_sha256=adapter.fingerprint(),
+        statement=statement["statement"],
+        statement_json=json.dumps(statement, indent=2),
+    )
+    with whole_folder(folder) as partial:
+        # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
+        model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        base.tokenizer.save_pretrained(str(partial))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _target_modules(model: PeftModel, names: Collection[str]) -> list[str]:
+    """Return what the configuration says of its layers, sorted: the same file for the same adapter.
+
+    Where a name would also stand for a layer of the head, which has no adapter, the layers' whole paths.
+    """
+    heads = [path for path, (_, part) in head_parts(model).items() if isinstance(part, nn.Linear)]
+    if any(path.endswith(f".{name}") for path in heads for name in names):
+        return sorted(path.removeprefix(INSIDE) for path in base_layers(model))
+    return sorted(names)
+
+
+def _set_ranks(model: PeftModel, adapter: AdapterState) -> None:
+    """Give each layer its rank, its side product as further ranks, at most min(D, K) in all; the scale stays."""
+    config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
+    config.use_rslora = False  # the patterns give the scale as alpha / rank
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    products = adapter.products()
+    for path, layer in adapted_layers(model).items():
+        total = LowRankSum(max_rank=min(len(products[path].lora_B), products[path].lora_A.shape[1]))
+        total.add(products[path])
+        both = total.factors()
+        rank = len(both.lora_A)
+        for factor, tensor in ((layer.lora_A, both.lora_A.float()), (layer.lora_B, both.lora_B.float())):
+            linear = nn.Linear(tensor.shape[1], len(tensor), bias=False)
+            linear.weight = nn.Parameter(tensor.contiguous())
+            factor[ADAPTER_NAME] = linear
+        name = path.removeprefix("base_model.model.")
+        config.rank_pattern[f"^{re.escape(name)}"] = rank
+        config.alpha_pattern[f"^{re.escape(name)}"] = adapter.scale * rank

@@ -1,0 +1,92 @@
+"""How a released adapter is opened with plain PEFT: the lines of Python in its model card, which a test runs.
+
+They stand in the card alone; whoever else shows them takes them from there (`code_of_card`).
+"""
+
+import json
+from pathlib import Path
+
+from fedlr.models.network import PACKAGE_PREFIX, BaseModel
+
+_CODE = """\
+{imports}
+folder = "."  # this folder, with the adapter and its tokenizer
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{base}
+base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+model = PeftModel.from_pretrained(base, folder).eval()
+
+
+@torch.no_grad()
+def classify(texts):
+    \"\"\"Return the probability of each label, one row a text.\"\"\"
+    tokens = tokenizer(
+        texts, truncation=True, max_length={max_length}, padding=True, return_token_type_ids=False, return_tensors="pt"
+    )
+    return model(**tokens).logits.softmax(dim=-1)
+
+
+print(classify(["a text", "another one, which is longer"]))
+"""
+
+_LOADED = """\
+base = AutoModelForSequenceClassification.from_pretrained(
+    {where}, num_labels={num_labels}, ignore_mismatched_sizes=True, dtype=torch.float32
+)"""
+
+_MADE = """\
+# The base model has random weights, and is published nowhere: fedlr makes it again.
+base = tiny_random({arguments}).network"""
+
+
+def usage(base: BaseModel, *, max_length: int) -> str:
+    """Return Python that opens an adapter on its base model and reads several texts at once.
+
+    It is run in the adapter's folder. A base in a folder is named by its whole path, one of an installed package by
+    the package, a made-up network by what makes it.
+
+    Args:
+        base: of the run.
+        max_length: tokens of a text, as the run cut them.
+    """
+    imports = ["import torch", "from peft import PeftModel"]
+    auto = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+    if base.made is not None:
+        imports = [
+            *imports,
+            "from transformers import AutoTokenizer",
+            "",
+            "from fedlr.models.network import tiny_random",
+        ]
+        arguments = ", ".join(f"{name}={value!r}" for name, value in base.made.items())
+        loading = _MADE.format(arguments=arguments)
+    else:
+        imports = [*imports, auto]
+        where = json.dumps(location := reference(base.source), ensure_ascii=False)
+        note = ""
+        if location.startswith(PACKAGE_PREFIX):
+            package, _, inside = location.removeprefix(PACKAGE_PREFIX).partition("/")
+            imports = ["from importlib.util import find_spec", "", *imports]
+            place = f'find_spec("{package}").submodule_search_locations[0]'
+            where = f"{place} + {json.dumps('/' + inside)}" if inside else place
+        elif Path(location).is_absolute():
+            note = "# A folder of the machine that trained: put in where yours is; it must have the SHA-256 above.\n"
+        num_labels = len(base.network.config.id2label or {})
+        loading = note + _LOADED.format(where=where, num_labels=num_labels)
+    return _CODE.format(imports="\n".join(imports) + "\n", base=loading, max_length=max_length)
+
+
+def reference(source: str) -> str:
+    """Return the name of a base model that does not hang on where a program was started: a folder's whole path."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.is_dir() else source
+
+
+def code_of_card(card: str) -> str | None:
+    """Return the Python of a model card, None if there is none.
+
+    >>> code_of_card("Words." + chr(10) + "```python" + chr(10) + "print(1)" + chr(10) + "```" + chr(10))
+    'print(1)\\n'
+    """
+    _, found, rest = card.partition("```python\n")
+    return rest.partition("```")[0] if found else None

@@ -1,0 +1,134 @@
+"""What a run writes about itself: one line a state, one line a client asked, and a summary.
+
+Formats are in docs/files.md. Times stand apart under `seconds`: all other values repeat with the seed.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from fedlr.config.schema import Experiment
+from fedlr.methods.method import Method
+from fedlr.rounds.evaluate import Evaluation
+from fedlr.rounds.round import RoundDiagnostics, ServerState
+from fedlr.runs.outcome import finite, problem_of
+
+NEVER_ASKED = ("offline", "not_sent")
+
+
+def metrics_row(
+    state: ServerState,
+    evaluation: Evaluation,
+    *,
+    spent: Collection[float],
+    diagnostics: RoundDiagnostics | None = None,
+    evaluate_s: float,
+    noise_sd: float | None = None,
+) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for a state, and for the round that led to it.
+
+    `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
+    noise in one number of a client's update, where it is known (`fedlr.training.noise`).
+    """
+    d = diagnostics
+    errors = d.aggregation_error if d else {}
+    is_measured = bool(errors) or bool(state.adapter.factors())  # of other systems perhaps not: None, and no exact 0.0
+    statuses = [dropout.status for dropout in d.dropouts] if d else []
+    train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
+    return {
+        "rounds_completed": state.round_index,
+        "accuracy": evaluation.accuracy,
+        "loss": finite(evaluation.loss),
+        "epsilon_max": max(spent) if spent else None,
+        "epsilon_median": statistics.median(spent) if spent else None,
+        "epsilon_min": min(spent) if spent else None,
+        "num_trained": len(d.trained) if d else 0,
+        "num_refused": statuses.count("refused"),
+        "num_rejected": statuses.count("rejected"),
+        "reasons": dict(sorted(Counter(dropout.reason for dropout in d.dropouts).items())) if d else {},
+        "aggregation_error": (statistics.fmean(errors.values()) if errors else 0.0) if is_measured else None,
+        "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0)
+        if is_measured
+        else None,
+        "aggregation_error_by_layer": dict(errors),
+        "singular_values": dict(d.singular_values) if d else {},
+        "noise_to_signal": d.change.noise_to_signal(noise_sd) if d and d.change else None,
+        "bytes_up": d.bytes_up if d else 0,
+        "bytes_down": d.bytes_down if d else 0,
+        "seconds": {
+            "train": train_s,
+            "aggregate": aggregate_s,
+            "evaluate": evaluate_s,
+            "round": train_s + aggregate_s + evaluate_s,
+        },
+    }
+
+
+def client_rows(
+    diagnostics: RoundDiagnostics,
+    *,
+    spent: Mapping[int, float],
+    round_index: int,
+    num_steps: int,
+    participations: Mapping[int, int],
+    seconds: Mapping[int, float] | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of clients.jsonl for a round, in client order.
+
+    `spent` is epsilon by client, empty without privacy; `seconds` None where a client's time, which depends on its
+    data, is not to be told.
+    """
+    trained = frozenset(diagnostics.trained)
+    dropouts = {dropout.client_id: dropout for dropout in diagnostics.dropouts}
+    for client_id in diagnostics.cohort:
+        # A second update of a client that was used is an event of the round, and no fate of the client.
+        dropout = None if client_id in trained else dropouts[client_id]
+        refused = dropout is not None and dropout.status == "refused"
+        yield {
+            "round_index": round_index,
+            "client_id": client_id,
+            "status": dropout.status if dropout else "trained",
+            "reason": dropout.reason if dropout else None,
+            "num_steps": 0 if refused or (dropout and dropout.reason in NEVER_ASKED) else num_steps,
+            "participations": participations[client_id],
+            "rank": diagnostics.ranks.get(client_id),
+            "epsilon": spent.get(client_id),
+            "seconds": None if seconds is None else 0.0 if refused else seconds[client_id],
+        }
+
+
+def summarise(
+    experiment: Experiment,
+    start: ServerState,
+    state: ServerState,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    method: Method,
+    seed: int,
+    num_trained_values: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return summary.json from the metrics of all rounds, with why they were for nothing, if they were."""
+    e, last = experiment, rows[-1]
+    is_private = e.privacy.epsilon is not None
+    return {
+        "name": e.name,
+        "method": method.name,
+        "privacy": "dp" if is_private else "none",
+        "seed": seed,
+        "num_rounds": e.num_rounds,
+        "num_clients": e.num_clients,
+        "cohort_size": e.cohort_size,
+        "start_accuracy": rows[0]["accuracy"],
+        "final_accuracy": last["accuracy"],
+        "final_loss": last["loss"],
+        "epsilon_max": last["epsilon_max"],
+        "delta": e.privacy.delta if is_private else None,
+        "adapter_sha256": state.adapter.fingerprint(),
+        "num_trained_parameters": num_trained_values,
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "problem": problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal)),
+        "seconds": seconds,
+    }

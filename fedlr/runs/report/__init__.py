@@ -1,0 +1,6 @@
+"""What runs look like: `report.html` of one, `comparison.html` of several, from run directories alone."""
+
+from fedlr.runs.report.comparison import comparison_table, write_comparison
+from fedlr.runs.report.page import write_report
+
+__all__ = ["comparison_table", "write_comparison", "write_report"]

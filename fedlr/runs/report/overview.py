@@ -1,0 +1,116 @@
+"""The part that everybody reads: one sentence, one card, and one table beside the two baselines."""
+
+from statistics import fmean, quantiles
+
+from fedlr.runs.report.layout import details, paragraph, table, tiles
+from fedlr.runs.report.picture import MOST_CLIENTS
+from fedlr.runs.report.privacy_text import headline
+from fedlr.runs.report.run_files import Alone, Run
+from fedlr.runs.report.wording import bytes_text, count, epsilon_text, percent, points, seconds_text, seed_text
+
+
+def sentence(run: Run) -> str:
+    """Return the run in one sentence."""
+    summary, rounds = run.summary, run.states[-1].rounds_completed
+    difference = summary.final_accuracy - summary.start_accuracy
+    change = (
+        f"rose from {percent(summary.start_accuracy)} to {percent(summary.final_accuracy)}"
+        if difference > 0
+        else f"fell from {percent(summary.start_accuracy)} to {percent(summary.final_accuracy)}"
+        if difference < 0
+        else f"stayed at {percent(summary.final_accuracy)}"
+    )
+    return (
+        f"{count(summary.num_clients, 'client')} trained one shared adapter with {summary.method} over "
+        f"{count(rounds, 'round')}; accuracy {change}."
+    )
+
+
+def headline_card(run: Run) -> str:
+    """Return the HTML of the headline card."""
+    summary = run.summary
+    privacy, remark = headline(run)
+    start = f"start {percent(summary.start_accuracy)} ({points(summary.final_accuracy - summary.start_accuracy)})"
+    rounds = run.states[-1].rounds_completed
+    return tiles(
+        [
+            ("Final accuracy", percent(summary.final_accuracy), start),
+            ("Privacy", privacy, remark),
+            ("Method", summary.method, f"seed {seed_text(summary.seed)}"),
+            ("Clients", f"{summary.num_clients:,}", f"{summary.cohort_size:,} asked in each round"),
+            ("Rounds", f"{rounds:,}", f"of {summary.num_rounds:,} planned"),
+            ("Parameters trained", f"{summary.num_trained_parameters:,}", "all others are fixed"),
+            (
+                "Traffic",
+                f"{bytes_text(summary.bytes_up)} up",
+                f"{bytes_text(summary.bytes_down)} down, all clients",
+            ),
+            (
+                "Adapter SHA-256",
+                summary.adapter_sha256[:12],
+                f"whole below; made in {seconds_text(summary.seconds)}",
+            ),
+        ]
+    )
+
+
+def worth(run: Run) -> list[str]:
+    """Return the HTML that puts the run beside its start, itself without privacy, and each client alone."""
+    summary = run.summary
+    rows = [
+        _row(run, "Start, before any training", summary.start_accuracy, "nothing spent"),
+        [f"This run ({summary.method})", headline(run)[0], percent(summary.final_accuracy), ""],
+    ]
+    if run.no_privacy:
+        rows.append(_row(run, "The same without privacy", run.no_privacy[-1].accuracy, "no differential privacy"))
+    parts = [
+        table(
+            ["Training", "Privacy", "Accuracy", "Beside this run"],
+            rows + _alone_rows(run),
+            text_columns=2,
+            strong_row=1,
+        )
+    ]
+    if not run.no_privacy:
+        parts.append(paragraph("There is no run without privacy to compare with (baselines/no_privacy).", kind="muted"))
+    return parts + (_each_alone(run) if run.alone else [_NO_ALONE])
+
+
+_NO_ALONE = paragraph("There are no clients trained alone to compare with (baselines/alone.json).", kind="muted")
+
+
+def _alone_rows(run: Run) -> list[list[str]]:
+    if not run.alone:
+        return []
+    accuracy = [one.accuracy for one in run.alone]
+    spent = [one.epsilon for one in run.alone if one.epsilon is not None]
+    unstated = "no differential privacy" if run.alone_privacy == "none" else "not stated"
+    privacy = f"ε = {epsilon_text(max(spent))}, max over clients" if spent else unstated
+    return [
+        _row(run, f"Each client alone, mean of {len(accuracy)}", fmean(accuracy), privacy),
+        _row(run, "Each client alone, lowest", min(accuracy), ""),
+        _row(run, "Each client alone, highest", max(accuracy), ""),
+    ]
+
+
+def _each_alone(run: Run) -> list[str]:
+    final = run.summary.final_accuracy
+    below = sum(one.accuracy < final for one in run.alone)
+    told = f"The shared adapter is more accurate than {below:,} of {count(len(run.alone), 'client')} alone"
+    told += " (trained with privacy too)." if run.alone_privacy != "none" else " (trained without privacy)."
+    if len(run.alone) > MOST_CLIENTS:
+        tenths = quantiles([one.accuracy for one in run.alone], n=10, method="inclusive")
+        rows = [[f"{n} of 10", percent(tenth), points(tenth - final)] for n, tenth in enumerate(tenths, start=1)]
+        shown = table(["Clients below", "Accuracy alone", "Beside this run"], rows)
+        return [paragraph(told), details(f"{count(len(run.alone), 'client')} alone, by tenths", [shown])]
+    rows = [[str(o.client_id), percent(o.accuracy), points(o.accuracy - final), _spent(o)] for o in run.alone]
+    shown = table(["Client", "Accuracy alone", "Beside this run", "Epsilon"], rows)
+    return [paragraph(told), details(f"{count(len(run.alone), 'client')} alone, one by one", [shown])]
+
+
+def _row(run: Run, name: str, accuracy: float, privacy: str) -> list[str]:
+    return [name, privacy, percent(accuracy), points(accuracy - run.summary.final_accuracy)]
+
+
+def _spent(one: Alone) -> str:
+    return epsilon_text(one.epsilon)

@@ -1,0 +1,118 @@
+"""privacy.json in words: what is promised, to whom the numbers belong, and what is not covered."""
+
+import math
+from collections.abc import Mapping
+from html import escape
+
+from fedlr.runs.report.layout import bullets, details, paragraph, table
+from fedlr.runs.report.run_files import Run
+from fedlr.runs.report.wording import epsilon_text, short
+
+NOT_COVERED = ("not_covered", "what_is_not_covered", "excluded")
+
+
+def privacy_parts(run: Run) -> list[str]:
+    """Return the HTML of the privacy section."""
+    statement = run.statement.get("statement")
+    parts = [paragraph(statement, kind="lead")] if isinstance(statement, str) else []
+    parts += [paragraph(text) for text in meaning(run)]
+    key = next((key for key in NOT_COVERED if run.statement.get(key)), None)
+    parts.append("<h3>What is not covered</h3>")
+    if not run.summary.is_private:
+        parts.append(paragraph("Everything: this run gives no differential privacy."))
+    elif key is None:
+        missing = "privacy.json lists nothing here. Take that as a gap in the statement, not as a wider guarantee."
+        parts.append(paragraph(missing))
+    else:
+        parts.append(_value(run.statement[key]))
+    rest = {name: value for name, value in run.statement.items() if name not in (key, "statement")}
+    return [*parts, details("The whole statement, as in privacy.json", [_value(rest)])]
+
+
+def headline(run: Run) -> tuple[str, str]:
+    """Return the privacy of a run in a word or two, and the remark below it."""
+    summary = run.summary
+    if not summary.is_private:
+        return "no differential privacy", "what clients send may reveal their examples"
+    if summary.epsilon_max is None:
+        return "not stated", "the run asked for privacy but summary.json has no epsilon"
+    if not math.isfinite(summary.epsilon_max):
+        return "no differential privacy", "epsilon is infinite: no noise was added"
+    delta = "no delta stated" if summary.delta is None else f"delta = {short(summary.delta)}"
+    whom = f"as {reported} report" if (reported := reporting(run)) else "max over clients"
+    return f"ε = {epsilon_text(summary.epsilon_max)}", f"{whom}, at {delta}"
+
+
+def reporting(run: Run) -> str:
+    """Return of how many clients a server knows what they say of their own ledgers; "" where the ledger is here."""
+    if run.statement.get("reported_by_clients") is not True:
+        return ""
+    return f"{run.statement.get('num_clients_that_reported')} of {run.summary.num_clients} clients"
+
+
+def meaning(run: Run) -> list[str]:
+    """Return what the epsilon of this run means, in sentences."""
+    summary, last = run.summary, run.states[-1]
+    epsilon = summary.epsilon_max
+    if not summary.is_private or epsilon is None or not math.isfinite(epsilon):
+        return ["Nothing bounds what the messages of a client reveal: keep them as safe as its data."]
+    unit = run.statement.get("unit")
+    unit = unit if isinstance(unit, str) else "one protected unit (see the statement)"
+    delta = "delta" if summary.delta is None else f"delta = {short(summary.delta)}"
+    sentences = [
+        "In words: whoever sees everything that a client sent may change their odds on whether "
+        f"{unit} was among its data by a factor of at most e^ε = {_odds(epsilon)}, apart "
+        f"from a probability of at most about {delta}. This is a worst case; a smaller ε is a stronger "
+        "promise. On this page ε is rounded up."
+    ]
+    if last.epsilon_median is not None and last.epsilon_min is not None:
+        sentences.append(
+            f"ε is {epsilon_text(epsilon)} for the client that spent most, "
+            f"{epsilon_text(last.epsilon_median)} for the median client and "
+            f"{epsilon_text(last.epsilon_min)} for the one that spent least. The first number is the one to "
+            "quote: it is neither a mean nor a sum over clients, and each client vouches for its own."
+        )
+    if reported := reporting(run):
+        sentences.append(
+            f"These are the words of {reported} about ledgers of their own, which this server cannot check; a client "
+            "that was asked and never heard may have spent as much."
+        )
+    return sentences
+
+
+def _odds(epsilon: float) -> str:
+    """Return e^epsilon, rounded up like epsilon itself."""
+    if epsilon > 30:
+        return f"e^{epsilon_text(epsilon)}"
+    odds = math.exp(epsilon)
+    return f"{math.ceil(100 * odds) / 100:.2f}" if odds < 10 else f"{math.ceil(odds):,}"
+
+
+def _value(value: object) -> str:
+    """Return any JSON value as HTML: objects as two columns, lists as bullets, lists of objects as tables."""
+    if isinstance(value, Mapping):
+        rows = (f'<tr><th scope="row">{escape(_words(k))}</th><td>{_value(v)}</td></tr>' for k, v in value.items())
+        return '<div class="scroll"><table><tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        keys = list(dict.fromkeys(key for item in value for key in item))
+        cells = [[_plain(item.get(key, "")) for key in keys] for item in value]
+        return details(f"{len(value)} entries", [table([_words(key) for key in keys], cells, text_columns=len(keys))])
+    if isinstance(value, list):
+        return bullets(map(_plain, value))
+    return escape(_plain(value))
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{_words(str(key))}: {_plain(item)}" for key, item in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)

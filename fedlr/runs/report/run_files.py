@@ -1,0 +1,269 @@
+"""The files of a run directory as typed values: the only input of a report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlr.errors import InputError
+from fedlr.runs.plain_yaml import plain_yaml
+from fedlr.runs.report.records import LARGEST, Record, read_lines, read_record, read_text
+
+
+@dataclass(frozen=True)
+class State:
+    """One line of metrics.jsonl: the federation after `rounds_completed` rounds."""
+
+    rounds_completed: int
+    accuracy: float
+    epsilon_max: float | None
+    epsilon_median: float | None
+    epsilon_min: float | None
+    aggregation_error: float | None
+    error_by_layer: Mapping[str, float]
+    singular_values: Mapping[str, tuple[float, ...]]
+    bytes_up: int
+    bytes_down: int
+    noise_to_signal: float | None
+    num_trained: int | None  # None: not stated
+    reasons: Mapping[str, float]  # of the clients without a usable update, with their counts
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One line of clients.jsonl: a client that was asked in a round, and what came of it."""
+
+    round_index: int
+    client_id: int
+    status: str
+    reason: str | None
+    epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json."""
+
+    name: str
+    method: str
+    privacy: str
+    seed: int | None  # None: randomness of the operating system
+    num_rounds: int
+    num_clients: int
+    cohort_size: int
+    start_accuracy: float
+    final_accuracy: float
+    final_loss: float | None
+    epsilon_max: float | None
+    delta: float | None
+    adapter_sha256: str
+    num_trained_parameters: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    problem: str | None  # why the whole run was for nothing
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run asked for differential privacy."""
+        return self.privacy != "none"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """partition.json of a run whose data are declared public: label counts by client id."""
+
+    labels: tuple[str, ...]
+    label_counts: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One client of baselines/alone.json: what it reaches without the others."""
+
+    client_id: int
+    accuracy: float
+    epsilon: float | None
+    num_updates: int | None  # that could be used; None: not stated
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a report may show. None or empty: the file is absent (the partition: or withheld)."""
+
+    summary: Summary
+    states: Sequence[State]
+    asked: Sequence[Asked]
+    statement: Mapping[str, object]
+    config: str
+    versions: Mapping[str, object]
+    budget_epsilon: float | None
+    partition: Partition | None
+    partition_withheld: bool
+    no_privacy: Sequence[State]
+    alone: Sequence[Alone]
+    alone_privacy: str | None
+    adapter_config: Mapping[str, object]
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        InputError: a required file is missing or broken; the message names it.
+    """
+    config = read_text(run_dir / "config.yaml")
+    statement = read_record(run_dir / "privacy.json").values
+    partition = _optional(run_dir / "partition.json")
+    alone = _optional(run_dir / "baselines" / "alone.json")
+    adapter = _optional(run_dir / "adapter" / "adapter_config.json")
+    baseline = run_dir / "baselines" / "no_privacy" / "metrics.jsonl"
+    return Run(
+        summary=_summary(read_record(run_dir / "summary.json")),
+        states=_states(run_dir / "metrics.jsonl"),
+        asked=[_asked(row) for row in read_lines(run_dir / "clients.jsonl")],
+        statement=statement,
+        config=config,
+        versions=read_record(run_dir / "versions.json").values,
+        budget_epsilon=_budget_epsilon(statement, config, str(run_dir / "config.yaml")),
+        partition=_partition(partition) if partition else None,
+        partition_withheld=partition is not None and partition.values.get("public") is not True,
+        no_privacy=_states(baseline) if baseline.exists() else [],
+        alone=sorted(map(_alone, alone.records("clients")), key=lambda one: one.client_id) if alone else [],
+        alone_privacy=alone.text("privacy") if alone else None,
+        adapter_config=adapter.values if adapter else {},
+    )
+
+
+def check_rows(metrics: Sequence[Mapping[str, object]], clients: Sequence[Mapping[str, object]], *, where: str) -> None:
+    """Refuse lines of metrics.jsonl and of clients.jsonl that a report could not read.
+
+    Raises:
+        InputError: which names the file, the line and the key.
+    """
+    for number, row in enumerate(metrics, start=1):
+        record = Record(row, f"{where}/metrics.jsonl line {number}")
+        _state(record)
+        for key in ("bytes_up", "bytes_down", "num_trained"):  # which the summary adds up
+            record.count(key, most=int(LARGEST))
+        record.optional_number("loss", may_diverge=True)
+        for key in ("loss", "epsilon_max"):
+            record.get(key)
+    for number, row in enumerate(clients, start=1):
+        _asked(Record(row, f"{where}/clients.jsonl line {number}"))
+
+
+def spent_by_client(run: Run) -> dict[int, float]:
+    """Return the largest epsilon that clients.jsonl states for each client, 0 if it was never asked."""
+    spent = dict.fromkeys(range(run.summary.num_clients), 0.0)
+    for row in run.asked:
+        spent[row.client_id] = max(spent.get(row.client_id, 0.0), row.epsilon or 0.0)
+    return dict(sorted(spent.items()))
+
+
+def _optional(path: Path) -> Record | None:
+    return read_record(path) if path.exists() else None
+
+
+def _states(path: Path) -> list[State]:
+    states = [_state(row) for row in read_lines(path)]
+    rounds = [state.rounds_completed for state in states]
+    if rounds[:1] != [0] or rounds != sorted(set(rounds)):
+        raise InputError(f"Expected rounds_completed to rise from 0 in {path}, got {rounds[:8]}")
+    return states
+
+
+def _state(row: Record) -> State:
+    return State(
+        rounds_completed=row.count("rounds_completed"),
+        accuracy=row.number("accuracy"),
+        epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
+        epsilon_median=row.optional_number("epsilon_median", may_diverge=True),
+        epsilon_min=row.optional_number("epsilon_min", may_diverge=True),
+        aggregation_error=_error(row),
+        error_by_layer=row.numbers("aggregation_error_by_layer", may_diverge=True),
+        singular_values=row.number_lists("singular_values"),
+        bytes_up=int(row.optional_number("bytes_up") or 0),
+        bytes_down=int(row.optional_number("bytes_down") or 0),
+        noise_to_signal=row.optional_number("noise_to_signal", may_diverge=True),
+        num_trained=None if row.values.get("num_trained") is None else row.integer("num_trained"),
+        reasons=row.numbers("reasons"),
+        seconds=row.numbers("seconds"),
+    )
+
+
+def _error(row: Record) -> float | None:
+    """Return the aggregation error; the first line has made no aggregation yet ({} or 0)."""
+    return (
+        None
+        if row.values.get("aggregation_error") == {}
+        else row.optional_number("aggregation_error", may_diverge=True)
+    )
+
+
+def _asked(row: Record) -> Asked:
+    reason = row.values.get("reason")
+    return Asked(
+        round_index=row.count("round_index"),
+        client_id=row.count("client_id"),
+        status=row.text("status"),
+        reason=None if reason is None else str(reason),
+        epsilon=row.optional_number("epsilon", may_diverge=True),
+    )
+
+
+def _summary(row: Record) -> Summary:
+    return Summary(
+        name=row.text("name"),
+        method=row.text("method"),
+        privacy=row.text("privacy"),
+        seed=None if row.get("seed") is None else row.integer("seed"),
+        num_rounds=row.count("num_rounds"),
+        num_clients=row.count("num_clients"),
+        cohort_size=row.count("cohort_size"),
+        start_accuracy=row.number("start_accuracy"),
+        final_accuracy=row.number("final_accuracy"),
+        final_loss=row.optional_number("final_loss", may_diverge=True),
+        epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
+        delta=row.optional_number("delta"),
+        adapter_sha256=row.text("adapter_sha256"),
+        num_trained_parameters=row.integer("num_trained_parameters"),
+        bytes_up=row.integer("bytes_up"),
+        bytes_down=row.integer("bytes_down"),
+        seconds=row.number("seconds"),
+        problem=None if row.values.get("problem") is None else row.text("problem"),
+    )
+
+
+def _partition(row: Record) -> Partition | None:
+    if row.values.get("public") is not True:
+        return None
+    labels = tuple(str(label) for label in row.items("labels"))
+    counts = {one.count("client_id"): one.integers("label_counts") for one in row.records("clients")}
+    for client_id, label_counts in counts.items():
+        if len(label_counts) != len(labels):
+            raise InputError(
+                f"Expected {len(labels)} counts of client {client_id} in {row.where}, got {len(label_counts)}"
+            )
+    return Partition(labels, dict(sorted(counts.items())))
+
+
+def _alone(row: Record) -> Alone:
+    num_updates = None if row.values.get("num_updates") is None else row.count("num_updates")
+    return Alone(
+        row.count("client_id"), row.number("accuracy"), row.optional_number("epsilon", may_diverge=True), num_updates
+    )
+
+
+def _budget_epsilon(statement: Mapping[str, object], config: str, where: str) -> float | None:
+    """Return the epsilon that each client allows: `budget` of privacy.json, else `privacy` of config.yaml."""
+    try:
+        parsed = plain_yaml(config)
+    except ValueError as error:
+        raise InputError(f"{where} is not valid YAML: {error}") from error
+    sections = (statement.get("budget"), parsed.get("privacy") if isinstance(parsed, dict) else None)
+    for section in sections:
+        epsilon = section.get("epsilon") if isinstance(section, dict) else None
+        if isinstance(epsilon, int | float):
+            return Record({"epsilon": epsilon}, where).number("epsilon")
+    return None

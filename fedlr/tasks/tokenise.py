@@ -1,0 +1,164 @@
+"""Texts to tokens, and tokens to padded micro-batches.
+
+All tokens of a table lie in one flat array with offsets, a layout that can be memory-mapped and shared by
+many clients. Nothing is padded until a micro-batch is collated. Legend: N examples, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from fedlr.data.table import LabelledText
+from fedlr.errors import InputError
+
+_TEXTS_A_CALL = 4096  # the tokenizer's own record of a text is a hundred times its ids
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """Token ids of all examples end to end; example i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]  # (N + 1,)
+    labels: NDArray[np.int64]  # (N,)
+    pad_id: int
+    num_truncated: int  # texts longer than max_length, when they were tokenised
+    # (total T, H): what a frozen prefix made of ids (fedlr.models.prefix); uint16 holds the bits of bfloat16
+    hidden: NDArray[np.float32] | NDArray[np.uint16] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each example, shape (N,)."""
+        return np.diff(self.offsets)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "TokenisedText":
+        """Return a copy of the examples at `indices`, in that order; `num_truncated` stays that of the whole
+        table."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        hidden = None if self.hidden is None else self.hidden[places]
+        return replace(self, ids=self.ids[places], offsets=offsets, labels=self.labels[chosen], hidden=hidden)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's examples: rows of a table that all clients share. Nothing is copied; an enrolled client costs its
+    row numbers."""
+
+    table: TokenisedText
+    rows: NDArray[np.int64]  # row numbers of the table, ascending
+
+    @classmethod
+    def whole(cls, table: TokenisedText) -> "Share":
+        """Return all rows of a table."""
+        return cls(table, np.arange(len(table), dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each example, shape (N,)."""
+        return self.table.lengths[self.rows]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Return the label of each example, shape (N,)."""
+        return self.table.labels[self.rows]
+
+
+def tokenise(data: LabelledText, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenisedText:
+    """Tokenise every text, cut to `max_length` tokens including the special ones; count those that were cut.
+
+    A text of which no token is left (a tokenizer without special tokens that knows none of it) becomes one
+    pad token, which is attended to: a model cannot read nothing.
+
+    Raises:
+        InputError: when `max_length` leaves no room for a token or is more than the model of this tokenizer
+            reads, or when the tokenizer is not a fast one or has neither a pad nor an end token.
+    """
+    _check_max_length(tokenizer, max_length)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise InputError("The tokenizer has neither a pad nor an end-of-text token: set tokenizer.pad_token")
+    pieces, lengths, num_truncated = [], [0], 0
+    for start in range(0, len(data), _TEXTS_A_CALL):
+        texts = list(data.texts[start : start + _TEXTS_A_CALL])
+        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=False)
+        ids = [example or [pad_id] for example in batch["input_ids"]]
+        pieces.append(np.fromiter((i for example in ids for i in example), dtype=np.int32))
+        lengths.extend(map(len, ids))
+        num_truncated += sum(bool(encoding.overflowing) for encoding in batch.encodings or ())
+    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    offsets = np.cumsum(lengths, dtype=np.int64)
+    return TokenisedText(flat, offsets, data.labels, pad_id, num_truncated)
+
+
+def collate(
+    data: TokenisedText, indices: Sequence[int] | NDArray[np.int64]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Pad the examples at `indices` on the right, to the longest of them.
+
+    Returns the inputs of the model, `input_ids` (N, T) and `attention_mask` (N, T), and the labels (N,), all
+    int64. No index gives shape (0, 0). Texts that passed a frozen prefix give `inputs_embeds` (N, T, H)
+    float32 or bfloat16 in place of `input_ids`.
+    """
+    chosen = data.subset(indices)
+    lengths = chosen.lengths
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    inputs: dict[str, NDArray[Any]] = {"attention_mask": mask.astype(np.int64)}
+    if chosen.hidden is None:
+        inputs["input_ids"] = np.full(mask.shape, data.pad_id, dtype=np.int64)
+        inputs["input_ids"][mask] = chosen.ids
+    else:
+        inputs["inputs_embeds"] = np.zeros((*mask.shape, chosen.hidden.shape[1]), dtype=chosen.hidden.dtype)
+        inputs["inputs_embeds"][mask] = chosen.hidden
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    if chosen.hidden is not None and chosen.hidden.dtype == np.uint16:
+        tensors["inputs_embeds"] = tensors["inputs_embeds"].view(torch.bfloat16)
+    return tensors, torch.from_numpy(chosen.labels)
+
+
+def micro_batches(
+    lengths: NDArray[np.int64], indices: Sequence[int] | NDArray[np.int64], token_budget: int
+) -> list[NDArray[np.int64]]:
+    """Cut `indices` into micro-batches of similar length, each with (examples * longest) <= `token_budget`.
+
+    `lengths` are those of the whole table. An example longer than the budget is a micro-batch of its own, so
+    every index is in exactly one of them, whatever the budget. Shortest first; equal lengths keep their
+    order.
+
+    Raises:
+        InputError: for a budget below 1.
+    """
+    if token_budget < 1:
+        raise InputError(f"Expected token_budget >= 1, got {token_budget}")
+    chosen = np.asarray(indices, dtype=np.int64)
+    chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+    batches, start = [], 0
+    for end, length in enumerate(lengths[chosen].tolist()):
+        if end > start and (end + 1 - start) * length > token_budget:
+            batches.append(chosen[start:end])
+            start = end
+    return batches + ([chosen[start:]] if len(chosen) else [])
+
+
+def _check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    if not tokenizer.is_fast:
+        raise InputError(f"Expected a fast tokenizer (with a tokenizer.json), got {type(tokenizer).__name__}")
+    smallest = tokenizer.num_special_tokens_to_add() + 1
+    if not smallest <= max_length <= tokenizer.model_max_length:
+        most = tokenizer.model_max_length  # 1e30 stands for "no limit"
+        limits = f"in [{smallest}, {most}]" if most < 10**9 else f">= {smallest}"
+        raise InputError(f"Expected max_length {limits} for this tokenizer, got {max_length}")
