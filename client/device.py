@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from client.policy import Policy, PolicyRefusal, check_request, check_terms
 from client.replies import Kept, Replies, last_heads
 from client.settings import Settings
-from client.trainee import Trainee
+from client.trainee import Trainee, Unfit
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request
@@ -136,6 +136,8 @@ class Device:
             self.close()
             try:
                 self._trainee = Trainee.prepare(self._settings, request.terms, say=self._say)
+            except Unfit as error:
+                raise Refused(error.reason, str(error)) from error
             except InputError as error:
                 raise Refused("policy", str(error)) from error
             self.num_models_loaded += 1

@@ -79,22 +79,43 @@ def last_node_id(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+@dataclass
+class Outage:
+    """Since when the server has not been reached: said once when it begins, and once when it is over."""
+
+    say: Callable[[str], None]
+    began: float | None = None
+
+    def lost(self, error: Exception) -> None:
+        """Take in that a call failed."""
+        if self.began is None:
+            self.began = time.monotonic()
+            self.say(f"the server cannot be reached ({type(error).__name__}); trying again until it can")
+
+    def over(self) -> None:
+        """Take in that a call was answered."""
+        if self.began is not None:
+            self.say(f"the server is reached again after {time.monotonic() - self.began:.0f} s")
+            self.began = None
+
+
 def serve(settings: Settings, device: Device, *, say: Callable[[str], None]) -> None:
     """Answer messages for ever."""
     with connected(settings) as connection:
         say(f"connected to {settings.server.address} as node {connection.node_id}")
-        last = time.monotonic()
+        last, outage = time.monotonic(), Outage(say)
         while True:
-            if step(connection, device, say=say):
+            if step(connection, device, say=say, outage=outage):
                 last = time.monotonic()
             else:
                 time.sleep(BUSY_POLL_S if time.monotonic() - last < BUSY_FOR_S else IDLE_POLL_S)
 
 
-def step(connection: Connection, device: Device, *, say: Callable[[str], None]) -> bool:
+def step(connection: Connection, device: Device, *, say: Callable[[str], None], outage: Outage) -> bool:
     """Take one message and answer it; return whether one was answered."""
     try:
         received = connection.receive()
+        outage.over()
         if received is None:
             return False
         announced, tree = received
@@ -110,7 +131,7 @@ def step(connection: Connection, device: Device, *, say: Callable[[str], None]) 
             raise ShutOutError(
                 "The server shut this device out: its key was revoked; ask the operator, and make a new key"
             ) from error
-        say(f"the server could not be reached in the middle of a message ({type(error).__name__})")
+        outage.lost(error)
     except Exception as error:  # a message that cannot be put together
         say(f"a message could not be taken: {type(error).__name__}: {error}")
     return False  # whoever refuses, or sends what is no message, is not asked again at once

@@ -1,6 +1,7 @@
 """What a device trains with: the resident base model with its adapter, and its own examples, ready for one round."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedlr.config.build import build, build_choice
 from fedlr.config.schema import RuntimeSection
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
+from fedlr.flower.messages import RefusalReason
 from fedlr.flower.terms import Terms
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.models.base_delta import SideWeights
@@ -30,6 +32,23 @@ from fedlr.runs.prepare import check_trainable, local_training, working_model
 from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.tasks.tokenise import Share, tokenise
 from fedlr.training.threads import torch_threads
+
+
+class Unfit(InputError):
+    """What this device has does not fit the terms; `reason` is the word for it that may leave."""
+
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@contextmanager
+def unfit(reason: RefusalReason) -> Iterator[None]:
+    """Let bad input be `Unfit`, for this reason."""
+    try:
+        yield
+    except InputError as error:
+        raise Unfit(reason, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -49,25 +68,20 @@ class Trainee:
         """Load the base model and the examples, once an experiment.
 
         Raises:
-            InputError: where the device's model, labels or data are not what the terms need.
+            Unfit: the device's model, or its labels or data, are not what the terms need.
+            InputError: what the terms ask of them cannot be done here.
         """
         with torch_threads(1):
-            base: BaseModel = build(
-                settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
-            )
-            check_model(base, settings, terms)
-            check_reading(base, max_length=terms.max_length)
-            model = attach(base, terms.adapter, seed=terms.seed)
-            constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
-            data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
-            if list(data.label_names) != terms.label_names:
-                raise InputError(
-                    f"Expected the label names {terms.label_names} of the terms in data.labels, got "
-                    f"{list(data.label_names)}"
+            with unfit("model"):
+                base: BaseModel = build(
+                    settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
                 )
-            if settings.privacy.epsilon is not None:
-                check_delta(settings.privacy.delta, len(data))
-            tokenised = read_texts(data, base, max_length=terms.max_length)
+                check_model(base, settings, terms)
+                check_reading(base, max_length=terms.max_length)
+                model = attach(base, terms.adapter, seed=terms.seed)
+            constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
+            with unfit("data"):
+                tokenised = read_texts(own_examples(settings, terms), base, max_length=terms.max_length)
             tables = [constant.table, tokenised]  # the constant rows first: where they fail, no text is read
             working, (table, tokenised) = working_model(runtime_of(settings), model, tables, say=say)
         rehearsal = Rehearsal(replace(constant, table=table), say)
@@ -114,6 +128,22 @@ class Trainee:
         # A check on private rows fails or not with what was drawn, and tensors of a server's can make it fail.
         check_parity = trainer.check_parity and terms.mechanism is None
         return FusedPool(self.working, share, check_parity=check_parity, **common)
+
+
+def own_examples(settings: Settings, terms: Terms) -> LabelledText:
+    """Read the device's own table.
+
+    Raises:
+        InputError: it cannot be read, has other labels than the terms, or is too large for the owner's delta.
+    """
+    data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
+    if list(data.label_names) != terms.label_names:
+        raise InputError(
+            f"Expected the label names {terms.label_names} of the terms in data.labels, got {list(data.label_names)}"
+        )
+    if settings.privacy.epsilon is not None:
+        check_delta(settings.privacy.delta, len(data))
+    return data
 
 
 def constant_rows(tokenizer: PreTrainedTokenizerBase, terms: Terms, *, num_long: int) -> Share:

@@ -28,6 +28,8 @@ RefusalReason = Literal[
     "budget_exhausted",  # its ledger
     "already_reserved",
     "policy",  # the terms are outside what its owner allows
+    "model",  # its base model is missing, or another than the terms name
+    "data",  # its table cannot be read, or has other labels than the terms name
     "not_enrolled",  # it lost the adapter it was given, and needs it again
     "other_task",  # it was asked for something else in this round before
     "device_error",

@@ -159,7 +159,7 @@ class Site:
 
     def asked(self, case: Case) -> tuple[Any, ...]:
         seen = self.answer(case)
-        if len(seen) > 1 and seen[0]["refused"] != "policy":
+        if len(seen) > 1 and seen[0]["refused"] not in ("policy", "model"):
             shutil.rmtree(self._settings.state_dir)
             shutil.copytree(self._saved, self._settings.state_dir)
         return seen

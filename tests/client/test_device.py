@@ -95,6 +95,23 @@ def test_data_that_cannot_be_used_are_found_before_a_device_connects(
     assert "letters.csv" in capsys.readouterr().err
 
 
+def test_a_refusal_says_whether_model_or_data_do_not_fit_and_charges_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = device_settings(tmp_path / "device")
+    ledger, rows = settings.ledger_path.read_bytes(), tmp_path / "device" / "letters.csv"
+    device = Device(settings, say=said.append)
+    whole = rows.read_text()
+    rows.write_text("text,label\nfine,unknown\n")
+    assert answer(device, request()).facts.refused == "data"
+    rows.unlink()
+    assert answer(device, request()).facts.refused == "data"
+    rows.write_text(whole)
+    assert answer(device, request(max_length=600)).facts.refused == "policy"
+    assert answer(device, request(max_length=500)).facts.refused == "model"  # longer than this one reads
+    assert settings.ledger_path.read_bytes() == ledger and len(said) == 4
+    assert answer(device, request()).tensors
+
+
 def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
     settings, asked = device_settings(tmp_path / "device"), request()
     trainee = Trainee.prepare(settings, asked.terms, say=lambda line: None)

@@ -13,7 +13,7 @@ import pytest
 from flwr.supercore.run import RunNotRunningException
 
 from client.device import Device
-from client.node import Connection, last_node_id, step
+from client.node import Connection, Outage, last_node_id, step
 
 
 def connection(receive: Callable[[], Any]) -> Connection:
@@ -39,8 +39,19 @@ def no_message() -> Any:
 @pytest.mark.parametrize("receive", [refused, over, no_message])
 def test_what_goes_wrong_with_a_message_is_said_and_then_the_device_waits(receive: Callable[[], Any]) -> None:
     said: list[str] = []
-    assert not step(connection(receive), cast(Device, None), say=said.append)
+    assert not step(connection(receive), cast(Device, None), say=said.append, outage=Outage(said.append))
     assert len(said) == 1
+
+
+def test_an_outage_is_said_when_it_begins_and_when_it_is_over() -> None:
+    said: list[str] = []
+    outage = Outage(said.append)
+    for receive in (lambda: None, refused, refused, refused, lambda: None, lambda: None):
+        assert not step(connection(receive), cast(Device, None), say=said.append, outage=outage)
+    assert [line.partition(" again")[0] for line in said] == [
+        "the server cannot be reached (HTTPStatusError); trying",
+        "the server is reached",
+    ]
 
 
 @pytest.mark.parametrize(("text", "node_id"), [("", None), ("12\x00", None), ("1234", 1234)])

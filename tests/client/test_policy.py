@@ -73,7 +73,7 @@ def test_device_refuses_before_it_touches_data_or_ledger(name: str, trap: Callab
     kept, device = sorted(settings.state_dir.rglob("*")), Device(settings, say=said.append)
     try:
         reply = Reply.read(device.answer(CASES[name].record()))
-        assert (reply.facts.refused, reply.tensors) == ("policy", {}), said
+        assert reply.facts.refused in ("policy", "model") and not reply.tensors, said
     except InputError:  # no request at all
         pass
     assert not OPENED
@@ -92,7 +92,7 @@ def test_sane_request_falls_into_the_trap_and_trains_without_it(trap: Callable[.
     said: list[str] = []
     ledger = settings.ledger_path.read_bytes()
     reply = Reply.read(Device(settings, say=said.append).answer(sane_request().record()))
-    assert OPENED and reply.facts.refused in ("policy", "device_error") and settings.ledger_path.read_bytes() == ledger
+    assert OPENED and reply.facts.refused in ("data", "device_error") and settings.ledger_path.read_bytes() == ledger
     TRAPPED.clear()
     reply = Reply.read(Device(settings, say=said.append).answer(sane_request().record()))
     assert reply.facts.refused is None, said

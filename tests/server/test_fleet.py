@@ -16,7 +16,7 @@ from flwr.common.constant import TIMESTAMP_HEADER
 
 import server.pool
 from client.device import Device
-from client.node import step
+from client.node import Outage, step
 from fedlr.errors import InputError, PassingError, ShutOutError
 from fedlr.flower.node_key import create_node_key
 from fedlr.rounds.cohorts import sample_among, sample_cohort
@@ -162,6 +162,8 @@ def test_units_start_again_what_passes_and_nothing_else() -> None:
     server_unit, client_unit = ((DEPLOY / f"fedlr-{name}.service").read_text() for name in ("server@", "client"))
     assert "Restart=on-failure" in server_unit and "RestartPreventExitStatus=2\n" in server_unit
     assert "Restart=always" in client_unit and "RestartPreventExitStatus=77\n" in client_unit
+    for unit in (server_unit, client_unit):  # later each time, up to ten minutes
+        assert "RestartSteps=6\n" in unit and "RestartMaxDelaySec=600\n" in unit
 
 
 @pytest.mark.parametrize(
@@ -175,9 +177,12 @@ def test_a_device_that_was_revoked_while_connected_says_so_and_ends(date: str, i
     said: list[str] = []
     if is_out:
         with pytest.raises(ShutOutError, match="revoked"):
-            step(connection(refused), cast(Device, None), say=said.append)
+            step(connection(refused), cast(Device, None), say=said.append, outage=Outage(said.append))
     else:
-        assert not step(connection(refused), cast(Device, None), say=said.append) and len(said) == 1
+        assert (
+            not step(connection(refused), cast(Device, None), say=said.append, outage=Outage(said.append))
+            and len(said) == 1
+        )
 
 
 def test_a_run_that_has_not_begun_is_not_called_one_without_privacy() -> None:

@@ -93,7 +93,10 @@ def test_no_word_of_what_goes_wrong_on_a_device_leaves_it(
         monkeypatch.setattr(*WHERE_IT_FAILS[where], fails(error))
         sent = device.answer(request_to())
         assert CANARY.encode() not in every_byte(sent)
-        assert Reply.read(sent).facts.refused in ("device_error", "policy") and not Reply.read(sent).tensors
+        assert (
+            Reply.read(sent).facts.refused in ("device_error", "policy", "model", "data")
+            and not Reply.read(sent).tensors
+        )
         shared = enrolled()
         grid = DirectGrid({0: lambda record, sent=sent: sent})
         pool = GridPool(grid, grid, terms=TERMS, enrolled=shared, deadline_s=60, quorum=1, poll_s=0.01, say=print)
