@@ -16,7 +16,7 @@ from fedlr.rounds.round import RoundTask
 from tests.client.device_files import PATH, enrolled, terms_tree
 
 NAN, INF = math.nan, math.inf
-RULES = "fedlr.methods.client_rules."
+RULES = "fedlr.client_rules."  # as protocol 1 spells them
 REDOS = "(([a-z])+.)+[A-Z]([a-z])+$"
 
 
@@ -107,7 +107,7 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "a rule within rules": {"client_rule": section(f"{RULES}chain.Chain", rules=[])},
     "os.system as client rule": {"client_rule": section("os.system", command="true")},
     "a rule with a text": {"client_rule": section(f"{RULES}preconditioned.LoraPlus", ratio=2.0, optimizer="os.system")},
-    "a rule of text": {"client_rule": "fedlr.methods.client_rules.proximal.FedProx"},
+    "a rule of text": {"client_rule": "fedlr.client_rules.proximal.FedProx"},
     "a clipping whose bound rounds away": {"trainer.engine": "opacus", "trainer.grad_sample_mode": "ghost"},
     "another clipping": {"trainer.grad_sample_mode": "none"},
     "another engine": {"trainer.engine": "hostile.engine"},
