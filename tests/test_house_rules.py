@@ -8,6 +8,8 @@ Mutants this file kills: each snippet of `OFFENCES`, put into a module where it 
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,6 +68,7 @@ NEVER_TOGETHER = {"fedlr/rounds/round.py": "fedlr.training", "fedlr/rounds/cohor
 TABLES = ("fedlr/config/parts.py", "fedlr/config/old_names.py")
 # Flower's simulation starts both apps by name, in processes that import nothing of simulations.
 APPS = {"simulations/flower_run.py": ("server.app.app", "client.app.app")}
+RULES = "fedlr.methods.method, fedlr.methods.aggregate.fair, fedlr.methods.finalise.renewal"
 A_NAME = re.compile(r"(fedlr|simulations|server|client)(\.\w+)+(:\w+)?")
 
 
@@ -248,3 +251,12 @@ def test_each_offence_is_found(source: str, path: str) -> None:
 )
 def test_what_the_design_allows_is_no_offence(path: str, source: str) -> None:
     assert offences(path, source) == []
+
+
+def test_rules_load_no_framework_and_the_package_loads_nothing() -> None:
+    """In one fresh process each, as this one has imported everything."""
+    heavy = "{'torch', 'peft', 'transformers', 'flwr', 'opacus', 'hydra', 'pydantic', 'datasets', 'matplotlib'}"
+    for imports, allowed in (("fedlr", set[str]()), (RULES, {"torch"})):
+        code = f"import sys, {imports}; print(*sorted({heavy} & set(sys.modules)))"
+        loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert set(loaded.stdout.split()) <= allowed, imports
