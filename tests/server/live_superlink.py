@@ -1,6 +1,7 @@
 """A real SuperLink (and other servers) on loopback for tests: started on a free port, ended by its process id."""
 
 import getpass
+import itertools
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.certificates import write_certificates
-from simulations.rehearsal import free_port as free_port
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -25,6 +25,23 @@ QUIET = {
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 SECRET = b"0123456789abcdef0123456789abcdef"
+
+
+# Below what the system hands out to others, and other ones for every process of tests.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(20_000 + 500 * (_WORKER % 20), 20_500 + 500 * (_WORKER % 20)))
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on, and that no other test is given meanwhile."""
+    for port in _PORTS:
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 from fedlr.config.schema import CONFIGS
 from fedlr.streams import Purpose, stream
 from simulations import cli
+from tests.painted import drawn_by, inline_svg
 from tests.simulations.small_runs import RUN_FILES
 
 METHODS = tuple(sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml")))
@@ -33,7 +34,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One private run; tests change copies of it."""
     out = tmp_path_factory.mktemp("finished")
-    assert cli.simulate([*TINY, f"tracking.output_dir={out}"]) == 0
+    with drawn_by(inline_svg):
+        assert cli.simulate([*TINY, f"tracking.output_dir={out}"]) == 0
     return only_run(out / "tiny")
 
 
@@ -54,12 +56,22 @@ def table_rows(text: str) -> list[str]:
     return lines[header + 1 : -1]
 
 
-def test_every_method_with_and_without_privacy_ends_in_one_table(here: Path, capsys) -> None:
-    assert cli.simulate([*TINY, "-m", f"method={','.join(METHODS)}", "privacy=none,dp"]) == 0
+@pytest.mark.parametrize(
+    ("methods", "privacy"),
+    [
+        pytest.param(METHODS, ("dp",), id="private"),
+        pytest.param(("fedit", "fedsa_lora", "fedsvd"), ("none", "dp"), id="a few of both"),
+        pytest.param(METHODS, ("none",), id="not private", marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_with_and_without_privacy_ends_in_one_table(
+    methods: Sequence[str], privacy: Sequence[str], here: Path, capsys
+) -> None:
+    assert cli.simulate([*TINY, "-m", f"method={','.join(methods)}", f"privacy={','.join(privacy)}"]) == 0
     out = capsys.readouterr().out
     rows = table_rows(out)
-    assert {(row.split()[0], "no DP" in row) for row in rows} == {(m, p) for m in METHODS for p in (True, False)}
-    assert len(rows) == 2 * len(METHODS)
+    assert {(row.split()[0], "no DP" in row) for row in rows} == {(m, p == "none") for m in methods for p in privacy}
+    assert len(rows) == len(methods) * len(privacy)
     page = here / "outputs" / "tiny" / "comparison.html"
     assert page.is_file() and out.rstrip().endswith("comparison in outputs/tiny/comparison.html")
     run_dirs = [path for path in page.parent.iterdir() if path.is_dir()]
@@ -215,7 +227,8 @@ def test_the_statement_needs_the_ledger_of_a_private_run(copied: Path, capsys) -
 def test_the_report_is_drawn_again_from_the_files_alone(copied: Path, capsys) -> None:
     page = (copied / "report.html").read_bytes()
     (copied / "report.html").unlink()
-    assert cli.report([str(copied)]) == 0
+    with drawn_by(inline_svg):
+        assert cli.report([str(copied)]) == 0
     assert (copied / "report.html").read_bytes() == page
     assert "report.html" in capsys.readouterr().out
 

@@ -52,7 +52,10 @@ CASES = [(name, block) for name in BUILDERS for block in BLOCKS if name != "llam
 )
 @pytest.mark.parametrize("targets", ["query_value", "all-linear"])
 def test_hooks_ghost_loop_and_fused_agree(architecture: str, targets: str, block: frozenset[str]) -> None:
-    model = small_model(architecture, targets=targets, use_rslora=targets == "all-linear")
+    # Not ALBERT: its layers run twice, and an update of twice the scale in each of them makes float32 rounding grow to
+    # 1e-5 of a gradient or more, whoever takes it, in another measure with every number of threads.
+    use_rslora = targets == "all-linear" and architecture != "albert"
+    model = small_model(architecture, targets=targets, use_rslora=use_rslora)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trained = train_only(model, block)
     inputs, labels = examples_of(architecture, 6)

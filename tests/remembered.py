@@ -1,0 +1,48 @@
+"""Hydra's composition, with what depends on the chosen files alone remembered for a whole run of tests.
+
+Hydra reads and merges some twenty YAML files for each experiment, about 0.1 s, and the tests compose some thousand of
+them out of a few dozen choices. Here files are merged once a choice; values (`++key=value`) are then put in by Hydra's
+own code, on a copy. Whatever fails is composed again by Hydra alone, so that every error is its own.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+import fedlr.config.schema
+
+Compose = Callable[..., DictConfig]
+
+
+class RememberedComposition:
+    """Takes the place of `fedlr.config.schema.compose`."""
+
+    def __init__(self, compose: Compose) -> None:
+        self._compose = compose
+        self._chosen: dict[tuple[object, ...], DictConfig] = {}
+
+    def __call__(self, config_name: str, overrides: Sequence[str]) -> DictConfig:
+        """Return what Hydra composes."""
+        values = [text for text in overrides if text.startswith("++")]
+        choices = tuple(text for text in overrides if not text.startswith("++"))
+        if any(text.startswith("~") for text in choices):
+            return self._compose(config_name, overrides=list(overrides))
+        key = (files_of(fedlr.config.schema.CONFIGS), *choices)
+        try:
+            if key not in self._chosen:
+                self._chosen[key] = self._compose(config_name, overrides=list(choices))
+            config = copy.deepcopy(self._chosen[key])
+            ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+        except Exception:
+            return self._compose(config_name, overrides=list(overrides))
+        return config
+
+
+def files_of(folder: Path) -> tuple[object, ...]:
+    """Return what changes when a file below a folder does."""
+    stats = [(path, path.stat()) for path in sorted(folder.rglob("*.yaml"))]
+    return (folder, *((path.name, stat.st_mtime_ns, stat.st_size) for path, stat in stats))

@@ -1,0 +1,77 @@
+"""What the tests compose from memory is what Hydra composes, value by value and error by error.
+
+Mutants this file kills: a choice that is remembered for another, a memory that an earlier value changed.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlr.config.schema import CONFIGS
+from tests import remembered
+from tests.training.small_models import mutant
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+VALUES = [
+    "++num_rounds=7",
+    "++privacy.epsilon=3",
+    "++trainer.optimizer.lr=0.25",
+    "++adapter.targets=[query]",
+    "++new.k=1",
+]
+WORDS = [
+    [],
+    *([f"experiment={name}", *VALUES] for name in EXPERIMENTS),
+    ["experiment=tiny"],
+    ["experiment=tiny", "method=ffa_lora", "privacy=none"],
+    ["privacy=none", "++num_rounds=2", "experiment=tiny", "method=ffa_lora", "++num_rounds=3"],
+    ["experiment=tiny", "~privacy.epsilon", "++num_rounds=2"],
+    ["experiment=tiny", "++data={path: x}"],
+    ["experiment=tiny", "++name=${seed}"],
+    ["experiment=tiny", "++privacy.epsilon.below=1"],
+    ["experiment=tiny", "method={a: 1}"],
+    ["experiment=nowhere", "++num_rounds=2"],
+]
+
+
+def composed(make: Callable, words: list[str]) -> tuple[object, object]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            config = make("config", overrides=words)
+        except (HydraException, OmegaConfBaseException) as error:
+            return type(error), str(error)
+    return OmegaConf.to_container(config, resolve=True), OmegaConf.missing_keys(config)
+
+
+def check_it_composes_as_hydra(module: ModuleType) -> None:
+    make = module.RememberedComposition(compose)
+    for index in (*range(len(WORDS)), *range(len(WORDS))):
+        assert composed(make, WORDS[index]) == of_hydra(index)
+
+
+@cache
+def of_hydra(index: int) -> tuple[object, object]:
+    return composed(compose, WORDS[index])
+
+
+def test_what_is_remembered_is_what_hydra_composes() -> None:
+    check_it_composes_as_hydra(remembered)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('not text.startswith("++"))\n', 'not text.startswith("++"))[:1]\n'),
+        ("copy.deepcopy(self._chosen[key])", "self._chosen[key]"),
+    ],
+    ids=["remembered for another", "changed in memory"],
+)
+def test_a_wrong_memory_is_seen(change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        check_it_composes_as_hydra(mutant(remembered, change))
