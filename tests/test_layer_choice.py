@@ -7,12 +7,9 @@ that is never tried, or never again; scores that are forgotten, or kept of a fac
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, num_values
@@ -22,15 +19,15 @@ from fedlr.methods.layer_choice import SCORE, WAIT, BetterFactor, ScoredMean
 from fedlr.methods.measure.diagnostics import aggregation_error
 from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import Alternate, Method, full_adapter, trained_block
+from tests.methods_of_files import method_of
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 D, K, R = 12, 20, 3
 PATHS = ("layer.0", "layer.1")
 A0, B0 = Slot("layer.0", LORA_A), Slot("layer.0", LORA_B)
 
 
 def load(name: str) -> Method:
-    method = instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    method = method_of(name)
     assert isinstance(method, Method) and method.name == name
     return method
 

@@ -6,12 +6,9 @@ for all layers; the server's weights instead; norms from before the training; no
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import fedlr.methods.aggregate.rank as shipped
@@ -23,9 +20,9 @@ from fedlr.methods.aggregate.rank import norm_weighted_mean, svd_redistribution
 from fedlr.methods.measure.diagnostics import aggregation_error
 from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import SvdRefactor
+from tests.methods_of_files import method_of
 from tests.training.small_models import mutant
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 PATHS = ("layer.0", "layer.1")
 BOTH = (LORA_A, LORA_B)
 MANY = tuple(1.0 + k % 5 for k in range(40))
@@ -304,7 +301,7 @@ def test_weights_that_are_no_weights_are_refused(federation, rule, weights):
 
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])
 def test_the_method_of_the_file_takes_clients_of_any_rank_and_folds_nothing(federation, name):
-    method = instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    method = method_of(name)
     adapter, updates = federation(*BOTH)
     mixed = [of_rank(update, 1 + update.client_id % 3) for update in updates]
     after = method.finalise(method.aggregate(method.finalise(adapter), iter(mixed)))

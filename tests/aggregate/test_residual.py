@@ -7,12 +7,9 @@ the sum of products; a residual that replaces those of earlier rounds, lacks one
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import fedlr.methods.aggregate.residual as shipped
@@ -20,9 +17,9 @@ from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdat
 from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.residual import ExactResidual
+from tests.methods_of_files import method_of
 from tests.training.small_models import mutant
 
-CONFIG = Path(__file__).parents[2] / "configs" / "method" / "fedex_lora.yaml"
 BOTH = (LORA_A, LORA_B)
 MANY = tuple(1.0 + k % 5 for k in range(40))
 SQUARE = {Slot("layer", LORA_A): (2, 8), Slot("layer", LORA_B): (8, 2)}
@@ -234,7 +231,7 @@ def test_a_head_averaged_without_weights_is_seen(federation):
 
 
 def test_the_method_of_the_file_is_exact_round_after_round(federation):
-    method = instantiate(OmegaConf.load(CONFIG))
+    method = method_of("fedex_lora")
     adapter, _ = federation(*BOTH)
     for round_index in range(3):
         generator = torch.Generator().manual_seed(round_index)

@@ -6,12 +6,9 @@ soft variant; an arbitrary rotation where the reference is zero.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot, num_values
@@ -20,6 +17,7 @@ from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.rotation import FedRot
 from fedlr.methods.measure.diagnostics import aggregation_error
 from fedlr.methods.measure.ideal import Ideal
+from tests.methods_of_files import method_of
 
 PATHS = ("layer.0", "layer.1")
 BOTH = (LORA_A, LORA_B)
@@ -270,7 +268,7 @@ def test_a_strength_outside_0_and_1_is_refused(strength):
 
 def test_fedrot_lora_trains_and_sends_both_factors(federation):
     adapter, _ = federation(*BOTH)
-    method = instantiate(OmegaConf.load(Path(__file__).parents[2] / "configs" / "method" / "fedrot_lora.yaml"))
+    method = method_of("fedrot_lora")
     block = method.block_schedule(0, adapter)
     expected = R * (12 + 20) + R * (9 + 7)
     assert method.name == "fedrot_lora" and isinstance(method.aggregate, FedRot)

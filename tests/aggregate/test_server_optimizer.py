@@ -7,21 +7,18 @@ a second moment of the momentum instead of Delta; moments of tensors that did no
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
 from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.server_optimizer import MOMENTUM, SECOND_MOMENT, FedAdam, FedAvgM, FedYogi
 from fedlr.methods.method import keep, trained_block
+from tests.methods_of_files import method_of
 
 SLOT = Slot("layer", LORA_B)
-CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 RULES = [FedAvgM(), FedAdam(), FedYogi()]
 
 
@@ -250,7 +247,7 @@ def test_arguments_out_of_range_are_refused(rule, arguments):
 
 @pytest.mark.parametrize(("name", "rule"), [("fedavgm", FedAvgM), ("fedadam", FedAdam), ("fedyogi", FedYogi)])
 def test_the_files_train_and_send_lora_B_and_turn_no_factors(federation, name, rule):
-    method = instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    method = method_of(name)
     adapter, _ = federation()
     block = method.block_schedule(0, adapter)
     assert method.name == name and isinstance(method.aggregate, rule) and method.aggregate.inner is weighted_mean

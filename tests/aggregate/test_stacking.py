@@ -7,22 +7,19 @@ round, drawn from what the clients sent, or of another size; a stack that grows 
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import fedlr.methods.aggregate.stacking as shipped
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors, Slot
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.stacking import RunningProducts, folded, stack_and_fold
+from tests.methods_of_files import method_of
 from tests.training.small_models import mutant
 
-CONFIG = Path(__file__).parents[2] / "configs" / "method" / "flora.yaml"
 PATHS = ("layer.0", "layer.1")
 BOTH = (LORA_A, LORA_B)
 MANY = tuple(1.0 + k % 5 for k in range(40))  # 40 clients of rank 3: more columns than either layer has rank
@@ -297,7 +294,7 @@ def test_a_stack_that_grows_with_the_cohort_is_seen():
 
 
 def test_the_method_of_the_file_keeps_what_every_round_learnt(federation):
-    method = instantiate(OmegaConf.load(CONFIG))
+    method = method_of("flora")
     adapter, _ = federation(*BOTH)
     adapter = method.finalise(adapter)
     for round_index in range(3):

@@ -6,12 +6,9 @@ all rounds; lora_B and lora_A with all of Sigma each; a row of zeros beside a co
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot, num_values
@@ -19,14 +16,14 @@ from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.subspace import FedAsk, _Projectors, projected_mean
 from fedlr.methods.method import Method, SvdRefactor
+from tests.methods_of_files import method_of
 
 PATHS = ("layer.0", "layer.1")
 R = 3
-CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 
 
 def load(name: str) -> Method:
-    return instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    return method_of(name)
 
 
 def product(adapter: AdapterState, path: str) -> Tensor:

@@ -203,7 +203,7 @@ def test_a_split_that_leaves_a_label_untrained_is_refused(num_test: int) -> None
 
 def test_the_same_seed_gives_the_same_split_in_another_process() -> None:
     code = (
-        "from fedlr.data import split_train_test, synthetic_text;"
+        "from fedlr.data import split_train_test; from fedlr.tasks.synthetic import synthetic_text;"
         "print(split_train_test(synthetic_text(30, 5), num_test=5, seed=9)[1].texts)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
