@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import nn
 
-from fedlr.config.parts import GET_METHOD, PARTS, PATH, TARGET, name_of, place_of
+from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place_of
 from fedlr.config.schema import DataSection, Experiment, TrainerSection
 from fedlr.config.slots import check_kind, check_name
 from fedlr.data.partition import Partition
@@ -106,7 +106,7 @@ def build_choice(choice: Any, where: str) -> Callable[..., Any]:
     if not isinstance(choice, Mapping):
         raise InputError(f"Expected {where} to be a name, or a section with a _target_, got {shown(choice)}")
     name = name_of(choice.get(TARGET), where)
-    if name in PARTS.get(where, ()) and not isinstance(function := find(name, f"{where}._target_"), type):
+    if is_part(name, where) and not isinstance(function := find(name, f"{where}._target_"), type):
         if others := sorted(set(choice) - {TARGET}):
             raise InputError(f"Expected no argument of {where}={name}, which takes none, got {where}.{others[0]}")
         return function

@@ -128,10 +128,10 @@ def _named(node: Any, where: str) -> Any:
     if where in PARTS:
         if isinstance(node, str):
             name = name_of(node, where)
-            return {TARGET: name} if name in PARTS[where] else node
+            return {TARGET: name} if is_part(name, where) else node
         if isinstance(node, Mapping) and node.get(TARGET) == GET_METHOD and set(node) == {TARGET, PATH}:
             name = name_of(node[PATH], where)
-            return {TARGET: name} if name in PARTS[where] else node
+            return {TARGET: name} if is_part(name, where) else node
     if not isinstance(node, Mapping):
         return node
     found = {key: _named(value, dotted(where, key)) for key, value in node.items()}
@@ -140,8 +140,13 @@ def _named(node: Any, where: str) -> Any:
 
 def name_of(name: Any, where: str) -> Any:
     """Return the name in a section's group of what an older release may have called otherwise."""
-    new = OLD_NAMES.get(name, name) if isinstance(name, str) else name
-    return new if new in PARTS.get(where, ()) else name
+    new = OLD_NAMES.get(name) if isinstance(name, str) else None
+    return new if is_part(new, where) else name
+
+
+def is_part(name: Any, where: str) -> bool:
+    """Return whether this is the name of a part of a section's group."""
+    return isinstance(name, str) and name in PARTS.get(where, ())
 
 
 def place_of(name: str, where: str, key: str = "") -> str:
@@ -183,14 +188,14 @@ def require_registered(tree: Any, *, source: str, own_parts: Collection[str] = (
         full = dotted(where, key) if key else where
         if where not in PARTS:
             raise InputError(f"Expected no name of a function at {full} in {source}, got {shown(name)}")
-        if not isinstance(name, str) or (name_of(name, where) not in PARTS[where] and name not in own_parts):
+        if not isinstance(name, str) or not (is_part(name_of(name, where), where) or name in own_parts):
             how = way_out.format(name=name) if way_out else ""
             raise InputError(f"Expected {full} in {source} to be a part of fedlr, got {shown(name)}{how}")
 
 
 def own_parts_of(tree: Any) -> list[str]:
     """Return the names of a tree that this table does not hold: a user's own, if he typed them."""
-    found = ((name, name_of(name, where) in PARTS.get(where, ())) for where, _, name in named_parts(tree))
+    found = ((name, is_part(name_of(name, where), where)) for where, _, name in named_parts(tree))
     return sorted({str(name) for name, is_ours in found if not is_ours})
 
 

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 
 from fedlr.adapters.state import AdapterState
-from fedlr.config.parts import PARTS, PATH, TARGET, name_of
+from fedlr.config.parts import PATH, TARGET, is_part, name_of
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
@@ -76,7 +76,7 @@ def check_kind(found: Callable[..., Any], name: str, where: str) -> None:
     section, _, key = where.rpartition(".")
     is_used_as_it_is = key == PATH or (key != TARGET and not isinstance(found, type))  # its path stands alone
     section = section if key in (TARGET, PATH) else where
-    if name_of(name, section) in PARTS.get(section, ()):
+    if is_part(name_of(name, section), section):
         return
     while isinstance(found, partial):
         found = found.func
