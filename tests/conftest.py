@@ -7,8 +7,9 @@ how often it fails by chance: below 1e-9.
 
 import os
 import random
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -63,6 +64,22 @@ LONG = ("tests/simulations/", "tests/server/", "tests/client/")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the folders of whole runs first: processes that share the files out then end together."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Leave the process as the test found it, where a command that ran in it changes what others see."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch = sys.modules.get("torch")
+    before = (torch.get_num_threads(), torch.get_default_dtype()) if torch else None
+    result = yield
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    if torch and before and before != (torch.get_num_threads(), torch.get_default_dtype()):
+        torch.set_num_threads(before[0])
+        torch.set_default_dtype(before[1])
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -71,7 +71,7 @@ def running(
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=log.parent)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # a busy machine may need a minute; one that ended is seen at once
         while True:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
             try:
