@@ -16,6 +16,7 @@ ledger are touched:
                                             called; arguments are plain numbers and true or false, never sections
     experiment_id                           a bounded number of experiments, as each leaves an adapter on the disk
     label_names                             equal to the device's own, in order
+    pairs                                   as the device's own table has two texts a row, or one
     max_length, token_budget                bounds: memory and time
     adapter.system, rank, alpha, sizes      a list of systems; bounds; sizes are numbers, so no patterns and no files
     adapter.target_modules                  names or "all-linear"; never a regular expression, which may run for ever
@@ -105,6 +106,11 @@ def check_terms(terms: Terms, settings: Settings) -> None:
         _refuse("name", terms.name, "printable")
     if tuple(terms.label_names) != settings.label_names:
         _refuse("label_names", terms.label_names, f"{shown(list(settings.label_names))} (data.labels)")
+    if settings.data.target == "fedlr.data.table.load_table":  # a function of the owner's own is looked at when it ran
+        has_pairs = settings.data.section().get("text_pair_column") is not None
+        if terms.pairs != has_pairs:
+            fix = "null" if has_pairs else "the column of the second text"
+            _refuse("pairs", terms.pairs, f"{str(has_pairs).lower()} (or set data.text_pair_column to {fix})")
     _check_privacy(terms, settings)
     _check_adapter(terms, policy)
     _check_section(terms.trainer.optimizer, "trainer.optimizer", policy.allowed_optimizers, "policy.allowed_optimizers")

@@ -77,7 +77,7 @@ class Trainee:
                     settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
                 )
                 check_model(base, settings, terms)
-                check_reading(base, max_length=terms.max_length)
+                check_reading(base, max_length=terms.max_length, has_pairs=terms.pairs)
                 model = attach(base, terms.adapter, seed=terms.seed)
             constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
             with unfit("data"):
@@ -141,6 +141,9 @@ def own_examples(settings: Settings, terms: Terms) -> LabelledText:
         raise InputError(
             f"Expected the label names {terms.label_names} of the terms in data.labels, got {list(data.label_names)}"
         )
+    if (data.pairs is not None) != terms.pairs:
+        wanted, got = ("pairs", "single texts") if terms.pairs else ("single texts", "pairs")
+        raise InputError(f"Expected rows of {wanted}, as the terms say, got {got}; set data.text_pair_column")
     if settings.privacy.epsilon is not None:
         check_delta(settings.privacy.delta, len(data))
     return data
@@ -150,7 +153,8 @@ def constant_rows(tokenizer: PreTrainedTokenizerBase, terms: Terms, *, num_long:
     """Return a short row and as many of the largest length as are computed side by side; nobody's data."""
     texts = ("a", *["a " * terms.max_length] * num_long)
     labels = np.arange(len(texts)) % len(terms.label_names)
-    data = LabelledText(texts, labels, tuple(terms.label_names), None, "constant rows")
+    pairs = texts if terms.pairs else None
+    data = LabelledText(texts, labels, tuple(terms.label_names), None, "constant rows", pairs=pairs)
     share = Share.whole(tokenise(data, tokenizer, max_length=terms.max_length))
     largest = max(tokenizer.get_vocab().values(), default=0)
     return share if largest in tokenizer.all_special_ids else with_largest_id(share, largest)

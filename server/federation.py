@@ -24,7 +24,7 @@ from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, initial_state, task_of
-from fedlr.runs.prepare import check_trainable, load_examples, local_training, private_mechanism, working_model
+from fedlr.runs.prepare import check_trainable, load_held_out, local_training, private_mechanism, working_model
 from fedlr.training.moves import check_moves
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
@@ -67,11 +67,11 @@ def assemble(
         method = build_method(experiment)
         training = local_training(experiment.trainer, method.client)
         check_runtime(experiment, method, training.rule)
-        data, held_out = load_examples(experiment, seed=seed)
+        held_out = load_held_out(experiment, seed=seed)
         _, mechanism = private_mechanism(experiment)
-        base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+        base: BaseModel = build(experiment.model.section(), "model", label_names=held_out.label_names, seed=seed)
         with naming("data", "max_length"):
-            check_reading(base, max_length=experiment.data.max_length)
+            check_reading(base, max_length=experiment.data.max_length, has_pairs=held_out.pairs is not None)
         model = attach(base, experiment.adapter, seed=seed)
         method = method.bound(model)
         first = method.block_schedule(0, read_adapter(model))
@@ -100,7 +100,8 @@ def assemble(
         experiment_id=experiment_id,
         seed=seed,
         model_sha256=base.fingerprint,
-        label_names=data.label_names,
+        label_names=held_out.label_names,
+        pairs=held_out.pairs is not None,
     )
     evaluator = Evaluator(working, test, side=SideWeights(working), num_threads=experiment.runtime.num_workers)
     noise_sd = update_noise(training, mechanism)

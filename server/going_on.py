@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
@@ -57,8 +58,15 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
         raise InputError(f"Expected the whole configuration of a run in {run_dir}/config.yaml, got none of {absent[0]}")
     since = here.keys() - there.keys()  # keys that the program which began it did not have yet
     for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result
-        if there.get(key) != here.get(key):
+        if there.get(key) != _without_new(here.get(key), there.get(key)):
             raise InputError(
                 f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "
                 "another directory, or the same configuration"
             )
+
+
+def _without_new(here: Any, there: Any) -> Any:
+    """Return a section without the unset keys that the program which began the run did not have yet."""
+    if not isinstance(here, dict) or not isinstance(there, dict):
+        return here
+    return {key: value for key, value in here.items() if key in there or value is not None}

@@ -175,6 +175,7 @@ class Run:
             max_length=e.data.max_length,
             statement=statement,
             personal=served.method.personal,
+            has_pairs=served.terms.pairs,
         )
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
         numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}

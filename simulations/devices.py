@@ -54,13 +54,15 @@ def write_devices(
         make_folder(own, mode=0o700)
         share = data.subset(rows)
         lines = [
-            json.dumps({"text": text, "label": data.label_names[label]})
-            for text, label in zip(share.texts, share.labels, strict=True)
+            json.dumps({"text": text, "label": data.label_names[label], **({} if pair is None else {"pair": pair})})
+            for text, label, pair in zip(share.texts, share.labels, share.pairs or [None] * len(share), strict=True)
         ]
         write_whole(own / "rows.jsonl", "\n".join(lines) + "\n")
         create_node_key(own / "device.key", comment=f"client-{client_id}")
         make_folder(own / "state", mode=0o700)
         settings = settings_of(experiment, own, base, data.label_names, address, root_certificates, spare=spare)
+        if share.pairs is not None:
+            settings["data"]["text_pair_column"] = "pair"
         written.append(folder / f"client-{client_id}.yaml")
         write_whole(written[-1], yaml.safe_dump(settings, sort_keys=False))
         create_ledger(settings)

@@ -14,7 +14,7 @@ from fedlr.config.build import build, build_method, naming
 from fedlr.config.runtime_rules import check_aggregate, check_runtime
 from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
-from fedlr.data.placement import num_shared_texts
+from fedlr.data.placement import all_texts, num_shared_texts
 from fedlr.data.table import LabelledText
 from fedlr.methods.method import Method
 from fedlr.models.base_delta import SideWeights
@@ -32,12 +32,14 @@ from fedlr.runs.prepare import (
     notes,
     placement,
     private_mechanism,
+    with_clients_of,
     working_model,
 )
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.local import LocalTraining
 from fedlr.training.moves import check_moves
+from simulations.client_accuracy import ClientTests, client_tests
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Federation:
     origin: str | None  # a sentence, where the start was made from public examples
     clients: tuple[Share, ...]
     test: TokenisedText
+    client_tests: ClientTests | None  # which rows of the test are whose, where the adapter is scored for each client
     label_names: tuple[str, ...]
+    has_pairs: bool  # rows are of two texts
     source: str  # what the examples are called, in the ledger and in messages
     data_sha256: str  # of all examples, the held-out ones too
     budget: PrivacyBudget | None
@@ -64,6 +68,7 @@ class Federation:
     weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
     ranks: tuple[int, ...] | None  # of each client; None: all have the adapter's
     side: SideWeights  # merges what the server folded away into the tensors that all copies of the model share
+    taken_as_public: tuple[str, ...]  # what about the data the privacy statement takes for public
     placed_by: tuple[str, ...]  # what besides a row itself decides where it lies, one reason each
     notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
 
@@ -113,15 +118,17 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
+    experiment = with_clients_of(experiment, partition)
     num_shared = num_shared_texts(data, partition.indices)
     placed_by = placement(experiment, partition, num_shared=num_shared)
+    tests = client_tests(experiment, method, partition, held_out, seed=seed)
     budget, mechanism = private_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
 
     base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
     with naming("data", "max_length"):
-        check_reading(base, max_length=experiment.data.max_length)
+        check_reading(base, max_length=experiment.data.max_length, has_pairs=data.pairs is not None)
     model = attach(base, experiment.adapter, seed=seed)
     method = method.bound(model)
     first = method.block_schedule(0, read_adapter(model))
@@ -136,7 +143,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         private=experiment.data.section(),
         max_length=experiment.data.max_length,
         seed=seed,
-        private_texts={*data.texts, *held_out.texts},
+        private_texts=all_texts(data) | all_texts(held_out),
     )
     start = initial_state(begun.adapter, method)
     by_size = experiment.weighting == "examples"
@@ -155,7 +162,9 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         origin=begun.origin,
         clients=tuple(Share(tokenised, rows) for rows in partition.indices),
         test=test,
+        client_tests=tests,
         label_names=data.label_names,
+        has_pairs=data.pairs is not None,
         source=data.source,
         data_sha256=fingerprint(data, held_out),
         budget=budget,
@@ -165,19 +174,28 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
         side=SideWeights(model),
+        taken_as_public=partition.taken_as_public,
         placed_by=placed_by,
         notes=(
             *notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),
+            *left_out_note(partition, data.source),
             *([faint] if faint else []),
         ),
     )
+
+
+def left_out_note(partition: Partition, source: str) -> list[str]:
+    """Say how many clients were too small."""
+    num = partition.num_left_out
+    return [f"{num} clients of {source} have less than partition.min_rows rows and are left out"] if num else []
 
 
 def fingerprint(*parts: LabelledText) -> str:
     """Return the SHA-256 of texts, labels and groups, in their order."""
     digest = hashlib.sha256()
     for part in parts:
-        for row in zip(part.texts, part.labels.tolist(), part.groups or (None,) * len(part), strict=True):
+        pairs = () if part.pairs is None else (part.pairs,)
+        for row in zip(part.texts, part.labels.tolist(), part.groups or (None,) * len(part), *pairs, strict=True):
             digest.update(repr(row).encode())
         digest.update(repr(part.label_names).encode())
     return digest.hexdigest()

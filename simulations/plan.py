@@ -42,7 +42,7 @@ def make_plan(experiment: Experiment) -> str:
     """
     with torch_threads(1):  # as in the run, whose start must be the same
         federation = prepare(experiment, seed=randbits(32) if experiment.seed is None else experiment.seed)
-    e = experiment
+    e = federation.experiment
     title = (
         f"{e.name}: {federation.method.name}, {e.num_rounds} rounds, {e.cohort_size} of {e.num_clients} clients each"
     )

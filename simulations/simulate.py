@@ -5,11 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from secrets import randbits
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
@@ -18,11 +21,12 @@ from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin
+from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds
 from fedlr.runs.directory import (
+    CLIENT_ACCURACY,
     CLIENTS,
     LEDGER,
     METRICS,
@@ -40,6 +44,7 @@ from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
 from simulations.alone import train_alone
 from simulations.checkpoints import Checkpoints
+from simulations.client_accuracy import score_clients
 from simulations.federation import Federation, assemble, describe
 from simulations.progress import Progress
 from simulations.runtime import make_pool
@@ -65,6 +70,7 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
     seed = randbits(32) if experiment.seed is None else experiment.seed
     with torch_threads(1):
         federation = assemble(experiment, seed=seed, say=say)
+        experiment = federation.experiment  # with as many clients as there are
         for note in federation.notes:
             say(f"note: {note}")
         run_dir = create_run_dir(experiment)
@@ -84,6 +90,10 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     """
     state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
     run_baselines(federation, run_dir, progress=progress)
+    if federation.client_tests is not None:
+        write_json(
+            run_dir / CLIENT_ACCURACY, score_clients(federation.client_tests, partial(accuracy_on, federation, state))
+        )
     leave_behind(federation, run_dir, state)
     told = summary(federation, state, rows, seconds=seconds)
     finish_run(run_dir, told, draw=write_report)
@@ -231,7 +241,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
     else:
         clients = range(federation.experiment.num_clients)
         statement = privacy_statement(run_dir / LEDGER, clients, placed_by=federation.placed_by)
-    statement = with_origin(statement, federation.origin)
+    statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)
@@ -245,6 +255,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         max_length=federation.experiment.data.max_length,
         statement=statement,
         personal=federation.method.personal,
+        has_pairs=federation.has_pairs,
     )
 
 
@@ -281,6 +292,12 @@ def with_other_noise(federation: Federation) -> Federation:
         return federation
     seed = int(stream(federation.seed, Purpose.BASELINE).integers(2**32))
     return replace(federation, randomness=SeededRandomness(seed))
+
+
+def accuracy_on(federation: Federation, state: ServerState, rows: NDArray[np.int64]) -> float:
+    """Return the accuracy of a state on some of the held-out texts."""
+    evaluator = evaluator_of(replace(federation, test=federation.test.subset(rows)))
+    return evaluator.score(state)[0].accuracy
 
 
 def evaluator_of(federation: Federation) -> Evaluator:

@@ -53,6 +53,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
         "table": "fedlr.data.table.load_table",
     },
     "partition": {
+        "by_file": "fedlr.data.partition.by_file",
         "by_group": "fedlr.data.partition.by_group",
         "dirichlet": "fedlr.data.partition.dirichlet",
         "dirichlet_by_label": "fedlr.data.partition.dirichlet_by_label",

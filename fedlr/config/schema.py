@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fedlr.config.parts import named
 from fedlr.config.rules import check_together
@@ -47,6 +47,13 @@ def number_or_share(value: float) -> float:
     if not (0 < value < 1 or (isinstance(value, int) and value >= 1)):
         raise ValueError("a number of rows, or a share of them between 0 and 1")
     return value
+
+
+def as_many_as_there_are(value: Any) -> Any:
+    """Return 0 for null: the partition says how many clients there are (`fedlr.runs.prepare.with_clients_of`)."""
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError("1 or more, or null: as many as there are")
+    return 0 if value is None else value
 
 
 def between(least: float, most: float) -> AfterValidator:
@@ -89,7 +96,9 @@ class DataSection(Target):
 
     public: bool
     max_length: PositiveInt
-    num_test: Annotated[int | float, AfterValidator(number_or_share)]
+    num_test: Annotated[int | float, AfterValidator(number_or_share)] | None = None
+    test_path: Annotated[str, Field(min_length=1)] | None = None
+    test_split: Annotated[str, Field(min_length=1)] | None = None
 
 
 class PrivacySection(Section):
@@ -154,6 +163,7 @@ class TrackingSection(Section):
     checkpoint_every: PositiveInt | None
     run_no_privacy: bool
     run_alone: bool
+    client_accuracy: bool = False
 
 
 class Experiment(Section):
@@ -162,7 +172,7 @@ class Experiment(Section):
     name: Annotated[str, AfterValidator(folder_name)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None
     num_rounds: Count
-    num_clients: Count
+    num_clients: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
     cohort_size: Count
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO

@@ -9,12 +9,12 @@ The same data, seed and arguments give the same partition. A row's client is fou
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlr.data.placement import client_positions
+from fedlr.data.placement import client_positions, whole_rows
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
@@ -34,6 +34,9 @@ class Partition:
     indices: tuple[Indices, ...]  # one array per client
     # What besides the row itself decides about its client, and what to change; '' where nothing does.
     depends_on: str = "partition._target_ does not say what a row's client depends on"
+    taken_as_public: tuple[str, ...] = ()  # sentences, of what decides which clients there are
+    num_left_out: int = 0  # clients that are too small: their rows are no one's
+    names: tuple[str, ...] | None = None  # of the clients, where they are natural ones
 
     def __post_init__(self) -> None:
         joined = np.concatenate(self.indices) if self.indices else np.empty(0, dtype=np.int64)
@@ -58,7 +61,7 @@ def iid(data: LabelledText, *, num_clients: int, seed: int) -> Partition:
     """
     _check_num_clients(data, num_clients)
     even = np.full((len(data.label_names), num_clients), 1 / num_clients)
-    return Partition(_dealt(data, even, client_positions(data.texts, seed=seed)), depends_on="")
+    return Partition(_dealt(data, even, client_positions(whole_rows(data), seed=seed)), depends_on="")
 
 
 def dirichlet(data: LabelledText, *, num_clients: int, seed: int, alpha: float) -> Partition:
@@ -81,7 +84,7 @@ def dirichlet(data: LabelledText, *, num_clients: int, seed: int, alpha: float) 
     wanted = generator.dirichlet(np.full(num_labels, alpha / num_labels), size=num_clients).T  # (L, C)
     totals = wanted.sum(axis=1, keepdims=True)
     shares = np.where(totals > 0, wanted, 1.0) / np.where(totals > 0, totals, num_clients)  # of nobody's: to all
-    return Partition(_dealt(data, shares, client_positions(data.texts, seed=seed)), depends_on="")
+    return Partition(_dealt(data, shares, client_positions(whole_rows(data), seed=seed)), depends_on="")
 
 
 def dirichlet_by_label(
@@ -106,7 +109,7 @@ def dirichlet_by_label(
             f"{num_clients} clients, got {min_examples}"
         )
     generator = stream(seed, Purpose.PARTITION)
-    positions = client_positions(data.texts, seed=seed)
+    positions = client_positions(whole_rows(data), seed=seed)
     redrawn = "all rows, as clients are drawn again until each has partition.min_examples: set it to 0"
     best = 0
     for _ in range(_MAX_REDRAWS):
@@ -123,38 +126,128 @@ def dirichlet_by_label(
     )
 
 
-def by_group(data: LabelledText, *, num_clients: int, seed: int, groups: Sequence[str] | None = None) -> Partition:
+def by_group(
+    data: LabelledText,
+    *,
+    num_clients: int,
+    seed: int,
+    groups: Sequence[str] | None = None,
+    min_rows: int = 0,
+    small_clients: str = "refuse",
+) -> Partition:
     """Make each value of the group column one client, in the order of `groups`; `seed` changes nothing.
 
-    Without `groups` they are those that are found, sorted: then a row can decide which clients there are.
+    Without `groups` they are those that are found, sorted: then a row can decide which clients there are. So it can
+    with `min_rows` above 0: a client of fewer rows is refused by name, or left out (`small_clients="leave_out"`).
+
+    Args:
+        data: with groups.
+        num_clients: 0: as many as there are groups.
+        seed: of the other partitions.
+        groups: the names in the order of clients.
+        min_rows: of each client.
+        small_clients: "refuse" or "leave_out".
 
     Raises:
-        InputError: without a group column, when the number of groups is not `num_clients`, or when a row's group is
-            not among `groups`.
+        InputError: without a group column, when the number of groups is not `num_clients`, when a row's group is not
+            among `groups`, or for a client that is too small.
     """
     if data.groups is None:
         raise InputError(f"by_group needs the natural clients of {data.source}: set data.group_column")
     names = sorted(set(data.groups)) if groups is None else [unicodedata.normalize("NFC", name) for name in groups]
     if len(set(names)) < len(names):
         raise InputError(f"Expected groups that differ, got {list(groups or ())!r}")
-    if len(names) != num_clients:
-        raise InputError(
-            f"by_group makes one client per group and {data.source} has {len(names)} groups, "
-            f"got num_clients={num_clients}: set num_clients={len(names)}"
-        )
-    place = {name: client_id for client_id, name in enumerate(names)}
-    if strange := sum(name not in place for name in data.groups):
-        raise InputError(
-            f"Expected every row's group among groups={names}, got {strange} rows of {data.source} with another"
-        )
-    owners = np.array([place[name] for name in data.groups])
     found = "the groups that other rows name: set partition.groups=[...]"
-    return Partition(_by_owner(owners, num_clients), depends_on=found if groups is None else "")
+    small = _Small(min_rows, small_clients)
+    return _natural(data, names, num_clients, small, kind="group", depends_on=found if groups is None else "")
+
+
+def by_file(
+    data: LabelledText, *, num_clients: int, seed: int, min_rows: int = 0, small_clients: str = "refuse"
+) -> Partition:
+    """Make each file one client, in the order of their names; `seed` changes nothing.
+
+    Which files there are is taken for public: a client whose file has no usable row is a client. With `min_rows` above
+    0 a client of fewer rows is refused by name, or left out (`small_clients="leave_out"`): then rows have a say.
+
+    Args:
+        data: from a folder or a pattern.
+        num_clients: 0: as many as there are files.
+        seed: of the other partitions.
+        min_rows: of each client.
+        small_clients: "refuse" or "leave_out".
+
+    Raises:
+        InputError: for data of one file, when the number of files is not `num_clients`, or for a client that is too
+            small.
+    """
+    if data.clients is None:
+        raise InputError(
+            f"by_file needs a file for each client, got {data.source}: set data.path to a folder or a pattern such as "
+            "'wards/*.csv', and data.group_column=null"
+        )
+    made = _natural(data, data.clients, num_clients, _Small(min_rows, small_clients), kind="file", depends_on="")
+    return replace(made, taken_as_public=("which clients there are, and the names of their files",))
+
+
+@dataclass(frozen=True)
+class _Small:
+    """Which clients are too small, and what becomes of them."""
+
+    min_rows: int
+    small_clients: str
+
+    def __post_init__(self) -> None:
+        if self.min_rows < 0:
+            raise InputError(f"Expected min_rows >= 0, got {self.min_rows}")
+        if self.small_clients not in ("refuse", "leave_out"):
+            raise InputError(f"Expected small_clients to be 'refuse' or 'leave_out', got {self.small_clients!r}")
+
+
+def _natural(
+    data: LabelledText, names: Sequence[str], num_clients: int, small: _Small, *, kind: str, depends_on: str
+) -> Partition:
+    """Give each row to the client that its group names; no other client has one."""
+    names_are_found = kind == "group" and bool(depends_on)
+    place = {name: client_id for client_id, name in enumerate(names)}
+    owned = data.groups or ()
+    if strange := sum(name not in place for name in owned):
+        raise InputError(
+            f"Expected every row's group among groups={list(names)}, got {strange} rows of {data.source} with another"
+        )
+    indices = _by_owner(np.array([place[name] for name in owned], dtype=np.int64), len(names))
+    stays = [len(rows) >= small.min_rows for rows in indices]
+    left_out = [name for name, is_large in zip(names, stays, strict=True) if not is_large]
+    if left_out and small.small_clients == "refuse":
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        who = f"{len(left_out)} of them"  # a name that was found in a row is as private as the row
+        if not names_are_found:
+            who = f"{', '.join(map(repr, left_out[:3]))}{more}"
+        raise InputError(
+            f"Expected min_rows={small.min_rows} rows or more of each client of {data.source}, got fewer of "
+            f"{who}; set small_clients=leave_out, or a smaller min_rows"
+        )
+    num_left = len(names) - len(left_out)
+    if num_clients not in (0, num_left) or num_left == 0:
+        without = f" without the {len(left_out)} that have less than partition.min_rows" if left_out else ""
+        raise InputError(
+            f"by_{kind} makes one client per {kind} and {data.source} has {num_left} {kind}s{without}, "
+            f"got num_clients={num_clients or 'null'}: set num_clients={num_left or 'to those that are there'}"
+        )
+    if small.min_rows:
+        counted = "its client's other rows, as small clients are turned away: set partition.min_rows=0"
+        depends_on = f"{depends_on}; and on {counted}" if depends_on else counted
+    kept = tuple(rows for rows, is_large in zip(indices, stays, strict=True) if is_large)
+    left = tuple(name for name, is_large in zip(names, stays, strict=True) if is_large)
+    return Partition(kept, depends_on, num_left_out=len(left_out), names=left)
 
 
 def _check_num_clients(data: LabelledText, num_clients: int) -> None:
     if num_clients < 1:
-        raise InputError(f"Expected num_clients >= 1, got {num_clients}")
+        raise InputError(
+            f"Expected num_clients >= 1 for a partition that deals rows out, got {num_clients or 'null'}; set it, or "
+            "take partition=by_group or by_file, which find as many clients as there are"
+        )
     if num_clients > len(data):
         raise InputError(
             f"{num_clients} clients cannot share the {len(data)} examples of {data.source}: "

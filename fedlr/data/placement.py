@@ -5,12 +5,13 @@ Notable choices:
 * Removing or adding one row moves no other row, unless the caller asks for an exact number of held-out rows. Otherwise
   one row would change what many clients hold, which no client's epsilon covers.
 * The hash reads the text as `content` gives it, so that equal texts lie at the same place: no example is at two
-  clients, or both trained on and evaluated.
+  clients, or both trained on and evaluated. Of a pair it reads both texts.
 * The key is the seed's. Nothing here is secret: who knows seed and text knows the place.
 """
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -33,6 +34,19 @@ def content(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
+def whole_rows(data: LabelledText) -> tuple[str, ...]:
+    """Return one text a row, by which rows are placed and are equal: the row's own, or both of a pair."""
+    if data.pairs is None:
+        return data.texts
+    # NUL is no white space, and no .csv, .tsv or .txt holds one.
+    return tuple(f"{content(one)}\0{content(other)}" for one, other in zip(data.texts, data.pairs, strict=True))
+
+
+def all_texts(data: LabelledText) -> frozenset[str]:
+    """Return every text of a table, and every pair of them as `whole_rows` writes it."""
+    return frozenset((*data.texts, *(data.pairs or ()), *whole_rows(data)))
+
+
 def client_positions(texts: Sequence[str], *, seed: int) -> NDArray[np.float64]:
     """Return where in [0, 1) each text lies for a partition over clients, shape (N,); each depends on itself alone."""
     return _positions(texts, seed=seed, step=_CLIENT_STEP)
@@ -53,7 +67,7 @@ def split_train_test(data: LabelledText, *, num_test: float, seed: int) -> tuple
     Raises:
         InputError: when `num_test` leaves one of the two sides without rows, or a label without a training example.
     """
-    positions = _positions(data.texts, seed=seed, step=_SPLIT_STEP)
+    positions = _positions(whole_rows(data), seed=seed, step=_SPLIT_STEP)
     is_test = positions < num_test if 0 < num_test < 1 else _lowest(data, positions, num_test=int(num_test))
     if is_test.all() or not is_test.any():
         raise InputError(
@@ -63,13 +77,34 @@ def split_train_test(data: LabelledText, *, num_test: float, seed: int) -> tuple
     return data.subset(np.flatnonzero(~is_test)), data.subset(np.flatnonzero(is_test))
 
 
+def without_texts_of(data: LabelledText, held_out: LabelledText) -> LabelledText:
+    """Return the rows whose texts, or pairs of texts, are not among the held-out ones; the others are counted.
+
+    A row is left out by itself alone: no other row of `data` has a say.
+
+    Raises:
+        InputError: if no row is left.
+    """
+    theirs = set(map(content, whole_rows(held_out)))
+    stays = [row for row, text in enumerate(whole_rows(data)) if content(text) not in theirs]
+    if not stays:
+        raise InputError(
+            f"Expected rows of {data.source} that are not in the test table, got all {len(data)} of them there too; "
+            "set data.test_path to other rows"
+        )
+    if len(stays) == len(data):
+        return data
+    return replace(data.subset(stays), num_held_out=len(data) - len(stays))
+
+
 def num_shared_texts(data: LabelledText, indices: Sequence[NDArray[np.int64]]) -> int:
-    """Count the texts that two or more clients hold."""
+    """Count the texts, or pairs of texts, that two or more clients hold."""
     holders: dict[str, int] = {}
     shared = set()
+    texts = whole_rows(data)
     for client_id, rows in enumerate(indices):
         for row in rows.tolist():
-            text = content(data.texts[row])
+            text = content(texts[row])
             if holders.setdefault(text, client_id) != client_id:
                 shared.add(text)
     return len(shared)

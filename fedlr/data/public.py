@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedlr.data.placement import content
+from fedlr.data.files import table_files
+from fedlr.data.placement import content, whole_rows
 from fedlr.data.rows import SUFFIXES, read_rows
 from fedlr.data.table import LabelledText, load_table
 from fedlr.data.values import text_problem
@@ -32,6 +33,7 @@ class PublicTable(BaseModel):
 
     path: Annotated[str, Field(min_length=1)]
     text_column: str = "text"
+    text_pair_column: str | None = None
     label_column: str = "label"
     labels: list[str | int | bool] | None = None
     num_examples: Annotated[int, Field(ge=2, le=4096)] = 256
@@ -85,7 +87,7 @@ def read_public(
     except InputError as error:  # which speaks of the clients' table
         told = str(error).replace(", or leave such rows out with data.on_bad_row=drop", "")
         raise InputError(told.replace("data.", "adapter.public.")) from error
-    if shared := len(set(map(content, data.texts)) & set(map(content, private_texts))):
+    if shared := len(set(map(content, whole_rows(data))) & set(map(content, private_texts))):
         raise InputError(
             f"Expected a public table without a text of the clients', got {shared} of theirs in {table.path!r}: a "
             "start reads its rows without noise, outside every ledger; take them out of adapter.public.path"
@@ -101,13 +103,18 @@ def refuse_private(table: PublicTable, sha256: str, private: Mapping[str, Any]) 
         InputError: it is.
     """
     path = private.get("path")
-    if not isinstance(path, str) or not (file := Path(path).expanduser()).is_file():
+    if not isinstance(path, str):
         return
-    if file_sha256(file) == sha256:
-        raise InputError(
-            f"Expected adapter.public.path to be another table than data.path, got {table.path!r}, the same file as "
-            f"{path!r}: a start reads its rows without noise, outside every ledger"
-        )
+    try:
+        files = table_files(path)
+    except InputError:  # a server may have no such table
+        return
+    for file in files:
+        if file_sha256(file.path) == sha256:
+            raise InputError(
+                f"Expected adapter.public.path to be another table than data.path, got {table.path!r}, the same file "
+                f"as {str(file.path)!r}: a start reads its rows without noise, outside every ledger"
+            )
 
 
 def file_sha256(path: Path) -> str:
@@ -117,17 +124,27 @@ def file_sha256(path: Path) -> str:
 
 
 def _labelled(path: Path, table: PublicTable) -> LabelledText:
-    data = load_table(path, text_column=table.text_column, label_column=table.label_column, labels=table.labels)
+    data = load_table(
+        path,
+        text_column=table.text_column,
+        text_pair_column=table.text_pair_column,
+        label_column=table.label_column,
+        labels=table.labels,
+    )
     return replace(data, source=table.path)
 
 
 def _texts(path: Path, table: PublicTable) -> LabelledText:
     """Read texts alone; whatever is no text is an error, as in `fedlr.data.table`."""
-    texts = []
-    for row in read_rows(path, [table.text_column] * 2, encoding="utf-8").rows:
-        if problem := row.problem or text_problem(row.values[0]):
+    rows: list[tuple[str, ...]] = []
+    second = table.text_pair_column
+    for row in read_rows(path, [table.text_column, second or table.text_column], encoding="utf-8").rows:
+        values = row.values[: 2 if second else 1]
+        if problem := row.problem or next(filter(None, map(text_problem, values)), ""):
             raise InputError(f"{table.path}, row {row.number}: {problem}; fix the row, or choose another table")
-        texts.append(str(row.values[0]))
-    if not texts:
+        rows.append(values)
+    if not rows:
         raise InputError(f"Expected texts in adapter.public.path={table.path!r}, got a table without rows")
-    return LabelledText(tuple(texts), np.zeros(len(texts), dtype=np.int64), ("",), None, table.path)
+    texts, *pairs = zip(*rows, strict=True)
+    labels = np.zeros(len(texts), dtype=np.int64)
+    return LabelledText(texts, labels, ("",), None, table.path, pairs=pairs[0] if pairs else None)

@@ -109,7 +109,7 @@ def _column_hint(name: str, found: Sequence[str], wanted: Sequence[str]) -> str:
             "its only column seems to hold several, separated by another character than the suffix says (.csv comma, "
             ".tsv tab)"
         )
-    fix = "set data.text_column, data.label_column or data.group_column to one of them"
+    fix = "set data.text_column, data.text_pair_column, data.label_column or data.group_column to one of them"
     # With a wanted name among them the first row is a header; else only well-known names are surely no values.
     is_header = any(c in found for c in wanted)
     shown = [c for c in found[:20] if c and len(c) <= 30 and (is_header or c.casefold() in _WELL_KNOWN)]

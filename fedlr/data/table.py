@@ -18,22 +18,17 @@ choices:
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlr.data.classes import check_classes
+from fedlr.data.files import table_files
 from fedlr.data.hub import read_hub
-from fedlr.data.rows import SUFFIXES, Row, Rows, read_rows
+from fedlr.data.rows import Row, Rows, read_rows
 from fedlr.data.values import as_name, class_name, named, text_problem
 from fedlr.errors import InputError
-
-# What ends like this is a file that is not there, never the name of a dataset.
-_FILE_SUFFIXES = SUFFIXES + tuple(
-    ".xlsx .xls .ods .txt .ndjson .gz .zip .zst .bz2 .xz .arrow .feather .pkl .npy .npz .sqlite .xml".split()
-)
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,10 @@ class LabelledText:
     """Texts with integer labels, in the order of their source.
 
     `groups` names the natural client or domain of each text, if the source has such a column. `num_dropped`
-    counts the bad rows that were left out on request; whoever loads the data says so.
+    counts the bad rows that were left out on request; whoever loads the data says so. `pairs` are the second texts
+    where a row is a pair of two, such as a premise and a hypothesis. `clients` names the natural clients where there
+    is a file of each: `groups` then says whose a row is, and a client may be there without a row. `num_held_out` counts
+    rows that were left out because their texts are among those of a test table.
     """
 
     texts: tuple[str, ...]
@@ -50,6 +48,9 @@ class LabelledText:
     groups: tuple[str, ...] | None
     source: str
     num_dropped: int = 0
+    pairs: tuple[str, ...] | None = None
+    clients: tuple[str, ...] | None = None
+    num_held_out: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,27 +60,62 @@ class LabelledText:
         chosen = np.asarray(indices, dtype=np.int64)
         texts = tuple(self.texts[i] for i in chosen)
         groups = None if self.groups is None else tuple(self.groups[i] for i in chosen)
-        return replace(self, texts=texts, labels=self.labels[chosen], groups=groups)
+        pairs = None if self.pairs is None else tuple(self.pairs[i] for i in chosen)
+        return replace(self, texts=texts, labels=self.labels[chosen], groups=groups, pairs=pairs)
+
+
+class Columns(NamedTuple):
+    """The names of the columns of a table that are read; `group` and `pair` may be none."""
+
+    text: str
+    label: str
+    group: str | None = None
+    pair: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names in the order in which a row has their values: the label is the second."""
+        return [name for name in self if name is not None]
+
+
+class Example(NamedTuple):
+    """One usable row; group and pair are '' where the table has no such column."""
+
+    text: str
+    label: str
+    group: str = ""
+    pair: str = ""
+
+
+class Source(NamedTuple):
+    """The rows of one file or dataset: how messages call it, and whose they are (None: nobody said)."""
+
+    name: str
+    table: Rows
+    client: str | None = None
 
 
 def load_table(
     path: str | os.PathLike[str],
     *,
     text_column: str = "text",
+    text_pair_column: str | None = None,
     label_column: str = "label",
     group_column: str | None = None,
     labels: Sequence[str | int | bool] | None = None,
     encoding: str = "utf-8",
     on_bad_row: str = "refuse",
-    split: str = "train",
+    train_split: str | None = None,
     label_groups: Mapping[str, Sequence[str]] | None = None,
     fetched_by: str | None = None,
 ) -> LabelledText:
-    """Load labelled texts from a .csv, .tsv, .jsonl, .json (one object a line) or .parquet file, or from the
-    Hub.
+    """Load labelled texts from .csv, .tsv, .jsonl, .json (one object a line) or .parquet files, or from the Hub.
 
-    A path that does not exist and has no file suffix is taken for a Hugging Face dataset, `owner/name` or
-    `owner/name:configuration`, of which `split` is read. `labels` fixes the label names and their order.
+    A folder or a pattern with `*` stands for several files, one a client (`fedlr.data.files`). A path that does not
+    exist and has no file suffix is taken for a Hugging Face dataset, `owner/name` or `owner/name:configuration`, of
+    which `train_split` (null: `train`) is read; so is a folder that `datasets.save_to_disk` wrote.
+    `text_pair_column` names the second text of a row, where a label belongs to two.
+    `labels` fixes the label names and their order; without it all files must have the same.
     `label_groups` gives new names to groups of labels, in place of `labels`: {film: [movie], other: [amazon, nyt]}.
     `on_bad_row` is "refuse", or "drop", which leaves bad rows out and counts them in `num_dropped`.
     `fetched_by` is the command that fetches the file, told where it is missing.
@@ -91,34 +127,91 @@ def load_table(
         raise InputError(f"Expected on_bad_row to be 'refuse' or 'drop', got {on_bad_row!r}")
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"Expected a path or the name of a dataset, got {path!r}")
-    group_of = {} if label_groups is None else _group_of(label_groups, labels)
-    columns = [text_column, label_column] + ([group_column] if group_column is not None else [])
-    if len(set(columns)) < len(columns):
-        raise InputError(f"Expected different columns for text, label and group, got {columns}")
+    columns = columns_of(text_column, label_column, group_column, text_pair_column)
+    if labels is not None and label_groups is not None:
+        raise InputError(f"Expected data.labels=null next to data.label_groups, which names the labels, got {labels!r}")
+    sources = _read(os.fspath(path), columns, encoding=encoding, split=train_split, fetched_by=fetched_by)
+    drop = on_bad_row == "drop"
+    return labelled(sources, os.fspath(path), columns, labels=labels, label_groups=label_groups, drop=drop)
+
+
+def labelled(
+    sources: Sequence[Source],
+    name: str,
+    columns: Columns,
+    *,
+    labels: Sequence[str | int | bool] | None = None,
+    label_groups: Mapping[str, Sequence[str]] | None = None,
+    drop: bool = False,
+) -> LabelledText:
+    """Return the usable rows of one or several tables as labelled texts; `load_table` says what the arguments are.
+
+    Raises:
+        InputError: which names the table, the row and what to change.
+    """
+    group_of = {} if label_groups is None else _group_of(label_groups)
     known = list(group_of) or labels
     allowed = None if known is None else _allowed_labels(known)
-    source, table = _read(os.fspath(path), columns, encoding=encoding, split=split, fetched_by=fetched_by)
-    cleaned, num_dropped = _cleaned(source, table, columns, allowed=allowed, drop=on_bad_row == "drop")
-    texts = tuple(text for text, _, _ in cleaned)
-    names = [group_of.get(name, name) for _, name, _ in cleaned]
+    cleaned = [_cleaned(source, columns, allowed=allowed, drop=drop) for source in sources]
+    examples = [example for one in cleaned for example in one]
+    num_dropped = sum(len(source.table.rows) for source in sources) - len(examples)
+    _check_enough(name, examples, num_dropped, columns)
     if label_groups is not None:
         allowed = tuple(label_groups)
-    _check_enough(source, texts, num_dropped, text_column)
-    if allowed is None:
-        check_classes(f"{source}, column {label_column!r}", names)
-    label_names = allowed or table.class_names or _in_order(set(names))
-    index = {name: i for i, name in enumerate(label_names)}
-    groups = None if group_column is None else tuple(group for _, _, group in cleaned)
-    integers = np.array([index[name] for name in names], dtype=np.int64)
-    return LabelledText(texts, integers, label_names, groups, source, num_dropped)
+    elif allowed is None:
+        _check_same_labels(sources, cleaned)
+        check_classes(f"{name}, column {columns.label!r}", [example.label for example in examples])
+    names = [group_of.get(example.label, example.label) for example in examples]
+    label_names = allowed or sources[0].table.class_names or _in_order(set(names))
+    index = {label: i for i, label in enumerate(label_names)}
+    clients = None if columns.group or sources[0].client is None else tuple(s.client or "" for s in sources)
+    groups = None if columns.group is None else tuple(example.group for example in examples)
+    if clients is not None:
+        groups = tuple(client for client, one in zip(clients, cleaned, strict=True) for _ in one)
+    return LabelledText(
+        texts=tuple(example.text for example in examples),
+        labels=np.array([index[label] for label in names], dtype=np.int64),
+        label_names=label_names,
+        groups=groups,
+        source=name,
+        num_dropped=num_dropped,
+        pairs=None if columns.pair is None else tuple(example.pair for example in examples),
+        clients=clients,
+    )
 
 
-def _group_of(groups: Mapping[str, Sequence[str]], labels: object) -> dict[str, str]:
+def _check_same_labels(sources: Sequence[Source], cleaned: Sequence[Sequence[Example]]) -> None:
+    """Refuse files whose labels differ where nobody named them: a label may only be spelled in another way there."""
+    found = [
+        source.table.class_names or {example.label for example in one}
+        for source, one in zip(sources, cleaned, strict=True)
+    ]
+    for source, labels in zip(sources, found, strict=True):
+        if labels != found[0]:
+            raise InputError(
+                f"{source.name} has other labels than {sources[0].name}: spell them alike in all files, and name all "
+                "with data.labels=[...] if not every file has each"
+            )
+
+
+def columns_of(text: str, label: str, group: str | None, pair: str | None) -> Columns:
+    """Return the columns, which must differ."""
+    if pair is not None and pair in (text, label, group):
+        key = "text_column" if pair == text else "label_column" if pair == label else "group_column"
+        raise InputError(
+            f"Expected text_pair_column to be a column of its own, got {pair!r}, which is {key}; set it to the second "
+            "text's, or to null where a row has one text"
+        )
+    columns = Columns(text, label, group, pair)
+    if len(set(columns.names)) < len(columns.names):
+        raise InputError(f"Expected different columns for text, label and group, got {columns.names}")
+    return columns
+
+
+def _group_of(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Return the group of each label; groups must be two or more, filled and disjoint."""
     group_of = {named(label): group for group, members in groups.items() for label in members}
     num_members = sum(len(members) for members in groups.values())
-    if labels is not None:
-        raise InputError(f"Expected data.labels=null next to data.label_groups, which names the labels, got {labels!r}")
     if len(groups) < 2 or not all(groups.values()) or len(group_of) < num_members:
         raise InputError(f"Expected data.label_groups to be two or more groups of different labels, got {groups!r}")
     return group_of
@@ -133,71 +226,50 @@ def _allowed_labels(labels: Sequence[str | int | bool]) -> tuple[str, ...]:
     return names
 
 
-def _read(path: str, columns: Sequence[str], *, encoding: str, split: str, fetched_by: str | None) -> tuple[str, Rows]:
-    """Find out what `path` is and read it; also return the name by which messages call it."""
-    file = Path(os.path.expanduser(path))
-    suffix = file.suffix.lower()
-    if os.path.isdir(file):
-        inside = [name for name in _names_in(file) if name.lower().endswith(SUFFIXES)]
-        hint = f"for example {os.path.join(path, inside[0])!r}" if inside else "it holds none"
-        raise InputError(f"{path!r} is a folder: expected a {', '.join(SUFFIXES)} file, {hint}")
-    if os.path.exists(file):
-        if suffix not in SUFFIXES:
-            raise InputError(f"{path!r} ends in {suffix!r}: export it as one of {', '.join(SUFFIXES)}")
-        if not os.path.isfile(file):
-            raise InputError(f"{path!r} is not a regular file: expected a {', '.join(SUFFIXES)} file")
-        return path, read_rows(file, columns, encoding=encoding)
-    if suffix in _FILE_SUFFIXES or path.startswith((".", "~", "/")) or path.count("/") > 1:
-        raise InputError(_missing_file(path, file) + (f"; fetch it with: {fetched_by}" if fetched_by else ""))
-    return path, read_hub(path, columns, split=split)
+def _read(path: str, columns: Columns, *, encoding: str, split: str | None, fetched_by: str | None) -> list[Source]:
+    """Find out what `path` is and read it."""
+    files = table_files(path, fetched_by=fetched_by)
+    if not files:
+        return [Source(path, read_hub(path, columns.names, split=split or "train"))]
+    if split is not None:
+        raise InputError(
+            f"Expected train_split=null with the file or folder {path!r}, got {split!r}: only a dataset by name has "
+            "splits; a table of its own for evaluation is data.test_path"
+        )
+    several = files[0].client is not None
+    return [
+        Source(str(f.path) if several else path, read_rows(f.path, columns.names, encoding=encoding), f.client)
+        for f in files
+    ]
 
 
-def _missing_file(path: str, file: Path) -> str:
-    folder = file.parent
-    if not os.path.isdir(folder):
-        return f"There is no file {path!r}: its folder {str(folder)!r} does not exist"
-    names = _names_in(folder)
-    near = get_close_matches(file.name, names, n=3) or [n for n in names if n.lower().endswith(SUFFIXES)][:3]
-    where = f"the folder {os.path.abspath(folder)!r}"
-    return f"There is no file {path!r}: " + (
-        f"{where} holds {', '.join(map(repr, near))}" if near else f"{where} holds no table"
-    )
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:  # for a hint in a message: a folder that cannot be listed gives none
-        return []
-
-
-def _cleaned(
-    source: str, table: Rows, columns: Sequence[str], *, allowed: tuple[str, ...] | None, drop: bool
-) -> tuple[list[tuple[str, str, str]], int]:
-    """Return (text, label name, group or '') of the good rows, and the number of rows dropped."""
-    if not table.rows:
-        raise InputError(f"{source} has a header and no rows: expected a text and a label in each row")
+def _cleaned(source: Source, columns: Columns, *, allowed: tuple[str, ...] | None, drop: bool) -> list[Example]:
+    """Return the good rows."""
+    if not source.table.rows:
+        raise InputError(f"{source.name} has a header and no rows: expected a text and a label in each row")
     cleaned = []
-    for row in table.rows:
-        values, problem = _clean(row, columns, table.class_names, allowed)
+    for row in source.table.rows:
+        values, problem = _clean(row, columns, source.table.class_names, allowed)
         if values is not None:
             cleaned.append(values)
         elif not drop:
             fix = "fix the row, or leave such rows out with data.on_bad_row=drop"
-            raise InputError(f"{source}, row {row.number}{problem}; {fix}")
-    return cleaned, len(table.rows) - len(cleaned)
+            raise InputError(f"{source.name}, row {row.number}{problem}; {fix}")
+    return cleaned
 
 
 def _clean(
-    row: Row, columns: Sequence[str], class_names: tuple[str, ...] | None, allowed: tuple[str, ...] | None
-) -> tuple[tuple[str, str, str] | None, str]:
-    """Return (text, label name, group or '') of a row, or what is wrong with it."""
+    row: Row, columns: Columns, class_names: tuple[str, ...] | None, allowed: tuple[str, ...] | None
+) -> tuple[Example | None, str]:
+    """Return what a row holds, or what is wrong with it."""
     if row.problem:
         return None, f": {row.problem}"
-    text, label, *group = row.values
-    if problem := text_problem(text):
-        return None, f", column {columns[0]!r}: {problem}"
-    where = f", column {columns[1]!r}: the label"
+    values = dict(zip(columns.names, row.values, strict=True))
+    for column in (columns.text, columns.pair):
+        if column is not None and (problem := text_problem(values[column])):
+            return None, f", column {column!r}: {problem}"
+    label = values[columns.label]
+    where = f", column {columns.label!r}: the label"
     known = allowed or ()
     name, problem = as_name(label, known=known) if class_names is None else class_name(label, class_names)
     if problem:
@@ -207,16 +279,20 @@ def _clean(
             f"{where} is not one of {', '.join(map(repr, allowed[:20]))}; if data.labels is wrong, spell it as the "
             "file does (case counts), or set data.label_column"
         )
-    group_name, problem = as_name(group[0]) if group else ("", "")
-    return (None, f", column {columns[2]!r}: the group {problem}") if problem else ((text, name, group_name), "")
+    group, problem = ("", "") if columns.group is None else as_name(values[columns.group])
+    if problem:
+        return None, f", column {columns.group!r}: the group {problem}"
+    return Example(values[columns.text], name, group, "" if columns.pair is None else values[columns.pair]), ""
 
 
-def _check_enough(source: str, texts: Sequence[str], num_dropped: int, text_column: str) -> None:
+def _check_enough(source: str, rows: Sequence[Example], num_dropped: int, columns: Columns) -> None:
     dropped = f" after {num_dropped} bad rows were dropped" if num_dropped else ""
-    if len(texts) < 2:
-        raise InputError(f"{source} has {len(texts)} usable rows{dropped}: expected at least 2")
-    if all(map(_is_number, texts)):
-        raise InputError(f"{source} has only numbers as texts in column {text_column!r}: set data.text_column")
+    if len(rows) < 2:
+        raise InputError(f"{source} has {len(rows)} usable rows{dropped}: expected at least 2")
+    if all(_is_number(row.text) for row in rows):
+        raise InputError(f"{source} has only numbers as texts in column {columns.text!r}: set data.text_column")
+    if columns.pair is not None and all(_is_number(row.pair) for row in rows):
+        raise InputError(f"{source} has only numbers as texts in column {columns.pair!r}: set data.text_pair_column")
 
 
 def _is_number(text: str) -> bool:

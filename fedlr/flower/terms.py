@@ -46,6 +46,7 @@ class Terms(Section):
     model_sha256: Sha256  # of the base model with its head
     label_names: Annotated[list[Name], Field(min_length=2, max_length=10_000)]
     max_length: PositiveInt
+    pairs: bool = False  # rows of two texts
     adapter: AdapterConfig
     trainer: TrainerSection
     client_rule: Target | None
@@ -69,6 +70,7 @@ class Terms(Section):
         seed: int,
         model_sha256: str,
         label_names: Sequence[str],
+        pairs: bool = False,
     ) -> Self:
         """Return the terms of an experiment."""
         e, rule = experiment, experiment.method.get("client")
@@ -80,6 +82,7 @@ class Terms(Section):
             model_sha256=model_sha256,
             label_names=list(label_names),
             max_length=e.data.max_length,
+            pairs=pairs,
             adapter=e.adapter.given_to_devices(),
             trainer=e.trainer.model_copy(update={"after_noise": _as_protocol_1(e.trainer.after_noise)}),
             client_rule=_as_protocol_1(None if rule is None else Target.model_validate(rule)),
@@ -102,8 +105,11 @@ class Terms(Section):
             ) from error
 
     def text(self) -> str:
-        """Return the terms as JSON, always the same for the same terms."""
-        return self.model_dump_json(by_alias=True)
+        """Return the terms as JSON, always the same for the same terms.
+
+        Single texts are not said: the terms of an experiment that began before there were pairs stay what they were.
+        """
+        return self.model_dump_json(by_alias=True, exclude=None if self.pairs else {"pairs"})
 
     def sha256(self) -> str:
         """Return the SHA-256 of `text`: what two parties compare."""

@@ -62,6 +62,7 @@ def export_adapter(
     max_length: int,
     statement: dict[str, Any],
     personal: Sequence[str] = (),
+    has_pairs: bool = False,
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
 
@@ -92,7 +93,7 @@ def export_adapter(
         method=method,
         base=source,
         base_sha256=base.fingerprint,
-        usage=usage(base, max_length=max_length),
+        usage=usage(base, max_length=max_length, has_pairs=has_pairs),
         labels=", ".join(f"{index} = {label}" for index, label in sorted(labels.items())),
         adapter_sha256=adapter.fingerprint(),
         statement=statement["statement"],

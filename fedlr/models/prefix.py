@@ -76,7 +76,8 @@ def encode_prefix(
     batches = micro_batches(data.lengths, range(len(data)), token_budget)
 
     def key() -> dict[str, str | int]:
-        return {**_identity(model), "texts": _digest(data.ids, data.offsets), "token_budget": token_budget}
+        types = {} if data.token_type_ids is None else {"token_types": _digest(data.token_type_ids)}
+        return {**_identity(model), "texts": _digest(data.ids, data.offsets), **types, "token_budget": token_budget}
 
     def fill(put: Put) -> None:
         with _stopping_at(model, layers[first]), _one_thread_each(num_threads) as threads:

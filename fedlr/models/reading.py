@@ -37,12 +37,18 @@ def read_texts(data: LabelledText, base: BaseModel, *, max_length: int) -> Token
     return texts if end is None else _ending(texts, end)
 
 
-def check_reading(base: BaseModel, *, max_length: int) -> None:
+def check_reading(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> None:
     """Check that a model reads whatever its tokenizer makes of a text of up to `max_length` tokens.
+
+    Args:
+        base: the model and its tokenizer.
+        max_length: tokens of a row.
+        has_pairs: rows are of two texts.
 
     Raises:
         InputError: for more tokens than it has positions, a token without a row in its embedding, a tokenizer that
-            neither pads nor ends a text, and one that does not write the end token at which the model reads.
+            neither pads nor ends a text, and one that does not write the end token at which the model reads; for pairs
+            also where the tokenizer writes both texts as one, or the model cannot read which is which.
     """
     limit = num_positions(base.network)
     if limit is not None and max_length > limit:
@@ -61,6 +67,8 @@ def check_reading(base: BaseModel, *, max_length: int) -> None:
             f"Expected max_length to be a number of tokens that {base.source} reads, got {max_length} "
             f"({type(error).__name__}: {reason}); set a smaller data.max_length"
         ) from error
+    if has_pairs:
+        _check_pairs(base)
 
 
 def num_positions(network: nn.Module) -> int | None:
@@ -116,6 +124,38 @@ def _check_end(base: BaseModel) -> None:
         )
 
 
+def _check_pairs(base: BaseModel) -> None:
+    """Refuse a tokenizer that does not keep two texts apart, and a model that cannot read them."""
+    one = " set data.text_pair_column=null and give both texts in one column"
+    if end_token(base.network) is not None:
+        raise InputError(
+            f"Expected a model that reads rows at their first or last token for pairs of texts, got {base.source}, "
+            f"which reads them at an end token that its tokenizer also writes between the two; take another, or{one}"
+        )
+    tokens = base.tokenizer("a", "a")
+    num_special = base.tokenizer.num_special_tokens_to_add
+    types = torch.tensor([tokens.get("token_type_ids") or [0]])
+    if num_special(pair=True) <= num_special(pair=False) and not types.any():
+        raise InputError(
+            f"Expected a tokenizer that keeps the two texts of a pair apart, got that of {base.source}, which writes "
+            f"them end to end;{one}, with a word of your own between them"
+        )
+    if "token_type_ids" not in tokens:
+        return
+    tokens = probe_inputs(base.network)
+    tokens["token_type_ids"] = torch.zeros_like(tokens["input_ids"])
+    tokens["token_type_ids"][:, -1] = types.max()
+    try:
+        with torch.no_grad():
+            base.network(**tokens)
+    except Exception as error:  # whatever a foreign forward raises
+        raise InputError(
+            f"Expected {base.source} to read which text of a pair a token belongs to, as its tokenizer says "
+            f"(token_type_ids up to {int(types.max())}), got {type(error).__name__}: {first_line(error)}; take the "
+            "tokenizer that the model was trained with"
+        ) from error
+
+
 def _longest(network: nn.Module, num_tokens: int) -> dict[str, torch.Tensor]:
     """Return one made-up text of so many tokens."""
     few = probe_inputs(network)["input_ids"]
@@ -132,4 +172,5 @@ def _ending(texts: TokenisedText, end: int) -> TokenisedText:
     stays = texts.ids != end
     stays[last] = True
     before = np.concatenate([[0], np.cumsum(stays)])
-    return replace(texts, ids=texts.ids[stays], offsets=before[texts.offsets])
+    types = None if texts.token_type_ids is None else texts.token_type_ids[stays]
+    return replace(texts, ids=texts.ids[stays], offsets=before[texts.offsets], token_type_ids=types)

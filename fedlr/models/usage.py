@@ -17,6 +17,10 @@ base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 model = PeftModel.from_pretrained(base, folder).eval()
 
 
+{classify}
+"""
+
+_TEXTS = """\
 @torch.no_grad()
 def classify(texts):
     \"\"\"Return the probability of each label, one row a text.\"\"\"
@@ -26,8 +30,18 @@ def classify(texts):
     return model(**tokens).logits.softmax(dim=-1)
 
 
-print(classify(["a text", "another one, which is longer"]))
-"""
+print(classify(["a text", "another one, which is longer"]))"""
+
+_PAIRS = """\
+@torch.no_grad()
+def classify(pairs):
+    \"\"\"Return the probability of each label, one row a pair of texts.\"\"\"
+    first, second = map(list, zip(*pairs))
+    tokens = tokenizer(first, second, truncation=True, max_length={max_length}, padding=True, return_tensors="pt")
+    return model(**tokens).logits.softmax(dim=-1)
+
+
+print(classify([("a text", "what is asked of it"), ("another one, which is longer", "the same")]))"""
 
 _LOADED = """\
 base = AutoModelForSequenceClassification.from_pretrained(
@@ -39,7 +53,7 @@ _MADE = """\
 base = tiny_random({arguments}).network"""
 
 
-def usage(base: BaseModel, *, max_length: int) -> str:
+def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
     """Return Python that opens an adapter on its base model and reads several texts at once.
 
     It is run in the adapter's folder. A base in a folder is named by its whole path, one of an installed package by
@@ -48,6 +62,7 @@ def usage(base: BaseModel, *, max_length: int) -> str:
     Args:
         base: of the run.
         max_length: tokens of a text, as the run cut them.
+        has_pairs: rows are of two texts.
     """
     imports = ["import torch", "from peft import PeftModel"]
     auto = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
@@ -73,7 +88,8 @@ def usage(base: BaseModel, *, max_length: int) -> str:
             note = "# A folder of the machine that trained: put in where yours is; it must have the SHA-256 above.\n"
         num_labels = len(base.network.config.id2label or {})
         loading = note + _LOADED.format(where=where, num_labels=num_labels)
-    return _CODE.format(imports="\n".join(imports) + "\n", base=loading, max_length=max_length)
+    classify = (_PAIRS if has_pairs else _TEXTS).format(max_length=max_length)
+    return _CODE.format(imports="\n".join(imports) + "\n", base=loading, classify=classify)
 
 
 def reference(source: str) -> str:

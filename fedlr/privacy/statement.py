@@ -146,11 +146,16 @@ def with_origin(statement: dict[str, Any], origin: str | None) -> dict[str, Any]
     return statement if origin is None else {**statement, "start": origin}
 
 
+def with_public(statement: dict[str, Any], taken_as_public: Sequence[str]) -> dict[str, Any]:
+    """Return a statement that also says what about the data the run took for public; it protects none of that."""
+    return {**statement, "taken_as_public": list(taken_as_public)} if taken_as_public else statement
+
+
 def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
-    Only the number of enrolled clients, numbered from 0, what placed the rows, and the origin of the start are taken
-    from privacy.json: the ledger has none of them.
+    Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, and the origin
+    of the start are taken from privacy.json: the ledger has none of them.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -175,7 +180,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         found = privacy_statement(ledger_path, range(num_clients), placed_by=placed_by)
     else:
         found = no_privacy_statement(num_clients)
-    found = with_origin(found, stated.get("start"))
+    found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")

@@ -29,6 +29,7 @@ from fedlr.files import append_whole, write_whole, writing
 from fedlr.runs.plain_yaml import plain_yaml
 
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
+CLIENT_ACCURACY = "client_accuracy.json"
 SUMMARY, REPORT, FINISHED = "summary.json", "report.html", "finished"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of an experiment that devices take part in: they know it by its id

@@ -3,18 +3,22 @@
 Everything that can be wrong with a configuration, the data or the model is found here, before any work.
 """
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from fedlr.adapters.state import HEAD, Block
 from fedlr.config.build import build, build_choice, build_optimizer, checked, naming
-from fedlr.config.schema import Experiment, RuntimeSection, TrainerSection
+from fedlr.config.rules import check_num_clients
+from fedlr.config.schema import DataSection, Experiment, RuntimeSection, TrainerSection
+from fedlr.data.files import table_files
 from fedlr.data.memory import free_memory
 from fedlr.data.partition import Partition
-from fedlr.data.placement import split_train_test
+from fedlr.data.placement import split_train_test, without_texts_of
 from fedlr.data.store import TableStore
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
@@ -43,6 +47,8 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
         InputError: also where a private run would take its label names from private data.
     """
     section = experiment.data.section()
+    if experiment.data.num_test is None:
+        check_another_table(experiment.data)
     data: LabelledText = build(section, "data", seed=seed)
     named = section.get("labels") or section.get("label_groups")
     from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
@@ -51,8 +57,98 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
             "Expected data.labels in a private run, got null: the names that are found tell what the data hold; name "
             "them as the file spells them, data.labels=[NAME,NAME], or say data.public=true if the data are no secret"
         )
+    if experiment.data.num_test is None:
+        held_out = load_test_table(experiment, seed=seed, label_names=data.label_names)
+        return without_texts_of(data, held_out), held_out
     with naming("data", "num_test"):
         return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+
+
+def load_held_out(experiment: Experiment, *, seed: int) -> LabelledText:
+    """Return the examples that a server scores: where they are a table of their own, nothing else is read.
+
+    Raises:
+        InputError: as `load_examples`.
+    """
+    section = experiment.data.section()
+    if experiment.data.test_path is not None and (section.get("labels") or section.get("label_groups")):
+        return load_test_table(experiment, seed=seed, label_names=None)
+    return load_examples(experiment, seed=seed)[1]
+
+
+def check_another_table(data: DataSection) -> None:
+    """Refuse a table of held-out rows that is the one that clients train on, or that could not be read.
+
+    Raises:
+        InputError: which names the two keys.
+    """
+    section = data.section()
+    path = _path_of(data)
+    if data.test_path is not None:
+        own, test = ({os.path.realpath(f.path) for f in table_files(p)} or {p} for p in (path, data.test_path))
+        if shared := sorted(own & test):
+            raise InputError(
+                f"Expected data.test_path to be another table than data.path, got {data.test_path!r}, which is "
+                f"{shared[0]!r} too: rows that were trained on say nothing about others"
+            )
+        return
+    if table_files(path):
+        raise InputError(
+            f"Expected data.test_path with the file or folder {path!r}, got data.test_split={data.test_split!r}: only "
+            "a dataset by name has splits"
+        )
+    if data.test_split == (section.get("train_split") or "train"):
+        raise InputError(
+            f"Expected data.test_split to be another split than data.train_split, got {data.test_split!r} for both"
+        )
+
+
+def _path_of(data: DataSection) -> str:
+    """Return where the clients' rows are, or refuse data that are made up or read by another key."""
+    path = data.section().get("path")
+    if not isinstance(path, str):
+        raise InputError(
+            f"Expected data.num_test with data._target_={data.target}, which has no path, got data.test_path or "
+            "data.test_split"
+        )
+    return path
+
+
+def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[str] | None) -> LabelledText:
+    """Return the rows of the table that is held out, read as that of the clients is.
+
+    Args:
+        experiment: with `data.test_path` or `data.test_split`.
+        seed: as for the clients' table.
+        label_names: the clients', for a table that names none itself.
+
+    Raises:
+        InputError: as for any table; another label than the clients' is one.
+    """
+    section, data = experiment.data.section(), experiment.data
+    _path_of(data)
+    changed: dict[str, Any] = {"path": data.test_path, "train_split": None}
+    if data.test_path is None:
+        changed = {"train_split": data.test_split}
+    if label_names is not None and not section.get("labels") and not section.get("label_groups"):
+        changed["labels"] = list(label_names)
+    if "fetched_by" in section:
+        changed["fetched_by"] = None
+    table: LabelledText = build({**section, **changed}, "data", seed=seed)
+    return table
+
+
+def with_clients_of(experiment: Experiment, partition: Partition) -> Experiment:
+    """Return the experiment with as many clients as a partition found, where it asked for those that there are.
+
+    Raises:
+        InputError: if they cannot fill its rounds.
+    """
+    if experiment.num_clients:
+        return experiment
+    known = experiment.model_copy(update={"num_clients": partition.num_clients})
+    check_num_clients(known)
+    return known
 
 
 def placement(experiment: Experiment, partition: Partition, *, num_shared: int) -> tuple[str, ...]:
@@ -64,7 +160,7 @@ def placement(experiment: Experiment, partition: Partition, *, num_shared: int) 
         num_shared: texts that two or more clients hold.
     """
     found = [partition.depends_on] if partition.depends_on else []
-    if experiment.data.num_test >= 1:
+    if (experiment.data.num_test or 0) >= 1:
         found.append("all rows, as data.num_test is a number of them: set a share below 1, such as 0.2")
     if num_shared:
         found.append("its label or group alone, not its text: clients share texts; keep one row of each")
@@ -187,13 +283,18 @@ def notes(
         found += [f"not for release: a row's place depends on {reason}" for reason in placed_by]
     if num_shared:
         found.append(f"{num_shared} texts are at two or more clients, in rows of different labels or groups")
-    if len(held_out) < experiment.data.num_test:
+    if len(held_out) < (experiment.data.num_test or 0):
         found.append(
             f"{len(held_out)} rows are held out, fewer than data.num_test={experiment.data.num_test}: equal texts stay "
             "together"
         )
-    if data.num_dropped:
-        found.append(f"{data.num_dropped} bad rows of {data.source} were left out (data.on_bad_row=drop)")
+    for table in (data,) if held_out.source == data.source and experiment.data.test_split is None else (data, held_out):
+        if table.num_dropped:
+            found.append(f"{table.num_dropped} bad rows of {table.source} were left out (data.on_bad_row=drop)")
+    if data.num_held_out:
+        found.append(
+            f"{data.num_held_out} rows of {data.source} are left out of training, as their texts are in the test table"
+        )
     if cut := tokenised.num_truncated + test.num_truncated:
         total = len(data) + len(held_out)
         found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")

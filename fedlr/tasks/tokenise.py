@@ -29,6 +29,8 @@ class TokenisedText:
     labels: NDArray[np.int64]  # (N,)
     pad_id: int
     num_truncated: int  # texts longer than max_length, when they were tokenised
+    # (total T,): which text of a pair a token belongs to, where there are pairs and the tokenizer says so
+    token_type_ids: NDArray[np.int8] | None = None
     # (total T, H): what a frozen prefix made of ids (fedlr.models.prefix); uint16 holds the bits of bfloat16
     hidden: NDArray[np.float32] | NDArray[np.uint16] | None = None
 
@@ -48,7 +50,9 @@ class TokenisedText:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
         hidden = None if self.hidden is None else self.hidden[places]
-        return replace(self, ids=self.ids[places], offsets=offsets, labels=self.labels[chosen], hidden=hidden)
+        types = None if self.token_type_ids is None else self.token_type_ids[places]
+        labels = self.labels[chosen]
+        return replace(self, ids=self.ids[places], offsets=offsets, labels=labels, token_type_ids=types, hidden=hidden)
 
 
 @dataclass(frozen=True)
@@ -81,28 +85,35 @@ class Share:
 def tokenise(data: LabelledText, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenisedText:
     """Tokenise every text, cut to `max_length` tokens including the special ones; count those that were cut.
 
+    Two texts of a pair are tokenised together; the longer one is cut first. Which of the two a token belongs to is kept
+    where the tokenizer says so (`token_type_ids`, as BERT reads them).
+
     A text of which no token is left (a tokenizer without special tokens that knows none of it) becomes one
     pad token, which is attended to: a model cannot read nothing.
 
     Raises:
-        InputError: when `max_length` leaves no room for a token or is more than the model of this tokenizer
-            reads, or when the tokenizer is not a fast one or has neither a pad nor an end token.
+        InputError: when `max_length` leaves no room for a token of each text or is more than the model of this
+            tokenizer reads, or when the tokenizer is not a fast one or has neither a pad nor an end token.
     """
-    _check_max_length(tokenizer, max_length)
+    _check_max_length(tokenizer, max_length, is_pair=data.pairs is not None)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad_id is None:
         raise InputError("The tokenizer has neither a pad nor an end-of-text token: set tokenizer.pad_token")
-    pieces, lengths, num_truncated = [], [0], 0
+    pieces, types, lengths, num_truncated = [], [], [0], 0
     for start in range(0, len(data), _TEXTS_A_CALL):
-        texts = list(data.texts[start : start + _TEXTS_A_CALL])
-        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=False)
+        texts, *others = (list(t[start : start + _TEXTS_A_CALL]) for t in (data.texts, data.pairs) if t is not None)
+        batch = tokenizer(texts, *others, truncation="longest_first", max_length=max_length, padding=False)
         ids = [example or [pad_id] for example in batch["input_ids"]]
         pieces.append(np.fromiter((i for example in ids for i in example), dtype=np.int32))
         lengths.extend(map(len, ids))
         num_truncated += sum(bool(encoding.overflowing) for encoding in batch.encodings or ())
+        if others and "token_type_ids" in batch:
+            of_each = [example or [0] for example in batch["token_type_ids"]]
+            types.append(np.fromiter((i for example in of_each for i in example), dtype=np.int8))
     flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
     offsets = np.cumsum(lengths, dtype=np.int64)
-    return TokenisedText(flat, offsets, data.labels, pad_id, num_truncated)
+    segments = np.concatenate(types) if types else None
+    return TokenisedText(flat, offsets, data.labels, pad_id, num_truncated, segments)
 
 
 def collate(
@@ -111,8 +122,9 @@ def collate(
     """Pad the examples at `indices` on the right, to the longest of them.
 
     Returns the inputs of the model, `input_ids` (N, T) and `attention_mask` (N, T), and the labels (N,), all
-    int64. No index gives shape (0, 0). Texts that passed a frozen prefix give `inputs_embeds` (N, T, H)
-    float32 or bfloat16 in place of `input_ids`.
+    int64. Pairs give `token_type_ids` (N, T) too, if their tokenizer does; padding is of type 0. No index gives
+    shape (0, 0). Texts that passed a frozen prefix give `inputs_embeds` (N, T, H) float32 or bfloat16 in place of
+    both kinds of ids.
     """
     chosen = data.subset(indices)
     lengths = chosen.lengths
@@ -121,6 +133,9 @@ def collate(
     if chosen.hidden is None:
         inputs["input_ids"] = np.full(mask.shape, data.pad_id, dtype=np.int64)
         inputs["input_ids"][mask] = chosen.ids
+        if chosen.token_type_ids is not None:
+            inputs["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
+            inputs["token_type_ids"][mask] = chosen.token_type_ids
     else:
         inputs["inputs_embeds"] = np.zeros((*mask.shape, chosen.hidden.shape[1]), dtype=chosen.hidden.dtype)
         inputs["inputs_embeds"][mask] = chosen.hidden
@@ -154,10 +169,10 @@ def micro_batches(
     return batches + ([chosen[start:]] if len(chosen) else [])
 
 
-def _check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, is_pair: bool) -> None:
     if not tokenizer.is_fast:
         raise InputError(f"Expected a fast tokenizer (with a tokenizer.json), got {type(tokenizer).__name__}")
-    smallest = tokenizer.num_special_tokens_to_add() + 1
+    smallest = tokenizer.num_special_tokens_to_add(pair=is_pair) + (2 if is_pair else 1)
     if not smallest <= max_length <= tokenizer.model_max_length:
         most = tokenizer.model_max_length  # 1e30 stands for "no limit"
         limits = f"in [{smallest}, {most}]" if most < 10**9 else f">= {smallest}"

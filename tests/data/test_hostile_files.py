@@ -190,10 +190,12 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     assert "no file" in message_of(lambda: load_table("nul\0byte.csv"))
 
 
-def test_a_folder_names_the_tables_in_it(tmp_path: Path) -> None:
-    assert "is a folder" in message_of(lambda: load_table(tmp_path))
+def test_a_folder_stands_for_the_tables_in_it(tmp_path: Path) -> None:
+    assert "is a folder without" in message_of(lambda: load_table(tmp_path))
     (tmp_path / "reviews.csv").write_bytes(csv(*GOOD))
-    assert "reviews.csv" in message_of(lambda: load_table(tmp_path))
+    (tmp_path / ".hidden.csv").write_bytes(b"no table")
+    (tmp_path / "readme.txt").write_bytes(b"no table")
+    assert load_table(tmp_path).clients == ("reviews",)
 
 
 def test_a_dataset_that_cannot_be_reached_says_that_the_run_is_offline(

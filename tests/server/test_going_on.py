@@ -7,12 +7,14 @@ simulation's directory for an empty one; one that cannot leave its results behin
 from pathlib import Path
 
 import pytest
+import yaml
 
 import server.cli
 import server.run as run_module
 from fedlr.errors import InputError
 from fedlr.runs.directory import sole_writer
 from server.federation import assemble
+from server.going_on import check_same
 from server.run import Run
 from tests.server.test_federation import Killed, killed_at
 from tests.server.whole_federation import SMALL, Federation, experiment
@@ -70,6 +72,16 @@ def test_a_server_takes_no_directory_of_a_simulation(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of another run"):
         f.start()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_of_before_there_were_test_tables_goes_on_and_one_with_a_new_choice_does_not(tmp_path: Path) -> None:
+    began = experiment("num_rounds=1").resolved()
+    for key in ("test_path", "test_split"):
+        del began["data"][key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(began))
+    check_same(experiment("num_rounds=1"), tmp_path)
+    with pytest.raises(InputError, match="another data"):
+        check_same(experiment("num_rounds=1", "data.num_test=null", "data.test_path=held-out.csv"), tmp_path)
 
 
 def test_a_server_holds_the_directory_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedlr.files import write_whole
 from fedlr.runs.report import client_pictures, cost_pictures, learning_pictures, server_pictures
 from fedlr.runs.report.checks import disagreements, for_nothing
+from fedlr.runs.report.client_accuracy import client_accuracy_parts
 from fedlr.runs.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.runs.report.overview import headline_card, sentence, worth
 from fedlr.runs.report.picture import Picture
@@ -40,7 +41,7 @@ def report_page(run: Run) -> str:
             f"{paragraph(sentence(run), kind='lead')}\n</header>",
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
-            section("What it is worth", worth(run)),
+            section("What it is worth", [*worth(run), *client_accuracy_parts(run.client_accuracy)]),
             section("Privacy", privacy_parts(run)),
             section("Learning, and the privacy it took", [gallery(_learning(run))]),
             section("Server, traffic and time", [gallery(_server(run)), *_layers(run), *_answers(run)]),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.runs.plain_yaml import plain_yaml
+from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
 from fedlr.runs.report.records import LARGEST, Record, read_lines, read_record, read_text
 
 
@@ -104,6 +105,7 @@ class Run:
     alone: Sequence[Alone]
     alone_privacy: str | None
     adapter_config: Mapping[str, object]
+    client_accuracy: Sequence[OfClient] = ()
 
 
 def read_run(run_dir: Path) -> Run:
@@ -117,6 +119,7 @@ def read_run(run_dir: Path) -> Run:
     partition = _optional(run_dir / "partition.json")
     alone = _optional(run_dir / "baselines" / "alone.json")
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
+    own = _optional(run_dir / "client_accuracy.json")
     baseline = run_dir / "baselines" / "no_privacy" / "metrics.jsonl"
     return Run(
         summary=_summary(read_record(run_dir / "summary.json")),
@@ -132,6 +135,7 @@ def read_run(run_dir: Path) -> Run:
         alone=sorted(map(_alone, alone.records("clients")), key=lambda one: one.client_id) if alone else [],
         alone_privacy=alone.text("privacy") if alone else None,
         adapter_config=adapter.values if adapter else {},
+        client_accuracy=read_client_accuracy(own) if own else (),
     )
 
 
