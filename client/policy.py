@@ -17,6 +17,7 @@ ledger are touched:
     experiment_id                           a bounded number of experiments, as each leaves an adapter on the disk
     label_names                             equal to the device's own, in order
     pairs                                   as the device's own table has two texts a row, or one
+    label_weights                           of these labels, positive, at most 1e9 (`Terms`); they act before the clip
     max_length, token_budget                bounds: memory and time
     adapter.system, rank, alpha, sizes      a list of systems; bounds; sizes are numbers, so no patterns and no files
     adapter.target_modules                  names or "all-linear"; never a regular expression, which may run for ever

@@ -30,6 +30,7 @@ from fedlr.rounds.pools.local import Charges, LocalPool
 from fedlr.rounds.pools.rehearsal import Rehearsal, with_largest_id
 from fedlr.runs.prepare import check_trainable, local_training, working_model
 from fedlr.streams import OsRandomness, SeededRandomness
+from fedlr.tasks.losses import training_loss
 from fedlr.tasks.tokenise import Share, tokenise
 from fedlr.training.threads import torch_threads
 
@@ -105,7 +106,8 @@ class Trainee:
         if not isinstance(rule, ClientRule):
             raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
         is_seeded = terms.randomness == "seeded"
-        training = local_training(trainer, rule)
+        loss = training_loss(terms.label_weights, terms.label_names)
+        training = replace(local_training(trainer, rule), loss=loss)
         if terms.mechanism is not None:
             # Each row by itself: tensors or a learning rate of a server's can make a row's gradient hang by more than C
             # on how wide the rows beside it are, as float32 rounds.

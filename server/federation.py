@@ -25,6 +25,9 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, initial_state, task_of
 from fedlr.runs.prepare import check_trainable, load_held_out, local_training, private_mechanism, working_model
+from fedlr.runs.recorder import held_out_labels
+from fedlr.runs.verdict import HeldOut
+from fedlr.tasks.losses import training_loss
 from fedlr.training.moves import check_moves
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
@@ -45,6 +48,7 @@ class Served:
     origin: str | None  # a sentence, where the start was made from public examples
     terms: Terms
     evaluator: Evaluator
+    held_out: HeldOut
     noise_sd: float | None  # in one number of a client's update, where it is known (fedlr.training.noise)
 
     @property
@@ -68,6 +72,7 @@ def assemble(
         training = local_training(experiment.trainer, method.client)
         check_runtime(experiment, method, training.rule)
         held_out = load_held_out(experiment, seed=seed)
+        training_loss(experiment.data.label_weights, held_out.label_names)  # devices make it; wrong names are told here
         _, mechanism = private_mechanism(experiment)
         base: BaseModel = build(experiment.model.section(), "model", label_names=held_out.label_names, seed=seed)
         with naming("data", "max_length"):
@@ -104,9 +109,20 @@ def assemble(
         pairs=held_out.pairs is not None,
     )
     evaluator = Evaluator(working, test, side=SideWeights(working), num_threads=experiment.runtime.num_workers)
-    noise_sd = update_noise(training, mechanism)
     return Served(
-        experiment, seed, base, model, working, method, mechanism, start, begun.origin, terms, evaluator, noise_sd
+        experiment=experiment,
+        seed=seed,
+        base=base,
+        model=model,
+        working=working,
+        method=method,
+        mechanism=mechanism,
+        start=start,
+        origin=begun.origin,
+        terms=terms,
+        evaluator=evaluator,
+        held_out=held_out_labels(test.labels, held_out.label_names),
+        noise_sd=update_noise(training, mechanism),
     )
 
 

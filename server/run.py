@@ -43,6 +43,7 @@ from fedlr.runs.directory import (
 )
 from fedlr.runs.recorder import client_rows, metrics_row, summarise
 from fedlr.runs.report import write_report
+from fedlr.runs.verdict import verdict_lines
 from fedlr.training.threads import torch_threads
 from server.federation import Served, assemble
 from server.going_on import check_same, may_be_drawn
@@ -179,8 +180,11 @@ class Run:
         )
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
         numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
+        numbers |= {"held_out": served.held_out, "draws_head": served.base.draws_head, "noise_sd": served.noise_sd}
         summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         finish_run(self.run_dir, summary, draw=write_report)
+        for line in verdict_lines(summary["verdict"]):
+            self.say(line)
         problem: str | None = summary["problem"]
         return problem
 
@@ -267,7 +271,8 @@ class Run:
         evaluation, evaluate_s = self.served.evaluator.score(progress.state)
         spent = progress.reports.epsilon.values()
         told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
-        row = metrics_row(progress.state, evaluation, spent=spent, **told)
+        is_last = progress.state.round_index == self.experiment.num_rounds
+        row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **told)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:
             rows = client_rows(

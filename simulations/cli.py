@@ -90,22 +90,24 @@ def plan(arguments: list[str]) -> None:
 
 @command
 def compare(arguments: list[str]) -> None:
-    """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--against METHOD] [--out FILE.html]
+    """Put finished runs side by side: fedlr compare RUN_DIR RUN_DIR ... [--against METHOD] [--metric NAME] [--out FILE]
 
     A folder that holds runs, such as outputs/NAME, stands for all finished ones in it.
     --against METHOD pairs the runs of that method with all others by seed, data and privacy, and adds the mean
     difference of every arm with its paired 95 % interval, as a table and a picture.
+    --metric NAME compares by balanced_accuracy, macro_f1 or auc instead of accuracy.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
     """
     from fedlr.runs.report import comparison_table, write_comparison
 
     against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
+    metric = option(arguments, "--metric", "the name of a score") or "accuracy"
     out = free_name(Path(COMPARISON)) if named is None else new_page(named)
     run_dirs = list(dict.fromkeys(run_dir for argument in arguments for run_dir in finished_runs(argument)))
     if len(run_dirs) < 2:
         raise InputError(f"Expected two or more run directories, or a folder of them, got {len(run_dirs)}")
-    print(comparison_table(run_dirs, against=against))
-    print(f"comparison in {write_comparison(run_dirs, out, against=against)}")
+    print(comparison_table(run_dirs, against=against, metric=metric))
+    print(f"comparison in {write_comparison(run_dirs, out, against=against, metric=metric)}")
 
 
 @command

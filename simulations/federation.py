@@ -36,6 +36,7 @@ from fedlr.runs.prepare import (
     working_model,
 )
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
+from fedlr.tasks.losses import training_loss
 from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.local import LocalTraining
 from fedlr.training.moves import check_moves
@@ -115,6 +116,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     training = local_training(experiment.trainer, method.client)
     check_runtime(experiment, method, training.rule)
     data, held_out = load_examples(experiment, seed=seed)
+    training = replace(training, loss=training_loss(experiment.data.label_weights, data.label_names))
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )

@@ -3,12 +3,13 @@
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedlr.config.schema import Experiment
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.report.wording import epsilon_text
+from fedlr.runs.verdict import verdict_lines
 
 
 class Progress:
@@ -54,6 +55,11 @@ class Progress:
             self.say(f"  NO USABLE UPDATE in round {row['rounds_completed']}: the model stays as it was")
         if row["loss"] is None:
             self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")
+
+    def judged(self, verdict: Mapping[str, Any]) -> None:
+        """Say whether the run learned, and what to change first where it did not."""
+        for line in verdict_lines(verdict):
+            self.say(line)
 
     def alone(self) -> None:
         """Announce the clients that train alone."""

@@ -37,7 +37,7 @@ from fedlr.runs.directory import (
     write_json,
     write_origin,
 )
-from fedlr.runs.recorder import client_rows, metrics_row, summarise
+from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summarise
 from fedlr.runs.report import write_report
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.noise import update_noise
@@ -97,6 +97,7 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     leave_behind(federation, run_dir, state)
     told = summary(federation, state, rows, seconds=seconds)
     finish_run(run_dir, told, draw=write_report)
+    progress.judged(told["verdict"])
     if told["problem"]:
         raise InputError(f"{told['problem']} (all that there is of the run is in {run_dir})")
 
@@ -114,6 +115,9 @@ def summary(
         seed=federation.seed,
         num_trained_values=federation.num_trained_values,
         seconds=seconds,
+        held_out=held_out_labels(federation.test.labels, federation.label_names),
+        draws_head=federation.base.draws_head,
+        noise_sd=update_noise(federation.training, federation.mechanism),
     )
 
 
@@ -141,7 +145,13 @@ def run_rounds(
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
         evaluation, evaluate_s = evaluator.score(state, personal=personal)
         told = metrics_row(
-            state, evaluation, spent=spent.values(), diagnostics=diagnostics, evaluate_s=evaluate_s, noise_sd=noise_sd
+            state,
+            evaluation,
+            spent=spent.values(),
+            diagnostics=diagnostics,
+            evaluate_s=evaluate_s,
+            noise_sd=noise_sd,
+            is_last=state.round_index == e.num_rounds,
         )
         rows.append(told)
         append_lines(folder / METRICS, rows[-1:])

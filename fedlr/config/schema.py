@@ -67,10 +67,21 @@ def between(least: float, most: float) -> AfterValidator:
     return AfterValidator(check)
 
 
+def label_names(weights: Any) -> Any:
+    """Return weights of labels by name: 0 and true are the names "0" and "true", as in `fedlr.data.table`."""
+    if not isinstance(weights, Mapping):
+        return weights
+    named = {str(k).lower() if isinstance(k, bool) else str(k): weight for k, weight in weights.items()}
+    if len(named) < len(weights):
+        raise ValueError("one weight for each label")
+    return named
+
+
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of rounds, steps or clients
 Threads = Annotated[int, Field(ge=1, le=1024)]
+LabelWeights = Annotated[dict[str, PositiveFloat], BeforeValidator(label_names)]
 Rate = Annotated[float, Field(gt=0, le=1), between(1e-7, 1)]  # below, Renyi divergences round to less than nothing
 
 
@@ -99,6 +110,7 @@ class DataSection(Target):
     num_test: Annotated[int | float, AfterValidator(number_or_share)] | None = None
     test_path: Annotated[str, Field(min_length=1)] | None = None
     test_split: Annotated[str, Field(min_length=1)] | None = None
+    label_weights: LabelWeights | None = None
 
 
 class PrivacySection(Section):

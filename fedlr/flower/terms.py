@@ -9,11 +9,20 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from fedlr.config.old_names import OLD_NAMES
 from fedlr.config.parts import RULES_OF_PROTOCOL, TARGET
-from fedlr.config.schema import Experiment, PositiveFloat, PositiveInt, Rate, Section, Target, TrainerSection
+from fedlr.config.schema import (
+    Experiment,
+    LabelWeights,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Section,
+    Target,
+    TrainerSection,
+)
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_problem
 from fedlr.errors.ranges import MOST_STEPS
@@ -45,13 +54,22 @@ class Terms(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # of what is public: the head's start
     model_sha256: Sha256  # of the base model with its head
     label_names: Annotated[list[Name], Field(min_length=2, max_length=10_000)]
+    # Weights and pairs are left out where there are none: the terms, and their hash, are then those of before.
+    label_weights: Annotated[LabelWeights | None, Field(exclude_if=lambda weights: weights is None)] = None
     max_length: PositiveInt
-    pairs: bool = False  # rows of two texts
+    pairs: Annotated[bool, Field(exclude_if=lambda pairs: not pairs)] = False  # rows of two texts
     adapter: AdapterConfig
     trainer: TrainerSection
     client_rule: Target | None
     mechanism: MechanismTerms | None
     randomness: Literal["seeded", "os"]
+
+    @field_validator("label_weights")
+    @classmethod
+    def _are_of_labels(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
+        if not set(value or ()) <= set(info.data.get("label_names", ())):
+            raise ValueError("weights of labels that label_names has")
+        return value
 
     @field_validator("adapter")
     @classmethod
@@ -81,6 +99,7 @@ class Terms(Section):
             seed=seed,
             model_sha256=model_sha256,
             label_names=list(label_names),
+            label_weights=e.data.label_weights,
             max_length=e.data.max_length,
             pairs=pairs,
             adapter=e.adapter.given_to_devices(),
@@ -105,11 +124,8 @@ class Terms(Section):
             ) from error
 
     def text(self) -> str:
-        """Return the terms as JSON, always the same for the same terms.
-
-        Single texts are not said: the terms of an experiment that began before there were pairs stay what they were.
-        """
-        return self.model_dump_json(by_alias=True, exclude=None if self.pairs else {"pairs"})
+        """Return the terms as JSON, always the same for the same terms."""
+        return self.model_dump_json(by_alias=True)
 
     def sha256(self) -> str:
         """Return the SHA-256 of `text`: what two parties compare."""

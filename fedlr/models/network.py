@@ -47,7 +47,8 @@ class BaseModel:
     """A frozen pretrained network with its tokenizer, where it came from, and the SHA-256 of its tensors.
 
     `drawn` names the modules outside the head that the checkpoint lacked: they belong to the adapter, as the head does.
-    `head` names those of the head that PEFT does not know. `made` are the arguments of `tiny_random` where it made the
+    `head` names those of the head that PEFT does not know. `draws_head` says that the checkpoint has no head for these
+    labels, so that the run's seed drew it. `made` are the arguments of `tiny_random` where it made the
     network, which then exists nowhere else.
     """
 
@@ -58,6 +59,7 @@ class BaseModel:
     drawn: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     made: Mapping[str, Any] | None = None
+    draws_head: bool = True
 
     @property
     def whole_modules(self) -> list[str]:
@@ -128,7 +130,9 @@ def pretrained(
         ) from error
     absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     drawn_body, head = drawn_modules(network, absent), head_modules(network, absent)
-    return _frozen(network, tokenizer, published_as or name_or_path, drawn=drawn_body, head=head)
+    draws_head = any(not name.startswith(f"{network.base_model_prefix}.") for name in absent)
+    parts: dict[str, Any] = {"drawn": drawn_body, "head": head, "draws_head": draws_head}
+    return _frozen(network, tokenizer, published_as or name_or_path, **parts)
 
 
 def drawn_modules(network: PreTrainedModel, absent: Iterable[str]) -> tuple[str, ...]:

@@ -1,10 +1,15 @@
-"""How good an adapter is on held-out text that the server may see."""
+"""How good an adapter is on held-out text that the server may see.
+
+No score is noised: whoever runs with privacy declares, by naming rows to hold out, that the server may read these. All
+that is said of them, label shares included, is theirs alone and says nothing of the rows that clients train on.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +18,7 @@ from fedlr.models.base_delta import SideWeights
 from fedlr.models.peft_state import write_adapter
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import ServerState
+from fedlr.rounds.scores import MOST_CLASSES, Scores, mean_scores, scores
 from fedlr.tasks.losses import cross_entropy
 from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
 from fedlr.training.first_token import first_token_only
@@ -24,10 +30,11 @@ MOST_SCORED = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy in [0, 1] over all examples."""
+    """Mean loss and accuracy in [0, 1] over all examples, and what else is told of the answers."""
 
     accuracy: float
     loss: float
+    scores: Scores | None = None
 
 
 @torch.no_grad()
@@ -39,6 +46,7 @@ def evaluate(model: nn.Module, data: TokenisedText, *, token_budget: int = 4096)
     was_training = model.training
     model.eval()
     correct, loss = 0, 0.0
+    answers: list[Answers] = []
     num_examples = len(data.labels)
     device = next(model.parameters()).device
     for indices in micro_batches(data.lengths, range(num_examples), token_budget=token_budget):
@@ -47,17 +55,57 @@ def evaluate(model: nn.Module, data: TokenisedText, *, token_budget: int = 4096)
         logits = model(**inputs).logits
         correct += int((logits.argmax(dim=-1) == labels).sum())
         loss += float(cross_entropy(logits, labels).double().sum())
+        answers.append(Answers.of(logits, labels))
     model.train(was_training)
-    return Evaluation(accuracy=correct / num_examples, loss=loss / num_examples)
+    return Evaluation(accuracy=correct / num_examples, loss=loss / num_examples, scores=scored(answers))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of a micro-batch: arrays over its examples; `shares` only of few enough classes."""
+
+    labels: np.ndarray
+    named: np.ndarray
+    confidences: np.ndarray
+    shares: np.ndarray | None
+    num_classes: int
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Answers":
+        """Return the answers of logits (N, num_classes)."""
+        shares = logits.double().softmax(dim=-1).cpu().numpy()
+        named = logits.argmax(dim=-1).cpu().numpy()
+        confidences = shares[np.arange(len(named)), named]
+        num_classes = logits.shape[-1]
+        return cls(
+            labels.cpu().numpy(), named, confidences, shares if num_classes <= MOST_CLASSES else None, num_classes
+        )
+
+
+def scored(found: Sequence[Answers]) -> Scores:
+    """Score the answers of all micro-batches together."""
+    shares = [one.shares for one in found if one.shares is not None]
+    return scores(
+        np.concatenate([one.labels for one in found]),
+        np.concatenate([one.named for one in found]),
+        np.concatenate([one.confidences for one in found]),
+        np.concatenate(shares) if shares else None,
+        num_classes=found[0].num_classes,
+    )
 
 
 def mean_evaluation(found: Sequence[Evaluation]) -> Evaluation:
     """Return the mean over several models.
 
     >>> mean_evaluation([Evaluation(0.5, 1.0), Evaluation(1.0, 0.0)])
-    Evaluation(accuracy=0.75, loss=0.5)
+    Evaluation(accuracy=0.75, loss=0.5, scores=None)
     """
-    return Evaluation(fmean(one.accuracy for one in found), fmean(one.loss for one in found))
+    told = [one.scores for one in found if one.scores is not None]
+    return Evaluation(
+        fmean(one.accuracy for one in found),
+        fmean(one.loss for one in found),
+        mean_scores(told) if len(told) == len(found) else None,
+    )
 
 
 class Evaluator:

@@ -6,13 +6,17 @@ Formats are in docs/files.md. Times stand apart under `seconds`: all other value
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from fedlr.config.schema import Experiment
 from fedlr.methods.method import Method
 from fedlr.rounds.evaluate import Evaluation
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.outcome import finite, problem_of
+from fedlr.runs.verdict import HeldOut, Outcome, Settings, gathered_noise, judge, noise_of_rounds
 
 NEVER_ASKED = ("offline", "not_sent")
 
@@ -25,11 +29,13 @@ def metrics_row(
     diagnostics: RoundDiagnostics | None = None,
     evaluate_s: float,
     noise_sd: float | None = None,
+    is_last: bool = False,
 ) -> dict[str, Any]:
     """Return the line of metrics.jsonl for a state, and for the round that led to it.
 
     `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
-    noise in one number of a client's update, where it is known (`fedlr.training.noise`).
+    noise in one number of a client's update, where it is known (`fedlr.training.noise`). Only the last state has a
+    confusion matrix: `is_last`.
     """
     d = diagnostics
     errors = d.aggregation_error if d else {}
@@ -40,6 +46,7 @@ def metrics_row(
         "rounds_completed": state.round_index,
         "accuracy": evaluation.accuracy,
         "loss": finite(evaluation.loss),
+        **scores_of(evaluation, is_last=is_last),
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
@@ -63,6 +70,38 @@ def metrics_row(
             "round": train_s + aggregate_s + evaluate_s,
         },
     }
+
+
+def scores_of(evaluation: Evaluation, *, is_last: bool) -> dict[str, Any]:
+    """Return what a line of metrics.jsonl has beside accuracy and loss; of a model that was not scored, nothing."""
+    if evaluation.scores is None:
+        return {}
+    told = asdict(evaluation.scores)
+    return {**told, "confusion": told["confusion"] if is_last else None}
+
+
+def held_out_labels(labels: np.ndarray, label_names: Sequence[str]) -> HeldOut:
+    """Return how often each label occurs in the rows that the server evaluates on."""
+    counts = np.bincount(labels, minlength=len(label_names)).tolist()
+    return HeldOut(dict(zip(label_names, counts, strict=True)))
+
+
+def settings_of(experiment: Experiment, *, draws_head: bool, noise_sd: float | None = None) -> Settings:
+    """Return what of a configuration decides whether it can learn.
+
+    `draws_head` says that the base model brings no classification head of its own; `noise_sd` is that of `metrics_row`.
+    """
+    e, model = experiment, experiment.model.section()
+    pooling, lr = model.get("pooling", "mean"), e.trainer.optimizer.section().get("lr")
+    is_mean = isinstance(pooling, str) and (pooling == "auto" or "mean" in pooling)
+    return Settings(
+        has_random_head=draws_head and not e.adapter.train_head,
+        pooling=None if is_mean else f"the first token (model.pooling={'null' if pooling is None else pooling})",
+        num_rounds=e.num_rounds,
+        lr=lr if isinstance(lr, float | int) else None,
+        gathered_noise=gathered_noise(noise_sd, num_rounds=e.num_rounds, cohort_size=e.cohort_size),
+        has_label_weights=bool(e.data.label_weights),
+    )
 
 
 def client_rows(
@@ -108,10 +147,24 @@ def summarise(
     seed: int,
     num_trained_values: int,
     seconds: float,
+    held_out: HeldOut,
+    draws_head: bool = True,
+    noise_sd: float | None = None,
 ) -> dict[str, Any]:
-    """Return summary.json from the metrics of all rounds, with why they were for nothing, if they were."""
-    e, last = experiment, rows[-1]
+    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not."""
+    e, first, last = experiment, rows[0], rows[-1]
     is_private = e.privacy.epsilon is not None
+    problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal))
+    outcome = Outcome(
+        start_accuracy=first["accuracy"],
+        final_accuracy=last["accuracy"],
+        start_loss=first["loss"],
+        final_loss=last["loss"],
+        noise_to_signal=noise_of_rounds(rows),
+        confusion=last.get("confusion"),
+        problem=problem,
+    )
+    verdict = judge(held_out, outcome, settings_of(e, draws_head=draws_head, noise_sd=noise_sd))
     return {
         "name": e.name,
         "method": method.name,
@@ -120,7 +173,7 @@ def summarise(
         "num_rounds": e.num_rounds,
         "num_clients": e.num_clients,
         "cohort_size": e.cohort_size,
-        "start_accuracy": rows[0]["accuracy"],
+        "start_accuracy": first["accuracy"],
         "final_accuracy": last["accuracy"],
         "final_loss": last["loss"],
         "epsilon_max": last["epsilon_max"],
@@ -129,6 +182,8 @@ def summarise(
         "num_trained_parameters": num_trained_values,
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
-        "problem": problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal)),
+        "problem": problem,
+        "verdict": verdict.record(),
+        "label_names": list(held_out.label_counts),
         "seconds": seconds,
     }

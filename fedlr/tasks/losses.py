@@ -3,13 +3,19 @@
 Why not the model's own `outputs.loss`: for language models it averages over all tokens of the *batch*, so the
 length of one example rescales every gradient before clipping, and the clip bound no longer bounds anything
 (reliability.md, finding 1: one example moved the clipped sum by 20 times the bound).
+
+Weights of labels are part of the loss, so they act before the clip: one example moves a sum by at most C whatever its
+weight. They are declared, never counted in the data, whose label counts are private.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fedlr.errors import InputError
 
 IGNORED_LABEL = -100  # the label that Hugging Face collators give to tokens that are not scored
 
@@ -37,6 +43,48 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     [1.3863, 0.0]
     """
     return F.cross_entropy(_widened(logits), labels, ignore_index=IGNORED_LABEL, reduction="none")
+
+
+class LabelWeighted:
+    """A loss times the declared weight of the example's label; an example labelled -100 keeps loss 0.
+
+    Guarantees:
+        Entry i depends on row i alone, as that of the loss does. Public: the weights, of the configuration.
+    """
+
+    def __init__(self, loss: PerExampleLoss, weights: Sequence[float]) -> None:
+        """Take the weight of each class, in the order of the label indices."""
+        self._loss, self._weights = loss, torch.tensor(list(weights), dtype=torch.float64)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the weighted losses, (N,)."""
+        losses = self._loss(logits, labels)
+        return losses * self._weights.to(losses)[labels.clamp(min=0)]
+
+
+def training_loss(label_weights: Mapping[str, float] | None, label_names: Sequence[str]) -> PerExampleLoss:
+    """Return what clients minimise: the cross-entropy, times the weights of labels if there are any.
+
+    Args:
+        label_weights: by label, those of `data.label_weights`; a label that is not named has weight 1.
+        label_names: of all classes, in the order of their indices.
+
+    Raises:
+        InputError: for a label that is none of the names.
+
+    >>> import torch
+    >>> loss = training_loss({"spam": 3.0}, ["ham", "spam"])
+    >>> [round(x, 4) for x in loss(torch.zeros(2, 2), torch.tensor([0, 1])).tolist()]
+    [0.6931, 2.0794]
+    """
+    if not label_weights:
+        return cross_entropy
+    if unknown := sorted(set(label_weights) - set(label_names)):
+        raise InputError(
+            f"Expected data.label_weights to name labels of the data, {', '.join(label_names[:20])}, got "
+            f"{unknown[0]!r}; spell it as data.labels does (case counts)"
+        )
+    return LabelWeighted(cross_entropy, [label_weights.get(name, 1.0) for name in label_names])
 
 
 def causal_lm(logits: Tensor, labels: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
 from fedlr.streams import Randomness
+from fedlr.tasks.losses import PerExampleLoss, cross_entropy
 from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches
 from fedlr.training.gradients import Gradients
 
@@ -40,6 +41,7 @@ class LocalTraining:
     divisor: float  # the sum of a step is divided by this constant
     sampler: Sampler
     rule: ClientRule = ClientRule()
+    loss: PerExampleLoss = cross_entropy  # of one example, before its gradient is clipped
 
     def __post_init__(self) -> None:
         """Refuse numbers that no step could use."""

@@ -24,7 +24,7 @@ from fedlr.rounds.pools.local import Accounts, ByClient, Charges, sharing_base
 from fedlr.rounds.pools.rehearsal import Rehearsal, SafeSums
 from fedlr.rounds.round import Dropout, RoundTask
 from fedlr.streams import Randomness
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.losses import PerExampleLoss
 from fedlr.tasks.tokenise import Share
 from fedlr.training.cohort import FusedSums, Stack, train_cohort
 from fedlr.training.fused import ClippedSums, FusedGradients
@@ -84,8 +84,8 @@ class FusedPool:
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rows", initializer=_one_thread)
         self._workers: SimpleQueue[FusedWorker] = SimpleQueue()
         for _ in range(num_workers):
-            self._workers.put(FusedWorker(sharing_base(model)))
-        self._parity = ParityCheck(sharing_base(model), loss=cross_entropy) if check_parity else None
+            self._workers.put(FusedWorker(sharing_base(model), training.loss))
+        self._parity = ParityCheck(sharing_base(model), loss=training.loss) if check_parity else None
         self._rehearsal = rehearsal
         self._rehearsed: Block | None = None  # with long rows too
         self.seconds: dict[int, float] = {}  # by client, of its latest round: its part of its group's time
@@ -168,8 +168,8 @@ class FusedPool:
 class FusedWorker:
     """One model with its fused copy; serves one micro-batch at a time."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, loss: PerExampleLoss) -> None:
+        self._model, self._loss = model, loss
         self._engines: dict[Block, FusedGradients] = {}
         self._adapter: AdapterState | None = None
 
@@ -181,7 +181,7 @@ class FusedWorker:
         if block not in self._engines:
             if len(self._engines) == MOST_ENGINES:
                 self._engines.clear()  # a method that chooses by layer may never train the same block again
-            self._engines[block] = FusedGradients(self._model, train_only(self._model, block), loss=cross_entropy)
+            self._engines[block] = FusedGradients(self._model, train_only(self._model, block), loss=self._loss)
         return self._engines[block]
 
 

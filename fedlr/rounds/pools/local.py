@@ -29,7 +29,7 @@ from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.rehearsal import Rehearsal, SafeGradients
 from fedlr.rounds.round import Dropout, RoundTask
 from fedlr.streams import Randomness
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.losses import PerExampleLoss, cross_entropy
 from fedlr.tasks.tokenise import Share
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
 from fedlr.training.local import LocalTraining, train_client
@@ -156,7 +156,7 @@ class LocalPool:
         self._workers: SimpleQueue[Worker] = SimpleQueue()
         mode = grad_sample_mode if mechanism is not None else "sum"
         for _ in range(num_workers):
-            self._workers.put(Worker(sharing_base(model), mode))
+            self._workers.put(Worker(sharing_base(model), mode, loss=training.loss))
         self._rehearsal = rehearsal
         self._rehearsed: Block | None = None  # with long rows too
         self.seconds: dict[int, float] = {}  # by client, of its latest round
@@ -248,9 +248,9 @@ class LocalPool:
 class Worker:
     """One model with its gradient hooks; reused from client to client."""
 
-    def __init__(self, model: nn.Module, mode: str) -> None:
+    def __init__(self, model: nn.Module, mode: str, *, loss: PerExampleLoss = cross_entropy) -> None:
         self.model = model
-        self._mode = mode
+        self._mode, self._loss = mode, loss
         self._block: Block | None = None
         self._trained: dict[Slot, nn.Parameter] = {}
         self._gradients: Gradients | None = None
@@ -269,8 +269,8 @@ class Worker:
     def _make(self) -> Gradients:
         layout = getattr(self.model, LAYOUT, None)
         if layout is not None and self._mode == "hooks":
-            return engine(layout.tuner, self.model, self._trained, loss=cross_entropy)
-        return GRADIENTS[self._mode](self.model, self._trained, loss=cross_entropy)
+            return engine(layout.tuner, self.model, self._trained, loss=self._loss)
+        return GRADIENTS[self._mode](self.model, self._trained, loss=self._loss)
 
     def close(self) -> None:
         """Remove the hooks."""

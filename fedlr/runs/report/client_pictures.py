@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedlr.runs.report.picture import MOST_CLIENTS, Picture, client_axis, drawn
+from fedlr.runs.report.picture import MOST_CLIENTS, Picture, client_axis, clipped, drawn
 from fedlr.runs.report.run_files import Partition, Run, spent_by_client
 from fedlr.runs.report.svg import SERIES, colour, legend, log_axis
 from fedlr.runs.report.wording import short
@@ -107,7 +107,7 @@ def _paint_shares(figure: Figure, *, partition: Partition) -> None:
     axes.hlines(rows, low, high, color=colour("sky"), linewidth=5, label="eight of ten clients")
     axes.plot(middle, rows, "o", color=colour("blue"), label="median client")
     every = -(-len(rows) // MOST_TICKS)
-    axes.set_yticks(rows[::every], [_clip(label) for label in partition.labels[::every]])
+    axes.set_yticks(rows[::every], [clipped(label) for label in partition.labels[::every]])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.grid(axis="x")
@@ -129,7 +129,7 @@ def _paint_label_counts(figure: Figure, run: Run) -> None:
             bottom=bottom,
             width=0.8,
             color=colour(SERIES[index]),
-            label=_clip(label),
+            label=clipped(label),
         )
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("Examples")
@@ -146,15 +146,9 @@ def _paint_label_shares(figure: Figure, run: Run) -> None:
     mesh = axes.imshow(shares, aspect="auto", cmap="cividis_r", vmin=0, interpolation="nearest")
     every = -(-len(run.partition.labels) // MOST_TICKS)
     axes.set_yticks(
-        range(0, len(shares), every), [_clip(label) for label in run.partition.labels[::every]], fontsize=6.5
+        range(0, len(shares), every), [clipped(label) for label in run.partition.labels[::every]], fontsize=6.5
     )
     client_axis(axes, list(counts))
     axes.set_xlim(-0.5, len(counts) - 0.5)
     bar = figure.colorbar(mesh, ax=axes, label="Share of the client's examples (%)", pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
-
-
-def _clip(label: str) -> str:
-    """Shorten a label for a legend; a leading underscore would hide it there."""
-    text = label if len(label) <= 22 else label[:21] + "…"
-    return "\u200b" + text if text.startswith("_") or not text else text

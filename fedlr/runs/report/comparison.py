@@ -8,6 +8,7 @@ from fedlr.errors import InputError
 from fedlr.files import write_whole
 from fedlr.runs.report.comparison_arms import Arm, accuracy_text, arms_of, group_name
 from fedlr.runs.report.comparison_forest import forest
+from fedlr.runs.report.comparison_metric import ACCURACY, measured_by, metric_name
 from fedlr.runs.report.comparison_pairs import PairedArm, paired_arms
 from fedlr.runs.report.comparison_pictures import accuracy_of_each_run, costs, final_accuracy
 from fedlr.runs.report.layout import gallery, page, paragraph, section, table
@@ -31,7 +32,7 @@ ARM_HEADER = (
     "over seeds",
     "privacy",
     "seeds",
-    "final accuracy",
+    "final {}",
     "ε max",
     "sent up",
     "sent down",
@@ -41,26 +42,35 @@ ARM_HEADER = (
 TEXT_COLUMNS = 2
 
 
-def write_comparison(run_dirs: Sequence[Path], out: Path, *, against: str | None = None) -> Path:
+def write_comparison(
+    run_dirs: Sequence[Path], out: Path, *, against: str | None = None, metric: str = ACCURACY
+) -> Path:
     """Write a page that compares runs, from the files of their directories alone, and return its path.
 
-    With a method to compare `against`, its runs are paired by seed with those of every other arm.
+    With a method to compare `against`, its runs are paired by seed with those of every other arm. `metric` is one of
+    `fedlr.runs.report.comparison_metric.METRICS`.
 
     Raises:
-        InputError: no directory is given, a required file is missing or broken, or a pair is incomplete; the message
-            names it.
+        InputError: no directory is given, a required file is missing or broken, a run has no such metric, or a pair is
+            incomplete; the message names it.
     """
-    runs = _read(run_dirs)
+    name, runs = metric_name(metric), _read(run_dirs, metric)
     pairs = [] if against is None else paired_arms(runs, against=against)
     arms = arms_of(runs)
-    over_seeds = table(_LONG_ARM_HEADER, list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
+    over_seeds = table(_named(_LONG_ARM_HEADER, name), list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
     body = [
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
         *(paragraph(text, kind="warning") for text in (*_for_nothing(runs), *differences(runs))),
-        *([_paired_section(pairs, against)] if against is not None else []),
-        section("Pictures", [gallery([final_accuracy(arms), accuracy_of_each_run(arms), costs(arms)])]),
-        *([section("Over seeds", [over_seeds, _OVER])] if _has_seeds(arms) else []),
-        section("All runs", [table(_LONG_HEADER, [_row(run) for run in runs], text_columns=TEXT_COLUMNS), _NOTE]),
+        *([_paired_section(pairs, against, name)] if against is not None else []),
+        section("Pictures", [gallery([final_accuracy(arms, name), accuracy_of_each_run(arms, name), costs(arms)])]),
+        *(
+            [section("Over seeds", [over_seeds, paragraph(_OVER.format(name), kind="muted")])]
+            if _has_seeds(arms)
+            else []
+        ),
+        section(
+            "All runs", [table(_named(_LONG_HEADER, name), list(map(_row, runs)), text_columns=TEXT_COLUMNS), _NOTE]
+        ),
     ]
     out = Path(out)
     write_whole(out, page(f"{len(runs)} runs compared", body))
@@ -73,15 +83,15 @@ def _for_nothing(runs: Sequence[Run]) -> list[str]:
     return [f"Nothing was learnt by {one.method}, seed {seed_text(one.seed)}: {one.problem}." for one in idle]
 
 
-def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None) -> str:
+def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None, metric: str = ACCURACY) -> str:
     """Return the same tables as aligned plain text: one run a line, and one arm a line where any has several seeds.
 
     With a method to compare `against`, a last table has the paired differences.
     """
-    runs = _read(run_dirs)
+    name, runs = metric_name(metric), _read(run_dirs, metric)
     tables = [_aligned([HEADER, *map(_row, runs)])]
     if _has_seeds(arms := arms_of(runs)):
-        tables.append(_aligned([ARM_HEADER, *map(_arm_row, arms)]))
+        tables.append(_aligned([_named(ARM_HEADER, name), *map(_arm_row, arms)]))
     if against is not None:
         pairs = paired_arms(runs, against=against)
         tables.append(_aligned([_paired_header(against), *map(_paired_row, pairs)], text_columns=3))
@@ -107,8 +117,8 @@ _LONG_HEADER = (
     "Method",
     "Privacy",
     "Seed",
-    "Start accuracy",
-    "Final accuracy",
+    "Start {}",
+    "Final {}",
     "ε, max over clients",
     "Sent up",
     "Sent down",
@@ -120,24 +130,22 @@ _LONG_ARM_HEADER = (
     "Method",
     "Privacy",
     "Seeds",
-    "Final accuracy",
+    "Final {}",
     "ε, max over clients and seeds",
     "Sent up",
     "Sent down",
     "Aggregation error, last round",
     "Time",
 )
-_OVER = paragraph(
+_OVER = (
     "One row is an arm: runs that differ in nothing but seed and place; a seed that was run twice counts once. Means "
-    "over seeds, of accuracy with the 95\u00a0% confidence interval of that mean (Student's t); of one seed there is "
-    "none. It says how sure the mean of one arm is: intervals that overlap do not show that two arms are alike.",
-    kind="muted",
+    "over seeds, of {} with the 95\u00a0% confidence interval of that mean (Student's t); of one seed there is "
+    "none. It says how sure the mean of one arm is: intervals that overlap do not show that two arms are alike."
 )
-_PAIRED = paragraph(
+_PAIRED = (
     "A pair shares seed, data, clients, cohorts, starting weights and budget; arms differ in the method and in what "
-    "their label tells. The difference of final accuracy is in percentage points, its 95\u00a0% interval is Student's "
-    "t over the pairs. Intervals are not corrected for their number: of twenty rows without effect one excludes zero.",
-    kind="muted",
+    "their label tells. The difference of final {} is in percentage points, its 95\u00a0% interval is Student's "
+    "t over the pairs. Intervals are not corrected for their number: of twenty rows without effect one excludes zero."
 )
 _NOTE = paragraph("Epsilon is rounded up. Bytes are of all clients together.", kind="muted")
 
@@ -162,20 +170,26 @@ def _paired_row(arm: PairedArm) -> list[str]:
     ]
 
 
-def _paired_section(pairs: Sequence[PairedArm], against: str) -> str:
+def _named(header: Sequence[str], name: str) -> list[str]:
+    """Write the metric's name where a header has room for it."""
+    return [title.replace("{}", name) for title in header]
+
+
+def _paired_section(pairs: Sequence[PairedArm], against: str, name: str) -> str:
     rows = [_paired_row(arm) for arm in pairs]
     shown = table(_paired_header(against), rows, text_columns=3)
-    return section(f"Against {against}, pair by pair", [gallery([forest(pairs, against=against)]), shown, _PAIRED])
+    note = paragraph(_PAIRED.format(name), kind="muted")
+    return section(f"Against {against}, pair by pair", [gallery([forest(pairs, name, against=against)]), shown, note])
 
 
 def _has_seeds(arms: Sequence[Arm]) -> bool:
     return any(arm.num_seeds > 1 for arm in arms)
 
 
-def _read(run_dirs: Sequence[Path]) -> list[Run]:
+def _read(run_dirs: Sequence[Path], metric: str = ACCURACY) -> list[Run]:
     if not run_dirs:
         raise InputError("Expected at least one run directory to compare, got none")
-    runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
+    runs = [measured_by(read_run(Path(run_dir)), metric, Path(run_dir)) for run_dir in run_dirs]
     return sorted(runs, key=_order)
 
 

@@ -16,7 +16,7 @@ ROW_IN = 0.24  # height of a row, an arm at one privacy
 LABEL_WIDTH = 34  # characters of an arm's name in a line
 
 
-def forest(pairs: Sequence[PairedArm], *, against: str) -> Picture:
+def forest(pairs: Sequence[PairedArm], name: str = "accuracy", *, against: str) -> Picture:
     """One panel a task: the differences of all pairs as dots, the mean as an upright mark in its interval's bar."""
     tasks, labels, groups = (sorted(set(names)) for names in zip(*map(_names, pairs), strict=True))
 
@@ -29,7 +29,7 @@ def forest(pairs: Sequence[PairedArm], *, against: str) -> Picture:
                 place = labels.index(arm.label) + 0.7 * ((index + 0.5) / len(groups) - 0.5)
                 _paint_arm(axes, arm, place, color=colour(SERIES[index % len(SERIES)]))
             axes.set_title(fill(task, 50), fontsize=9)
-            axes.set_xlabel(f"Accuracy over {against} (points)")
+            axes.set_xlabel(f"{name[0].upper()}{name[1:]} over {against} (points)")
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x")
             axes.margins(x=0.08)

@@ -33,7 +33,7 @@ class Measure:
     is_log: bool = False
 
 
-def final_accuracy(arms: Sequence[Arm]) -> Picture:
+def final_accuracy(arms: Sequence[Arm], name: str = "accuracy") -> Picture:
     """One row a label, one dot a run, and the interval of the mean over seeds."""
 
     def paint(figure: Figure) -> None:
@@ -41,7 +41,7 @@ def final_accuracy(arms: Sequence[Arm]) -> Picture:
         _paint_rows(axes, arms, lambda run: run.summary.final_accuracy, limits=(0.0, 1.0))
         _name_rows(axes, arms)
         axes.margins(x=0.14)  # room for n
-        axes.set_xlabel("Final accuracy (%)")
+        axes.set_xlabel(f"Final {name} (%)")
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         legend(figure, axes)
 
@@ -55,11 +55,12 @@ def final_accuracy(arms: Sequence[Arm]) -> Picture:
     if single := [f"{arm.label}, {arm.privacy}" for arm in arms if arm.num_seeds == 1]:
         told = f"{len(single)} arms" if len(single) > MOST_NAMED else "; ".join(single)
         caption += f". No interval is drawn where there is one seed: {told if several else 'in all of them'}"
-    return drawn("final-accuracy", "Final accuracy by method", f"{caption}.", paint, height_in=_height(arms))
+    return drawn("final-accuracy", f"Final {name} by method", f"{caption}.", paint, height_in=_height(arms))
 
 
-def accuracy_of_each_run(arms: Sequence[Arm]) -> Picture:
+def accuracy_of_each_run(arms: Sequence[Arm], name: str = "accuracy") -> Picture:
     """One thin line a run; of an arm with several seeds a thick one for the mean, in the band of its interval."""
+    title = f"{name[0].upper()}{name[1:]}"
     labels, groups = _ordered(arm.label for arm in arms), _ordered(arm.privacy for arm in arms)
 
     def paint(figure: Figure) -> None:
@@ -79,7 +80,7 @@ def accuracy_of_each_run(arms: Sequence[Arm]) -> Picture:
                 _paint_mean(axes, arm, look)
         axes.margins(x=0.03, y=0.08)
         round_axis(axes)
-        percent_axis(axes)
+        percent_axis(axes, label=f"{title} (%)")
         legend(figure, axes, columns=columns)
 
     names = [_named(arm) for arm in arms]
@@ -89,7 +90,7 @@ def accuracy_of_each_run(arms: Sequence[Arm]) -> Picture:
     if any(arm.num_seeds > 1 for arm in arms):
         caption += "; a thick line is the mean over seeds, its band the 95\u00a0% confidence interval of that mean"
     height_in = 3.1 + 0.17 * -(-num_lines // columns)
-    return drawn("accuracy-runs", "Accuracy after each round", f"{caption}.", paint, height_in=height_in)
+    return drawn("accuracy-runs", f"{title} after each round", f"{caption}.", paint, height_in=height_in)
 
 
 def costs(arms: Sequence[Arm]) -> Picture:

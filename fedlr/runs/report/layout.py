@@ -109,6 +109,7 @@ ul { padding-left: 22px; }
 .lead { font-size: 17px; }
 .muted, figcaption, .remark, dt { color: var(--muted); }
 .warning { border-left: 4px solid var(--vermillion); padding: 8px 14px; background: var(--paper); }
+.verdict { border-left: 4px solid var(--green); padding: 8px 14px; background: var(--paper); }
 .tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1px; margin: 0;
   background: var(--grid); border: 1px solid var(--grid); border-radius: 8px; overflow: hidden; }
 .tiles div { background: var(--paper); padding: 14px 16px; }

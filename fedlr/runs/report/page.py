@@ -9,6 +9,7 @@ from fedlr.runs.report import client_pictures, cost_pictures, learning_pictures,
 from fedlr.runs.report.checks import disagreements, for_nothing
 from fedlr.runs.report.client_accuracy import client_accuracy_parts
 from fedlr.runs.report.layout import details, gallery, page, paragraph, section, table
+from fedlr.runs.report.learned import did_it_learn
 from fedlr.runs.report.overview import headline_card, sentence, worth
 from fedlr.runs.report.picture import Picture
 from fedlr.runs.report.privacy_text import privacy_parts
@@ -41,6 +42,7 @@ def report_page(run: Run) -> str:
             f"{paragraph(sentence(run), kind='lead')}\n</header>",
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
+            *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),
             section("What it is worth", [*worth(run), *client_accuracy_parts(run.client_accuracy)]),
             section("Privacy", privacy_parts(run)),
             section("Learning, and the privacy it took", [gallery(_learning(run))]),

@@ -37,6 +37,12 @@ def drawn(
     return Picture(name, title, caption, svg, is_wide)
 
 
+def clipped(label: str) -> str:
+    """Shorten a label for a legend or an axis; a leading underscore would hide it there."""
+    text = label if len(label) <= 22 else label[:21] + "…"
+    return "\u200b" + text if text.startswith("_") or not text else text
+
+
 def client_axis(axes: Axes, client_ids: list[int]) -> None:
     """Label one position a client, with every id when there is room."""
     every = -(-len(client_ids) // 20)

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlr.errors import InputError
+from fedlr.rounds.scores import MOST_CLASSES
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
-from fedlr.runs.report.records import LARGEST, Record, read_lines, read_record, read_text
+from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
+from fedlr.runs.verdict import Verdict
+
+SCORES = ("balanced_accuracy", "macro_f1", "mcc", "auc", "ece")  # of a state, beside accuracy and loss
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,9 @@ class State:
 
     rounds_completed: int
     accuracy: float
+    loss: float | None
+    scores: Mapping[str, float]  # by name, of `SCORES`; those that the file has
+    confusion: tuple[tuple[int, ...], ...] | None
     epsilon_max: float | None
     epsilon_median: float | None
     epsilon_min: float | None
@@ -63,6 +70,8 @@ class Summary:
     bytes_down: int
     seconds: float
     problem: str | None  # why the whole run was for nothing
+    verdict: Verdict | None  # None: not stated
+    label_names: tuple[str, ...]  # of the classes; empty: not stated
 
     @property
     def is_private(self) -> bool:
@@ -181,6 +190,9 @@ def _state(row: Record) -> State:
     return State(
         rounds_completed=row.count("rounds_completed"),
         accuracy=row.number("accuracy"),
+        loss=row.optional_number("loss", may_diverge=True),
+        scores={name: row.number(name) for name in SCORES if row.values.get(name) is not None},
+        confusion=_confusion(row),
         epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
         epsilon_median=row.optional_number("epsilon_median", may_diverge=True),
         epsilon_min=row.optional_number("epsilon_min", may_diverge=True),
@@ -194,6 +206,43 @@ def _state(row: Record) -> State:
         reasons=row.numbers("reasons"),
         seconds=row.numbers("seconds"),
     )
+
+
+def _confusion(row: Record) -> tuple[tuple[int, ...], ...] | None:
+    if row.values.get("confusion") is None:
+        return None
+    lines = [as_record({"row": line}, f"{row.where}, confusion").integers("row") for line in row.items("confusion")]
+    if not 1 <= len(lines) <= MOST_CLASSES or any(len(line) != len(lines) or min(line) < 0 for line in lines):
+        raise InputError(f"Expected a square of counts for 'confusion' in {row.where}, got another form")
+    return tuple(lines)
+
+
+def _verdict(row: Record) -> Verdict | None:
+    if row.values.get("verdict") is None:
+        return None
+    told = row.nested("verdict")
+    low, high = _two(told, "interval")
+    return Verdict(
+        word=told.text("word"),
+        why=told.text("why"),
+        seen=told.text("seen"),
+        advice=tuple(str(text) for text in told.items("advice")),
+        interval=(low, high),
+        num_rows=told.count("num_rows"),
+        majority_label=told.text("majority_label"),
+        majority_share=told.number("majority_share"),
+        chance=told.number("chance"),
+        start_loss=told.optional_number("start_loss"),
+        final_loss=told.optional_number("final_loss"),
+        noise_to_signal=told.optional_number("noise_to_signal"),
+    )
+
+
+def _two(row: Record, key: str) -> tuple[float, float]:
+    found = [as_record({key: item}, row.where).number(key) for item in row.items(key)]
+    if len(found) != 2:
+        raise InputError(f"Expected two numbers for {key!r} in {row.where}, got {len(found)}")
+    return found[0], found[1]
 
 
 def _error(row: Record) -> float | None:
@@ -236,6 +285,8 @@ def _summary(row: Record) -> Summary:
         bytes_down=row.integer("bytes_down"),
         seconds=row.number("seconds"),
         problem=None if row.values.get("problem") is None else row.text("problem"),
+        verdict=_verdict(row),
+        label_names=tuple(map(str, row.items("label_names"))) if row.values.get("label_names") is not None else (),
     )
 
 
