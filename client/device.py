@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from client.policy import Policy, PolicyRefusal, check_request, check_terms
 from client.replies import Kept, Replies, last_heads
 from client.settings import Settings
-from client.trainee import Trainee, Unfit
+from client.trainee import Trainee, Unfit, only_head
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request
@@ -103,7 +103,8 @@ class Device:
                 return Reply(self._facts(request, asked, None), done.reply.tensors)
             if terms.randomness == "seeded":  # the same noise on another sum: their difference would have none
                 raise Refused("other_task", "another adapter was broadcast in this round before")
-        trainee = self._prepared(request)
+        kept = replies.enrolled(request.enrolled_sha256) if self._settings.runtime.cache_prefix else None
+        trainee = self._prepared(request, request.enrolled or kept)
         enrolled = self._enrolled(request, replies)
         with torch_threads(1):
             pool = self._pool_of(trainee, request.client_id, enrolled)
@@ -131,18 +132,20 @@ class Device:
             raise Refused("not_enrolled", f"the adapter {request.enrolled_sha256[:12]} is not on this device")
         return adapter
 
-    def _prepared(self, request: Request) -> Trainee:
-        if self._trainee is None or self._trainee.terms != request.terms:
-            self.close()
-            try:
-                self._trainee = Trainee.prepare(self._settings, request.terms, say=self._say)
-            except Unfit as error:
-                raise Refused(error.reason, str(error)) from error
-            except InputError as error:
-                raise Refused("policy", str(error)) from error
-            self.num_models_loaded += 1
-            self._say(f"base model {request.terms.model_sha256[:12]} loaded, {len(self._trainee.share)} examples")
-        return self._trainee
+    def _prepared(self, request: Request, enrolled: AdapterState | None) -> Trainee:
+        features, now = only_head(request.task, enrolled), self._trainee
+        if now is not None and now.terms == request.terms and (features or not now.features):
+            return now
+        self.close()
+        try:
+            self._trainee = made = Trainee.prepare(self._settings, request.terms, features=features, say=self._say)
+        except Unfit as error:
+            raise Refused(error.reason, str(error)) from error
+        except InputError as error:
+            raise Refused("policy", str(error)) from error
+        self.num_models_loaded += 1
+        self._say(f"base model {request.terms.model_sha256[:12]} loaded, {len(made.share)} examples")
+        return made
 
     def _pool_of(self, trainee: Trainee, client_id: int, enrolled: AdapterState) -> FusedPool | LocalPool:
         key = (trainee.terms.sha256(), client_id, enrolled.fingerprint())

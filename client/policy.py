@@ -20,7 +20,7 @@ ledger are touched:
     label_weights                           of these labels, positive, at most 1e9 (`Terms`); they act before the clip
     max_length, token_budget                bounds: memory and time
     adapter.system, rank, alpha, sizes      a list of systems; bounds; sizes are numbers, so no patterns and no files
-    adapter.target_modules                  names or "all-linear"; never a regular expression, which may run for ever
+    adapter.target_modules                  names, "all-linear", "auto"; no regular expression, as it may run for ever
     init_lora_weights, public               starts that the server makes, or from a file, are no terms at all (`Terms`)
     name                                    printable, as it is shown and logged
     round_index                             below num_rounds
@@ -76,6 +76,8 @@ from fedlr.errors.messages import shown
 from fedlr.errors.ranges import LEAST_GRAD_NORM
 from fedlr.flower.messages import Request
 from fedlr.flower.terms import Terms
+from fedlr.models.adapter_config import AUTO_TARGETS
+from fedlr.models.places import ALL_LINEAR
 from fedlr.models.tuners.blocks import LORA, entry_of, role_of
 
 
@@ -200,9 +202,9 @@ def _check_adapter(terms: Terms, policy: Policy) -> None:
     if adapter.system not in policy.allowed_adapters:
         _refuse("adapter.system", adapter.system, f"{' or '.join(policy.allowed_adapters)} (policy.allowed_adapters)")
     targets = adapter.target_modules
-    names = ([] if targets == "all-linear" else None) if isinstance(targets, str) else targets
+    names = ([] if targets in (ALL_LINEAR, AUTO_TARGETS) else None) if isinstance(targets, str) else targets
     if names is None or len(names) > MOST_NAMES or not all(map(MODULE_NAME.fullmatch, names)):
-        _refuse("adapter.target_modules", targets, "a list of names, or all-linear, as patterns may run for ever")
+        _refuse("adapter.target_modules", targets, "a list of names, all-linear or auto, as patterns may run for ever")
     if len(adapter.layers or []) > MOST_NAMES:
         _refuse("adapter.layers", adapter.layers, f"at most {MOST_NAMES} numbers")
     if adapter.sizes and adapter.system == LORA:

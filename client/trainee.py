@@ -28,7 +28,8 @@ from fedlr.privacy.mechanism import check_delta
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import Charges, LocalPool
 from fedlr.rounds.pools.rehearsal import Rehearsal, with_largest_id
-from fedlr.runs.prepare import check_trainable, local_training, working_model
+from fedlr.rounds.round import RoundTask
+from fedlr.runs.prepare import check_trainable, local_training, reads_features, working_model
 from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.tasks.losses import training_loss
 from fedlr.tasks.tokenise import Share, tokenise
@@ -63,10 +64,19 @@ class Trainee:
     share: Share
     side: SideWeights  # one, as the pools that follow each other merge into the same weights
     rehearsal: Rehearsal
+    features: bool  # whether a text is kept as what the head reads: then nothing but the head can train
 
     @classmethod
-    def prepare(cls, settings: Settings, terms: Terms, *, say: Callable[[str], None]) -> "Trainee":
+    def prepare(
+        cls, settings: Settings, terms: Terms, *, features: bool = False, say: Callable[[str], None]
+    ) -> "Trainee":
         """Load the base model and the examples, once an experiment.
+
+        Args:
+            settings: the device's own.
+            terms: what it agreed to.
+            features: whether the rounds train the head alone, on adapters that are zero (`only_head`).
+            say: the device's own log.
 
         Raises:
             Unfit: the device's model, or its labels or data, are not what the terms need.
@@ -84,9 +94,11 @@ class Trainee:
             with unfit("data"):
                 tokenised = read_texts(own_examples(settings, terms), base, max_length=terms.max_length)
             tables = [constant.table, tokenised]  # the constant rows first: where they fail, no text is read
-            working, (table, tokenised) = working_model(runtime_of(settings), model, tables, say=say)
+            runtime = runtime_of(settings)
+            features = runtime.cache_prefix and features and reads_features(model, {HEAD}, read_adapter(model))
+            working, (table, tokenised) = working_model(runtime, model, tables, features=features, say=say)
         rehearsal = Rehearsal(replace(constant, table=table), say)
-        return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working), rehearsal)
+        return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working), rehearsal, features)
 
     def check(self, block: Block) -> None:
         """Refuse a block of which the engine cannot train the roles.
@@ -151,6 +163,14 @@ def own_examples(settings: Settings, terms: Terms) -> LabelledText:
     return data
 
 
+def only_head(task: RoundTask, enrolled: AdapterState | None) -> bool:
+    """Return whether a round trains the head alone, on layers that are those of the base model, to the bit."""
+    sent = {slot.role for slot in task.broadcast} | roles_of(task.block)
+    if enrolled is None or sent != {HEAD} or task.side or enrolled.side:
+        return False
+    return not any(layer.lora_B.any() for layer in enrolled.factors().values())
+
+
 def constant_rows(tokenizer: PreTrainedTokenizerBase, terms: Terms, *, num_long: int) -> Share:
     """Return a short row and as many of the largest length as are computed side by side; nobody's data."""
     texts = ("a", *["a " * terms.max_length] * num_long)
@@ -187,7 +207,8 @@ def check_model(base: BaseModel, settings: Settings, terms: Terms) -> None:
     if base.fingerprint != terms.model_sha256:
         raise InputError(
             f"Expected the base model {terms.model_sha256[:12]} of the server, got {base.fingerprint[:12]} from "
-            f"{base.source}; install the same package or folder, and set the operator's model.head_std"
+            f"{base.source}; install the same package or folder, and set the operator's model.pooling "
+            "and model.head_std"
         )
 
 

@@ -24,7 +24,16 @@ from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, initial_state, task_of
-from fedlr.runs.prepare import check_trainable, load_held_out, local_training, private_mechanism, working_model
+from fedlr.runs.prepare import (
+    check_trainable,
+    frozen_head_note,
+    load_held_out,
+    local_training,
+    private_mechanism,
+    reads_features,
+    trained_roles,
+    working_model,
+)
 from fedlr.runs.recorder import held_out_labels
 from fedlr.runs.verdict import HeldOut
 from fedlr.tasks.losses import training_loss
@@ -94,11 +103,13 @@ def assemble(
         start = initial_state(begun.adapter, method)
         check_aggregate(start, method, experiment, weights=(1.0,) * experiment.num_clients)
         first = task_of(start, method, train_head=experiment.adapter.train_head).block
-        if faint := check_moves(
-            model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None
-        ):
-            say(f"note: {faint}")
-        working, (test,) = working_model(experiment.runtime, model, [test], say=say)
+        roles = trained_roles(experiment, method)
+        faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None)
+        for note in (faint, frozen_head_note(experiment, base, roles)):
+            if note:
+                say(f"note: {note}")
+        features = reads_features(model, roles, start.adapter)
+        working, (test,) = working_model(experiment.runtime, model, [test], features=features, say=say)
     terms = Terms.of(
         experiment,
         mechanism,

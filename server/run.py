@@ -180,7 +180,11 @@ class Run:
         )
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
         numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
-        numbers |= {"held_out": served.held_out, "draws_head": served.base.draws_head, "noise_sd": served.noise_sd}
+        numbers |= {
+            "held_out": served.held_out,
+            "head_is_drawn": served.base.head_is_drawn,
+            "noise_sd": served.noise_sd,
+        }
         summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         finish_run(self.run_dir, summary, draw=write_report)
         for line in verdict_lines(summary["verdict"]):

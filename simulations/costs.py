@@ -16,7 +16,7 @@ import numpy as np
 
 from fedlr.adapters.state import num_bytes
 from fedlr.models.base_delta import SideWeights
-from fedlr.models.prefix import encode_prefix
+from fedlr.models.prefix import encode_features, encode_prefix
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.fused import bytes_a_client, group_size
@@ -58,7 +58,7 @@ class Costs:
     prefix: Measured | None  # all texts through the frozen layers, once; None: they are part of every step
     step: Measured  # of one client
     evaluation: Measured  # with the run's threads
-    state_bytes: int  # a token past the frozen layers; 0 where they are not cached
+    state_bytes: int  # of a token past the frozen layers, or of a text past all of them; 0 where they are not cached
     peak_bytes: int  # of this process
 
 
@@ -71,20 +71,21 @@ def measure(prepared: Federation) -> Costs:
     f, e = prepared, prepared.experiment
     few = spread(f.test, min(MOST_MEASURED, len(f.test)))
     with torch_threads(1):
-        whole, working = whole_and_working(e.runtime, f.model)
+        whole, working = whole_and_working(e.runtime, f.model, features=f.caches_features)
+        measured_tokens = int(few.lengths.sum())
         prefix, state_bytes = None, 0
         if e.runtime.cache_prefix:
             started = time.perf_counter()
-            few = encode_prefix(whole, few)
+            few = encode_features(whole, few) if f.caches_features else encode_prefix(whole, few)
             assert few.hidden is not None
-            prefix = Measured(time.perf_counter() - started, num_tokens(f) / few.lengths.sum())
-            state_bytes = few.hidden.nbytes // int(few.lengths.sum())
+            prefix = Measured(time.perf_counter() - started, num_tokens(f) / measured_tokens)
+            state_bytes = few.hidden.nbytes // len(few.hidden)
         probe = replace(f, working=working, side=SideWeights(working), test=few)
         step = measure_step(probe)
-        evaluation = measure_evaluation(probe, num_tokens=int(f.test.lengths.sum()))
+        evaluation = measure_evaluation(probe, num_tokens=num_states(f, f.test))
     return Costs(
         num_texts=len(few),
-        num_tokens=int(few.lengths.sum()),
+        num_tokens=measured_tokens,
         prefix=prefix,
         step=step,
         evaluation=evaluation,
@@ -149,6 +150,11 @@ def num_tokens(federation: Federation) -> int:
     return int(federation.clients[0].table.lengths.sum() + federation.test.lengths.sum())
 
 
+def num_states(federation: Federation, table: TokenisedText) -> int:
+    """Return how many rows a table has in a cache: its tokens, or its texts where features are cached."""
+    return len(table) if federation.caches_features else int(table.lengths.sum())
+
+
 def num_passes(federation: Federation) -> int:
     """Return how many times each text passes the frozen layers: once, unless processes share no folder."""
     runtime = federation.experiment.runtime
@@ -185,7 +191,7 @@ def state_places(federation: Federation, costs: Costs) -> tuple[int, int]:
     """Return the bytes of states in memory, and of those on a disk."""
     store = state_store(federation.experiment.runtime, say=lambda line: None)
     tables = [federation.clients[0].table, federation.test]
-    sizes = [int(table.lengths.sum()) * costs.state_bytes for table in tables]
+    sizes = [num_states(federation, table) * costs.state_bytes for table in tables]
     in_memory = sum(size for size in sizes if store.is_in_memory(size))
     return in_memory, sum(sizes) - in_memory
 

@@ -27,11 +27,14 @@ from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds.round import RoundTask, ServerState, initial_state, task_of
 from fedlr.runs.prepare import (
     check_trainable,
+    frozen_head_note,
     load_examples,
     local_training,
     notes,
     placement,
     private_mechanism,
+    reads_features,
+    trained_roles,
     with_clients_of,
     working_model,
 )
@@ -83,6 +86,12 @@ class Federation:
         state = replace(self.start, round_index=round_index)
         return task_of(state, self.method, train_head=self.experiment.adapter.train_head)
 
+    @property
+    def caches_features(self) -> bool:
+        """Whether a cached text is one row of features: nothing below the head trains."""
+        roles = trained_roles(self.experiment, self.method)
+        return self.experiment.runtime.cache_prefix and reads_features(self.model, roles, self.start.adapter)
+
     def without_privacy(self) -> "Federation":
         """Return the same federation without clipping and noise."""
         return replace(self, budget=None, mechanism=None)
@@ -101,7 +110,8 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     """
     f = prepare(experiment, seed=seed)
     table = f.clients[0].table
-    working, (table, test) = working_model(experiment.runtime, f.model, [table, f.test], say=say)
+    tables = [table, f.test]
+    working, (table, test) = working_model(experiment.runtime, f.model, tables, features=f.caches_features, say=say)
     clients = tuple(Share(table, client.rows) for client in f.clients)
     return replace(f, working=working, clients=clients, test=test, side=SideWeights(working))
 
@@ -181,7 +191,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         notes=(
             *notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),
             *left_out_note(partition, data.source),
-            *([faint] if faint else []),
+            *(note for note in (faint, frozen_head_note(experiment, base, trained_roles(experiment, method))) if note),
         ),
     )
 

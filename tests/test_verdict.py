@@ -141,11 +141,11 @@ def test_a_record_is_json_and_makes_the_lines() -> None:
 
 
 def test_settings_are_those_of_the_configuration() -> None:
-    frozen = settings_of(experiment("adapter.train_head=false"), draws_head=True, noise_sd=0.3)
+    frozen = settings_of(experiment("adapter.train_head=false"), head_is_drawn=True, noise_sd=0.3)
     assert (frozen.has_random_head, frozen.pooling, frozen.num_rounds) == (True, None, 2)
     assert frozen.gathered_noise == pytest.approx(0.3 * (2 / 3) ** 0.5)
-    assert not settings_of(experiment("adapter.train_head=true"), draws_head=True).has_random_head
-    assert not settings_of(experiment("adapter.train_head=false"), draws_head=False).has_random_head
+    assert not settings_of(experiment("adapter.train_head=true"), head_is_drawn=True).has_random_head
+    assert not settings_of(experiment("adapter.train_head=false"), head_is_drawn=False).has_random_head
 
 
 def test_labels_are_counted_in_the_order_of_their_names() -> None:

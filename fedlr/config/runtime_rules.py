@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlr.adapters.state import LORA_A, LORA_B, ClientUpdate
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ClientUpdate
 from fedlr.config.schema import Experiment
 from fedlr.config.system_rules import check_system
 from fedlr.errors import InputError
@@ -73,6 +73,8 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             )
         if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
+    if HEAD in method.block_schedule.roles and not experiment.adapter.train_head:
+        raise InputError(f"Expected adapter.train_head=true for method={name}, which trains the head, got false")
     reads_product = method.dynamic_ranks or isinstance(method.block_schedule, StrongestLayers)
     if (method.prunes or reads_product) and (start := experiment.adapter.init_lora_weights) in WITH_SIDE:
         raise InputError(

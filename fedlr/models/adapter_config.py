@@ -22,6 +22,7 @@ FROM_LABELS = ("lora_ga", "lora_sb")
 FROM_PUBLIC = ("eva", "corda", "corda_ipm", *FROM_LABELS)
 MADE_BY_THE_SERVER = (*FROM_WEIGHTS, *FROM_PUBLIC)
 WITH_SIDE = (*FROM_WEIGHTS, "corda", "corda_ipm", "lora_ga")  # B A is not zero: a side product takes it back
+AUTO_TARGETS = "auto"  # the layers that PEFT has for LoRA on the model's type
 CHANGE_THE_BASE = ("loftq",)  # PEFT's pissa_niter_N too
 # Of a trained number: itself, where it started, its sum, its noise, two moments, and three of a rule after the noise.
 BYTES_A_NUMBER = 9 * 4
@@ -31,14 +32,15 @@ LARGEST_SIZE = 1_000_000  # of another system: PEFT allocates what it is asked f
 class AdapterConfig(BaseModel):
     """Where the LoRA factors go, and how they start.
 
-    `target_modules` is a list of module names, one regular expression for whole paths, or "all-linear"; `layers`
-    restricts a list to those encoder layers (None: all). `client_ranks` gives client k the rank number k of the list,
-    which is repeated as often as there are clients (None: all have `rank`); the scale is that of `rank` for all.
-    `client_memory_mb` gives them megabytes instead, of which the ranks follow (`ranks`). `init_lora_weights` is
-    PEFT's, as far as an exported adapter opens on the plain base model, and nobody's examples are read before there
-    is any noise; `principal` and `activations` are ours (`models.starts.from_base`), and so are those that read only
-    weights, or the table `public`, and never change a tensor of the base (`fedlr.models.starts.starts`). `system` is
-    a name of `models.tuners`, and `sizes` what that system has besides rank and alpha, by PEFT's names.
+    `target_modules` is a list of module names, one regular expression for whole paths, "all-linear", or "auto":
+    PEFT's own list for the model's type. `layers` restricts a list to those encoder layers (None: all).
+    `client_ranks` gives client k the rank number k of the list, which is repeated as often as there are clients
+    (None: all have `rank`); the scale is that of `rank` for all. `client_memory_mb` gives them megabytes instead, of
+    which the ranks follow (`ranks`). `init_lora_weights` is PEFT's, as far as an exported adapter opens on the plain
+    base model, and nobody's examples are read before there is any noise; `principal` and `activations` are ours
+    (`models.starts.from_base`), and so are those that read only weights, or the table `public`, and never change a
+    tensor of the base (`fedlr.models.starts.starts`). `system` is a name of `models.tuners`, and `sizes` what that
+    system has besides rank and alpha, by PEFT's names.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -144,7 +146,7 @@ class AdapterConfig(BaseModel):
     @field_validator("layers")
     @classmethod
     def _are_some(cls, value: list[int] | None, info: ValidationInfo) -> list[int] | None:
-        if value is not None and isinstance(info.data.get("target_modules"), str):
+        if value is not None and isinstance(given := info.data.get("target_modules"), str) and given != AUTO_TARGETS:
             raise ValueError("null, as adapter.target_modules is a pattern: list names there to choose layers here")
         if value is not None and (not value or len(set(value)) < len(value)):
             raise ValueError("null for all layers, or a list of different layers, such as [4, 5]")

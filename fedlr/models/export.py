@@ -15,6 +15,7 @@ from fedlr.adapters.state import AdapterState
 from fedlr.files import whole_folder
 from fedlr.models.network import BaseModel
 from fedlr.models.peft_state import ADAPTER_NAME, adapted_layers, base_layers, head_parts, write_adapter
+from fedlr.models.pooling import NORMALISED, PooledClassifier
 from fedlr.models.tuners.exported import INSIDE, portable, title_of
 from fedlr.models.usage import reference, usage
 
@@ -27,7 +28,7 @@ tags: [{tag}, federated-learning, differential-privacy]
 # {name}
 
 {article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
-Base tensors: SHA-256 `{base_sha256}`.
+Base tensors: SHA-256 `{base_sha256}`. {pooling}
 {personal}
 In this folder:
 
@@ -68,9 +69,10 @@ def export_adapter(
 
     The tokenizer lies beside it, with the run's pad token, and the card's lines of Python open both (`models.usage`).
 
-    Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; a frozen random head is included,
-    because a base model loaded anew would draw another one. What the server folded away stands beside the factors, as
-    ranks of the layers more, and each layer has its own rank. The folder is whole or absent.
+    Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; where features are pooled by us
+    the card defines that base, in a few lines without fedlr. A frozen random head is included, because a base model
+    loaded anew would draw another one. What the server folded away stands beside the factors, as ranks of the layers
+    more, and each layer has its own rank. The folder is whole or absent.
     """
     write_adapter(model, adapter.tensors)
     system = title_of(model)
@@ -93,6 +95,7 @@ def export_adapter(
         method=method,
         base=source,
         base_sha256=base.fingerprint,
+        pooling=pooling_text(base.pooling),
         usage=usage(base, max_length=max_length, has_pairs=has_pairs),
         labels=", ".join(f"{index} = {label}" for index, label in sorted(labels.items())),
         adapter_sha256=adapter.fingerprint(),
@@ -106,11 +109,27 @@ def export_adapter(
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
+def pooling_text(pooling: str | None) -> str:
+    """Say what the head reads of a text.
+
+    >>> pooling_text("mean_normalised")
+    'The head reads the mean over the tokens of a text, of length 1 (pooling `mean_normalised`).'
+    """
+    if pooling is None:
+        return "The head reads a text as the base model's own class does (pooling `null`)."
+    what = {"cls": "the first token", "mean": "the mean over the tokens", "last": "the last token"}
+    length = ", of length 1" if pooling.endswith(NORMALISED) else ""
+    return f"The head reads {what[pooling.removesuffix(NORMALISED)]} of a text{length} (pooling `{pooling}`)."
+
+
 def _target_modules(model: PeftModel, names: Collection[str]) -> list[str]:
     """Return what the configuration says of its layers, sorted: the same file for the same adapter.
 
-    Where a name would also stand for a layer of the head, which has no adapter, the layers' whole paths.
+    Where a name would also stand for a layer of the head, which has no adapter, or for one that was taken out of the
+    base (a pooler that nothing reads), the layers' whole paths.
     """
+    if isinstance(model.get_base_model(), PooledClassifier):
+        return sorted(path.removeprefix(INSIDE) for path in base_layers(model))
     heads = [path for path, (_, part) in head_parts(model).items() if isinstance(part, nn.Linear)]
     if any(path.endswith(f".{name}") for path in heads for name in names):
         return sorted(path.removeprefix(INSIDE) for path in base_layers(model))

@@ -4,6 +4,8 @@ Notable choices:
 - Weights are safetensors only and no remote code runs, whatever the model says.
 - A tensor that the checkpoint lacks (a new classification head) is drawn from the run's seed: a frozen random head must
   be the same on every client (FedSVD, Lee et al. 2025, sec. 4), or averaging B means nothing.
+- A sentence encoder is read as its own files say (`models.pooling`); any other checkpoint by the class that
+  transformers has for its family.
 - All dropout is switched off: it would draw from a global generator, and it breaks caching and parity for a gain that a
   few hundred private steps never see.
 """
@@ -11,13 +13,14 @@ Notable choices:
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import is_offline_mode
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,9 +33,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlr.errors import InputError, in_range
 from fedlr.errors.messages import first_line
-from fedlr.models.adapter_config import INFORMED, INITIALISERS, AdapterConfig
+from fedlr.models.adapter_config import AUTO_TARGETS, INFORMED, INITIALISERS, AdapterConfig
 from fedlr.models.fingerprint import tensor_fingerprint
-from fedlr.models.places import PEFT_HEADS, check_places, head_modules, linear_names
+from fedlr.models.places import PEFT_HEADS, check_places, head_modules, last_layer, linear_names
+from fedlr.models.pooling import AUTO, POOLINGS, PooledClassifier, pooling_of
 from fedlr.models.starts.from_base import inform
 from fedlr.tasks.synthetic import VOCABULARY
 
@@ -47,9 +51,10 @@ class BaseModel:
     """A frozen pretrained network with its tokenizer, where it came from, and the SHA-256 of its tensors.
 
     `drawn` names the modules outside the head that the checkpoint lacked: they belong to the adapter, as the head does.
-    `head` names those of the head that PEFT does not know. `draws_head` says that the checkpoint has no head for these
-    labels, so that the run's seed drew it. `made` are the arguments of `tiny_random` where it made the
-    network, which then exists nowhere else.
+    `head` names those of the head that PEFT does not know. `made` are the arguments of `tiny_random` where it made the
+    network, which then exists nowhere else. `head_is_drawn`: the checkpoint has no head for these labels. `unread` are
+    tensors of the body, by their names in it, that no logit depends on and that were taken out of the network: a
+    pooler, where features are pooled otherwise.
     """
 
     network: PreTrainedModel
@@ -59,7 +64,8 @@ class BaseModel:
     drawn: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     made: Mapping[str, Any] | None = None
-    draws_head: bool = True
+    head_is_drawn: bool = True
+    unread: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def whole_modules(self) -> list[str]:
@@ -72,10 +78,17 @@ class BaseModel:
         return (*PEFT_HEADS, *self.whole_modules)
 
     @property
+    def pooling(self) -> str | None:
+        """Return how `models.pooling` makes the features that the head reads; None: as the transformers class does."""
+        return self.network.pooling if isinstance(self.network, PooledClassifier) else None
+
+    @property
     def body_sha256(self) -> str:
-        """Return the SHA-256 of what was pretrained, without head and drawn modules: it depends on no seed."""
+        """Return the SHA-256 of what was pretrained, without head and drawn modules: it depends on no seed, and not on
+        how features are pooled."""
         prefix = f"{self.network.base_model_prefix}."
-        return tensor_fingerprint(self.network.base_model, without=[path.removeprefix(prefix) for path in self.drawn])
+        without = [path.removeprefix(prefix) for path in self.drawn]
+        return tensor_fingerprint(self.network.base_model, without=without, beside=self.unread)
 
 
 def pretrained(
@@ -85,6 +98,7 @@ def pretrained(
     seed: int,
     published_as: str | None = None,
     head_std: float | None = None,
+    pooling: str | None = None,  # as in every file that was saved before there was a choice
 ) -> BaseModel:
     """Load a sequence classifier by Hugging Face name, from a local folder, or from an installed package.
 
@@ -93,15 +107,20 @@ def pretrained(
         label_names: one name a class, in the order of the label indices.
         seed: draws the tensors that the checkpoint lacks.
         published_as: the name by which others can get the same base model; written into exported adapters.
-        head_std: standard deviation of a new head's weights; None: the model's own initializer_range.
+        head_std: standard deviation of a new head's weights; None: the model's own initializer_range; 0: the last layer
+            of the head is zero, so it must train.
+        pooling: what the head reads of a text, one of `models.pooling.POOLINGS`; auto: what the files of a sentence
+            encoder say, and without such files as None; None: what the transformers class makes of it.
 
     Raises:
         InputError: if nothing can be loaded from there, with what to change.
     """
     location = resolve(name_or_path)
-    if head_std is not None:
+    if head_std is not None and head_std != 0:
         in_range(1e-9, 1e3, **{"model.head_std": head_std})
-    drawn = {} if head_std is None else {"initializer_range": head_std}
+    if pooling not in (None, AUTO, *POOLINGS):
+        raise InputError(f"Expected model.pooling to be auto, null, or one of {', '.join(POOLINGS)}, got {pooling!r}")
+    drawn = {"initializer_range": head_std} if head_std else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         with seeded(seed):
@@ -118,21 +137,55 @@ def pretrained(
                 output_loading_info=True,
                 **drawn,
             )
+        found = pooling_of(location) if pooling == AUTO else pooling
+    except InputError:
+        raise
     except Exception as error:  # each of the formats in such a folder has errors of its own
-        reason = first_line(error)
-        if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
-            reason = "the folder holds no config.json, so it is no saved model"
-        elif is_offline_mode() and not Path(location).is_dir():
-            reason = "this run is offline and has no copy of it; set runtime.offline=false once to download it"
-        raise InputError(
-            f"Expected model.name_or_path to be a model folder, an installed package (pkg:NAME/FOLDER) or a hub name "
-            f"that can be reached, got {name_or_path!r}: {reason}"
-        ) from error
+        raise _not_loaded(name_or_path, location, error) from error
     absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    drawn_body, head = drawn_modules(network, absent), head_modules(network, absent)
-    draws_head = any(not name.startswith(f"{network.base_model_prefix}.") for name in absent)
-    parts: dict[str, Any] = {"drawn": drawn_body, "head": head, "draws_head": draws_head}
-    return _frozen(network, tokenizer, published_as or name_or_path, **parts)
+    drawn_body, source = drawn_modules(network, absent), published_as or name_or_path
+    if found is not None:
+        unread = _without_pooler(network.base_model)
+        unread = {} if drawn_body else unread  # drawn tensors are nobody's
+        std = getattr(network.config, "initializer_range", 0.02) if head_std is None else head_std
+        with seeded(seed):
+            ours = PooledClassifier(network.base_model, pooling=found, num_labels=len(label_names), head_std=std)
+        return _frozen(ours, tokenizer, source, unread=unread)
+    if head_std == 0:
+        _zero_last_layer(network, absent)
+    new_head = any(not name.startswith(f"{network.base_model_prefix}.") for name in absent)
+    head = head_modules(network, absent)
+    return _frozen(network, tokenizer, source, drawn=drawn_body, head=head, head_is_drawn=new_head)
+
+
+def _not_loaded(name_or_path: str, location: str, error: Exception) -> InputError:
+    reason = first_line(error)
+    if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
+        reason = "the folder holds no config.json, so it is no saved model"
+    elif is_offline_mode() and not Path(location).is_dir():
+        reason = "this run is offline and has no copy of it; set runtime.offline=false once to download it"
+    return InputError(
+        f"Expected model.name_or_path to be a model folder, an installed package (pkg:NAME/FOLDER) or a hub name "
+        f"that can be reached, got {name_or_path!r}: {reason}"
+    )
+
+
+def _without_pooler(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """Take an encoder's pooler out, which nothing reads where features are pooled otherwise; return its tensors."""
+    pooler = getattr(encoder, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return {}
+    cast(Any, encoder).pooler = nn.Identity()
+    return {f"pooler.{name}": tensor for name, tensor in pooler.state_dict().items()}
+
+
+def _zero_last_layer(network: PreTrainedModel, absent: Iterable[str]) -> None:
+    """Let a head that the checkpoint lacks start from zero: every class is as likely, and nothing is random."""
+    path, layer = last_layer(network)
+    with torch.no_grad():
+        for name, tensor in layer.named_parameters():
+            if f"{path}.{name}" in absent:
+                tensor.zero_()
 
 
 def drawn_modules(network: PreTrainedModel, absent: Iterable[str]) -> tuple[str, ...]:
@@ -196,6 +249,7 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
     Raises:
         InputError: if no layer matches, or the rank exceeds what a matched layer can hold.
     """
+    config = with_targets(base, config)
     check_places(base.network, base.source, config, heads=base.head_names)
     targets = config.target_modules
     try:
@@ -226,6 +280,24 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
     if config.init_lora_weights in INFORMED:
         inform(model, base.tokenizer, config.init_lora_weights, seed=seed)
     return model
+
+
+def with_targets(base: BaseModel, config: AdapterConfig) -> AdapterConfig:
+    """Return a configuration whose target_modules are names: of auto, those that PEFT has for LoRA on this model type.
+
+    Raises:
+        InputError: if PEFT has none.
+    """
+    if config.target_modules != AUTO_TARGETS:
+        return config
+    model_type = base.network.config.model_type
+    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    if not isinstance(names, list | tuple):
+        raise InputError(
+            f"Expected adapter.target_modules to name layers of {base.source}, as PEFT knows no usual ones of "
+            f"{model_type}, got auto; its linear layers end in {', '.join(linear_names(base.network, base.head_names))}"
+        )
+    return config.model_copy(update={"target_modules": list(names)})
 
 
 def word_tokenizer(words: Sequence[str], *, max_length: int) -> PreTrainedTokenizerFast:

@@ -38,6 +38,27 @@ def head_modules(network: PreTrainedModel, absent: Iterable[str] = ()) -> tuple[
     return tuple(sorted(found))
 
 
+def last_layer(network: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """Return the path and the layer of a classifier's head that gives the logits: its last linear layer.
+
+    Raises:
+        InputError: if the head has none.
+    """
+    layers = [
+        (path, module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear) and path.split(".")[0] != network.base_model_prefix
+    ]
+    num_labels = network.config.num_labels
+    layers = [(path, module) for path, module in layers if module.out_features == num_labels] or layers
+    if not layers:
+        raise InputError(
+            f"Expected a head with a linear layer for model.head_std=0, got {type(network).__name__}; set "
+            "model.head_std=null"
+        )
+    return layers[-1]
+
+
 def in_head(path: str, heads: Sequence[str]) -> bool:
     """Return whether a module is one of the heads or lies in one, by PEFT's rule: the end of a path.
 

@@ -12,8 +12,10 @@ Notable choices:
   matrix product rounds otherwise, cached or not.
 - Each micro-batch passes on one thread, several at a time, so the states do not depend on the number of threads.
 - numpy has no bfloat16: such states are kept as uint16, the same bits (`collate` gives them their type back).
+- Where nothing but the head trains, and the features are pooled by us (`fedlr.models.pooling`), the prefix is the whole
+  encoder: a text becomes one row, what the head reads, as if it had one token.
 
-Legend: N examples, T tokens, H hidden size.
+Legend: N examples, T tokens, H hidden size, F features of a text (H + 1).
 """
 
 import copy
@@ -35,7 +37,9 @@ from fedlr.adapters.state import HEAD
 from fedlr.data.store import Put, TableStore
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters
+from fedlr.models.pooling import PooledClassifier
 from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
+from fedlr.training.zero_head import awake
 
 # What an encoder of this family calls its layers.
 _LAYER_LISTS = ("encoder.layer", "transformer.layer", "layers")
@@ -76,8 +80,7 @@ def encode_prefix(
     batches = micro_batches(data.lengths, range(len(data)), token_budget)
 
     def key() -> dict[str, str | int]:
-        types = {} if data.token_type_ids is None else {"token_types": _digest(data.token_type_ids)}
-        return {**_identity(model), "texts": _digest(data.ids, data.offsets), **types, "token_budget": token_budget}
+        return {**_identity(model), **_texts(data), "token_budget": token_budget}
 
     def fill(put: Put) -> None:
         with _stopping_at(model, layers[first]), _one_thread_each(num_threads) as threads:
@@ -87,6 +90,54 @@ def encode_prefix(
     shape = (int(data.offsets[-1]), _hidden_size(model))
     kind = np.float32 if dtype == torch.float32 else np.uint16
     return replace(data, hidden=(store or TableStore()).table(key, shape=shape, dtype=kind, fill=fill))
+
+
+def encode_features(
+    model: nn.Module,
+    data: TokenisedText,
+    *,
+    token_budget: int = 1024,
+    num_threads: int = 1,
+    store: TableStore | None = None,
+) -> TokenisedText:
+    """Return the texts as rows of one token each, whose hidden state is what the head reads: (N, F) float32.
+
+    As `encode_prefix`, for a model that `without_encoder` takes whose adapters are zero, and the same of privacy.
+    """
+    network = _pooled_network(model)
+    batches = micro_batches(data.lengths, range(len(data)), token_budget)
+
+    def key() -> dict[str, str | int]:
+        return {**_identity_of_encoder(model), **_texts(data), "token_budget": token_budget}
+
+    def put_features(rows: NDArray[np.int64], put: Put) -> None:
+        with torch.inference_mode():
+            features = network.features(**_inputs(model, data, rows)).cpu().float().numpy()
+        for row, feature in zip(rows, features, strict=True):
+            put(int(row), feature[None])
+
+    def fill(put: Put) -> None:
+        with _evaluating(model), _one_thread_each(num_threads) as threads:
+            list(threads.map(lambda rows: put_features(rows, put), batches))
+
+    shape = (len(data), network.num_features)
+    hidden = (store or TableStore()).table(key, shape=shape, dtype=np.float32, fill=fill)
+    ids, offsets = np.full(len(data), data.pad_id, dtype=np.int32), np.arange(len(data) + 1, dtype=np.int64)
+    return replace(data, ids=ids, offsets=offsets, token_type_ids=None, hidden=hidden)
+
+
+def without_encoder(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that reads features, as `encode_features` makes them; all tensors are shared.
+
+    Names stay, so adapters pass between the two unchanged; layers of the encoder have no part in what it computes.
+
+    Raises:
+        InputError: if the model's features are not pooled by us.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    _pooled_network(short).reads_features = True
+    return short
 
 
 def without_prefix(model: nn.Module) -> nn.Module:
@@ -167,12 +218,20 @@ def _stopping_at(model: nn.Module, layer: nn.Module) -> Iterator[None]:
         raise _Reached(inputs[0])
 
     handle = layer.register_forward_pre_hook(stop)
+    try:
+        with _evaluating(model):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        handle.remove()
         model.train(was_training)
 
 
@@ -208,19 +267,32 @@ def _identity(model: nn.Module) -> dict[str, str | int]:
     """Return all that hidden states depend on beside the texts: tensors and shape of the prefix, and who computes."""
     layers, first = prefix(model)
     owner = _encoder_owner(model)
-    config = cast(Any, owner).config
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
     tensors = [
         (f"{index} {name}", tensor)
         for index, part in enumerate([cast(nn.Module, owner.embeddings), *layers[:first]])
         for name, tensor in sorted([*part.named_parameters(), *part.named_buffers()])
     ]
+    return {**_computed_by(model, cast(Any, owner).config, tensors), "num_layers": first}
+
+
+def _identity_of_encoder(model: nn.Module) -> dict[str, str | int]:
+    """Return the same of features: tensors and shape of the encoder, and how it is pooled."""
+    network = _pooled_network(model)
+    adapter = {
+        id(parameter) for parameter in adapter_parameters(model).values()
+    }  # changes nothing: see encode_features
+    named = [*network.base_model.named_parameters(), *network.base_model.named_buffers()]
+    tensors = sorted(((name, tensor) for name, tensor in named if id(tensor) not in adapter), key=lambda one: one[0])
+    return {**_computed_by(model, network.config, tensors), "pooling": network.pooling}
+
+
+def _computed_by(model: nn.Module, config: Any, tensors: list[tuple[str, Tensor]]) -> dict[str, str | int]:
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
     return {
         "prefix": _digest(*(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy() for _, tensor in tensors)),
         "names": _digest(json.dumps([(name, str(t.dtype), list(t.shape)) for name, t in tensors]).encode()),
         "settings": _digest(json.dumps([settings, config._attn_implementation], sort_keys=True, default=str).encode()),
         "model_type": _model_type(model),
-        "num_layers": first,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": _processor(next(model.parameters()).device),
@@ -232,11 +304,25 @@ def _processor(device: torch.device) -> str:
     return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def _texts(data: TokenisedText) -> dict[str, str]:
+    """Return the hashes of what a model reads of the texts."""
+    types = {} if data.token_type_ids is None else {"token_types": _digest(data.token_type_ids)}
+    return {"texts": _digest(data.ids, data.offsets), **types}
+
+
 def _digest(*parts: bytes | NDArray[Any]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
     return digest.hexdigest()
+
+
+def _pooled_network(model: nn.Module) -> Any:
+    """Return the classifier of `fedlr.models.pooling` inside a PEFT model."""
+    for module in model.modules():
+        if isinstance(module, PooledClassifier):
+            return module
+    raise InputError(f"Expected features pooled by model.pooling to cache them, got {_model_type(model)} without")
 
 
 def _layer_list(module: nn.Module) -> nn.ModuleList | None:
@@ -265,6 +351,7 @@ def _same_logits(model: nn.Module, short: nn.Module) -> bool:
     ids, offsets = np.arange(2, 7, dtype=np.int32), np.array([0, 2, 5])
     probe = TokenisedText(ids, offsets, labels=np.zeros(2, dtype=np.int64), pad_id=pad_id, num_truncated=0)
     rows = np.arange(len(probe))
+    model, short = awake(model), awake(short)
     try:
         cached = encode_prefix(model, probe)
         with torch.no_grad():

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from fedlr.models.network import PACKAGE_PREFIX, BaseModel
+from fedlr.models.pooling import BIAS_FEATURE, NORMALISED
 
 _CODE = """\
 {imports}
@@ -48,6 +49,29 @@ base = AutoModelForSequenceClassification.from_pretrained(
     {where}, num_labels={num_labels}, ignore_mismatched_sizes=True, dtype=torch.float32
 )"""
 
+_POOLED = """\
+class Classifier(torch.nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.config, self.{prefix} = encoder.config, encoder
+        self.classifier = torch.nn.Linear({num_features}, {num_labels}, bias=False)
+
+    def forward(self, input_ids, attention_mask, **others):
+        states = self.{prefix}(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        {pool}
+        features = torch.nn.functional.pad(vectors, (0, 1), value={bias})
+        return SequenceClassifierOutput(logits=self.classifier(features))
+
+
+base = Classifier(AutoModel.from_pretrained({where}, dtype=torch.float32))"""
+
+_POOL = {
+    "cls": "vectors = states[:, 0]",
+    "mean": "vectors = (states * (mask := attention_mask[:, :, None])).sum(1) / mask.sum(1)",
+    "last": "vectors = states[torch.arange(len(states)), attention_mask.sum(1) - 1]",
+}
+_NORMALISE = "vectors = torch.nn.functional.normalize(vectors, dim=-1)"
+
 _MADE = """\
 # The base model has random weights, and is published nowhere: fedlr makes it again.
 base = tiny_random({arguments}).network"""
@@ -65,7 +89,12 @@ def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
         has_pairs: rows are of two texts.
     """
     imports = ["import torch", "from peft import PeftModel"]
-    auto = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+    auto = ["from transformers import AutoModelForSequenceClassification, AutoTokenizer"]
+    if base.pooling is not None:
+        auto = [
+            "from transformers import AutoModel, AutoTokenizer",
+            "from transformers.modeling_outputs import SequenceClassifierOutput",
+        ]
     if base.made is not None:
         imports = [
             *imports,
@@ -76,7 +105,7 @@ def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in base.made.items())
         loading = _MADE.format(arguments=arguments)
     else:
-        imports = [*imports, auto]
+        imports = [*imports, *auto]
         where = json.dumps(location := reference(base.source), ensure_ascii=False)
         note = ""
         if location.startswith(PACKAGE_PREFIX):
@@ -86,10 +115,24 @@ def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
             where = f"{place} + {json.dumps('/' + inside)}" if inside else place
         elif Path(location).is_absolute():
             note = "# A folder of the machine that trained: put in where yours is; it must have the SHA-256 above.\n"
-        num_labels = len(base.network.config.id2label or {})
-        loading = note + _LOADED.format(where=where, num_labels=num_labels)
+        loading = note + _loading(base, where)
     classify = (_PAIRS if has_pairs else _TEXTS).format(max_length=max_length)
     return _CODE.format(imports="\n".join(imports) + "\n", base=loading, classify=classify)
+
+
+def _loading(base: BaseModel, where: str) -> str:
+    num_labels = len(base.network.config.id2label or {})
+    if base.pooling is None:
+        return _LOADED.format(where=where, num_labels=num_labels)
+    pool = _POOL[base.pooling.removesuffix(NORMALISED)]
+    return _POOLED.format(
+        where=where,
+        prefix=base.network.base_model_prefix,
+        num_features=base.network.num_features,
+        num_labels=num_labels,
+        pool=f"{pool}\n        {_NORMALISE}" if base.pooling.endswith(NORMALISED) else pool,
+        bias=BIAS_FEATURE,
+    )
 
 
 def reference(source: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fedlr.adapters.state import HEAD, Block
+from fedlr.adapters.state import HEAD, AdapterState, Block
 from fedlr.config.build import build, build_choice, build_optimizer, checked, naming
 from fedlr.config.rules import check_num_clients
 from fedlr.config.schema import DataSection, Experiment, RuntimeSection, TrainerSection
@@ -24,10 +24,13 @@ from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.chain import Chain
 from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.methods.method import Method
 from fedlr.models.adapter_config import AdapterConfig
-from fedlr.models.network import AdaptedModel
+from fedlr.models.network import AdaptedModel, BaseModel
+from fedlr.models.peft_state import LAYOUT
+from fedlr.models.pooling import PooledClassifier
 from fedlr.models.precision import bfloat16_note, with_bfloat16_base
-from fedlr.models.prefix import encode_prefix, without_prefix
+from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
 from fedlr.models.tuners.blocks import LORA
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
@@ -38,6 +41,7 @@ from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
 from fedlr.training.tuner_supported import check_tuner
+from fedlr.training.zero_head import check_head_trains
 
 
 def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
@@ -176,6 +180,7 @@ def check_trainable(
         InputError: which names the layer and the setting to change.
     """
     block = frozenset(roles) | (frozenset({HEAD}) if adapter.train_head else frozenset())
+    check_head_trains(model, head_trains=HEAD in block)
     mode = trainer.grad_sample_mode
     if adapter.system != LORA:
         check_tuner(model, block, first=first, grad_sample_mode=mode)
@@ -185,24 +190,50 @@ def check_trainable(
         check_fused(model, block)
 
 
+def reads_features(model: AdaptedModel, roles: Iterable[str], start: AdapterState) -> bool:
+    """Return whether all that trains reads features that no round changes: then they can be cached, one row per text.
+
+    Args:
+        model: the whole model.
+        roles: all that any round trains.
+        start: what the rounds start from.
+    """
+    is_pooled = isinstance(model.get_base_model(), PooledClassifier)
+    zero = not start.side and not any(layer.lora_B.any() for layer in start.factors().values())
+    return is_pooled and set(roles) == {HEAD} and zero and not hasattr(model, LAYOUT)
+
+
 def working_model(
-    runtime: RuntimeSection, model: AdaptedModel, tables: list[TokenisedText], *, say: Callable[[str], None]
+    runtime: RuntimeSection,
+    model: AdaptedModel,
+    tables: list[TokenisedText],
+    *,
+    features: bool = False,
+    say: Callable[[str], None],
 ) -> tuple[nn.Module, list[TokenisedText]]:
-    """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached."""
-    whole, working = whole_and_working(runtime, model)
+    """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached.
+
+    With `features` (see `reads_features`) those are all layers.
+    """
+    whole, working = whole_and_working(runtime, model, features=features)
     if not runtime.cache_prefix:
         return working, tables
     store = state_store(runtime, say=say)
     found = "" if store.folder is None else f", or come from {store.folder}"
     say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
-    return working, [encode_prefix(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
+    encode = encode_features if features else encode_prefix
+    return working, [encode(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
 
 
-def whole_and_working(runtime: RuntimeSection, model: AdaptedModel) -> tuple[nn.Module, nn.Module]:
+def whole_and_working(
+    runtime: RuntimeSection, model: AdaptedModel, *, features: bool = False
+) -> tuple[nn.Module, nn.Module]:
     """Return the model as it computes, and what of it trains: the same, or the part above its cached prefix."""
     model.to(runtime.device)
     whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
-    return whole, without_prefix(whole) if runtime.cache_prefix else whole
+    if not runtime.cache_prefix:
+        return whole, whole
+    return whole, without_encoder(whole) if features else without_prefix(whole)
 
 
 def state_store(runtime: RuntimeSection, *, say: Callable[[str], None]) -> TableStore:
@@ -265,6 +296,23 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
                 "that lasts the whole run"
             )
     return budget, mechanism
+
+
+def trained_roles(experiment: Experiment, method: Method) -> frozenset[str]:
+    """Return all that any round of an experiment trains."""
+    return frozenset(method.block_schedule.roles) | (
+        frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
+    )
+
+
+def frozen_head_note(experiment: Experiment, base: BaseModel, roles: Iterable[str]) -> str | None:
+    """Say that a private run has a random head that never trains; None where that is not so."""
+    if experiment.privacy.epsilon is None or HEAD in roles or not base.head_is_drawn:
+        return None
+    return (
+        "the head is random and never trains, and under privacy such a run can stay at chance: set "
+        "adapter.train_head=true, and model.head_std=0 to start it from zero"
+    )
 
 
 def notes(

@@ -86,16 +86,16 @@ def held_out_labels(labels: np.ndarray, label_names: Sequence[str]) -> HeldOut:
     return HeldOut(dict(zip(label_names, counts, strict=True)))
 
 
-def settings_of(experiment: Experiment, *, draws_head: bool, noise_sd: float | None = None) -> Settings:
+def settings_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | None = None) -> Settings:
     """Return what of a configuration decides whether it can learn.
 
-    `draws_head` says that the base model brings no classification head of its own; `noise_sd` is that of `metrics_row`.
+    `head_is_drawn` says that the base model brings no classification head of its own; `noise_sd` as in `metrics_row`.
     """
     e, model = experiment, experiment.model.section()
     pooling, lr = model.get("pooling", "mean"), e.trainer.optimizer.section().get("lr")
     is_mean = isinstance(pooling, str) and (pooling == "auto" or "mean" in pooling)
     return Settings(
-        has_random_head=draws_head and not e.adapter.train_head,
+        has_random_head=head_is_drawn and not e.adapter.train_head,
         pooling=None if is_mean else f"the first token (model.pooling={'null' if pooling is None else pooling})",
         num_rounds=e.num_rounds,
         lr=lr if isinstance(lr, float | int) else None,
@@ -148,7 +148,7 @@ def summarise(
     num_trained_values: int,
     seconds: float,
     held_out: HeldOut,
-    draws_head: bool = True,
+    head_is_drawn: bool = True,
     noise_sd: float | None = None,
 ) -> dict[str, Any]:
     """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not."""
@@ -164,7 +164,7 @@ def summarise(
         confusion=last.get("confusion"),
         problem=problem,
     )
-    verdict = judge(held_out, outcome, settings_of(e, draws_head=draws_head, noise_sd=noise_sd))
+    verdict = judge(held_out, outcome, settings_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd))
     return {
         "name": e.name,
         "method": method.name,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlr.tasks.probe import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
+from fedlr.training.zero_head import awake
 
 # Of the largest logit: another order of the same products. A token that should not count changes logits by far more.
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05
@@ -125,6 +126,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, head
 @torch.no_grad()
 def _same_logits(model: nn.Module, short: nn.Module) -> bool:
     """Return whether both say the same of a few constant inputs, the last of which is padded where there are tokens."""
+    model, short = awake(model), awake(short)
     try:
         inputs = _probe(model)
         modes = {module: module.training for both in (model, short) for module in both.modules()}

@@ -24,6 +24,7 @@ from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
 from fedlr.models.peft_state import ADAPTER_NAME, head_parts
 from fedlr.tasks.probe import PROBE_EXAMPLES, in_training, probe_inputs
+from fedlr.training.zero_head import awake
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
 
@@ -52,7 +53,8 @@ def check_supported(model: nn.Module, block: Block, *, grad_sample_mode: GradSam
     _check_modules(model)
     trained = _trained_layers(model, roles)
     _check_trained(trained, grad_sample_mode)
-    _probe(model, trained, grad_sample_mode)
+    model = awake(model)  # behind a head of zeros no probe sees anything
+    _probe(model, _trained_layers(model, roles), grad_sample_mode)
 
 
 def _check_adapter(model: nn.Module) -> None:

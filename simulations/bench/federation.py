@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedlr.adapters.state import AdapterState, num_bytes
 from fedlr.config.schema import compose_experiment
+from simulations.bench.federations import FIRST_TOKEN
 from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome
 from simulations.bench.rivals.flower_deployment import fedavg
 from simulations.bench.rivals.flower_fedavg import STEP
@@ -112,7 +113,7 @@ def told(rounds: Rounds) -> str:
 def overrides(settings: Settings, *, num_rounds: int) -> list[str]:
     """Return the federation: FedAvg of both factors, 1.5 MB of them, one private step on a few short made-up texts."""
     toy = ["model=tiny", "adapter.rank=4", "adapter.lora_alpha=4"]
-    real = ["model=minilm", "adapter.rank=41", "adapter.lora_alpha=41"]
+    real = ["model=minilm", *FIRST_TOKEN, "adapter.rank=41", "adapter.lora_alpha=41"]
     return [
         *settings.pick(tiny=toy, quick=real, full=real),
         "name=bench",
@@ -120,6 +121,7 @@ def overrides(settings: Settings, *, num_rounds: int) -> list[str]:
         "data.num_examples=68",
         "data.num_test=8",
         "method=fedit",
+        "adapter.train_head=false",
         "partition=iid",
         f"seed={settings.seed}",
         f"num_clients={NUM_CLIENTS}",

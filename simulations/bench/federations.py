@@ -5,6 +5,7 @@ from simulations.bench.settings import Settings
 NUM_TRAINING = 19_459 - 1_000  # sentences of configs/data/vader.yaml, without those held out
 MAX_GRAD_NORM, LR, DIVISOR = 0.1, 1.0, 8.0
 UPPER_THIRD = "adapter.layers=[4,5]"
+FIRST_TOKEN = ("model.pooling=null", "model.head_std=0.1")  # the network that the rivals load
 OPACUS = ("trainer.engine=opacus", "trainer.grad_sample_mode=hooks", "runtime.num_workers=1")
 
 
@@ -36,11 +37,12 @@ def overrides(
         f"trainer.sample_rate={rate:.6f}",
         f"trainer.divisor={DIVISOR}",
         f"trainer.optimizer.lr={LR}",
+        "adapter.train_head=false",  # as the rivals' heads
         "tracking.run_alone=false",
         "tracking.run_no_privacy=false",
     ]
     if not tiny:
-        return ["model=minilm", "data=vader", *words]
+        return ["model=minilm", *FIRST_TOKEN, "adapter.lora_alpha=8", "data=vader", *words]
     toy = [f"data.num_examples={num_training + 8}", "data.num_test=8"]
     return ["model=tiny", "data=synthetic", "adapter.rank=4", "adapter.lora_alpha=4", *toy, *words]
 

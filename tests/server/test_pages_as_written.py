@@ -191,7 +191,7 @@ class Hands:
             shutil.copy(etc / "server/ward-terms.json", tmp / "terms.json")
         if line.startswith('"${EDITOR'):
             tree = yaml.safe_load((etc / "client/client.yaml").read_text())
-            tree["model"] = {"_target_": tree["model"]["_target_"], "name_or_path": str(self.root / "model")}
+            tree["model"]["name_or_path"] = str(self.root / "model")
             tree["privacy"]["accountant"] = "rdp"
             if shown := re.findall(r"body ([0-9a-f]{64}) is not in policy", self.said.get("as-client doctor", "")):
                 tree["policy"]["allowed_models"] = shown

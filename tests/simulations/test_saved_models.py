@@ -97,6 +97,32 @@ def test_every_family_trains_and_its_card_gives_the_runs_own_score(tmp_path: Pat
     assert max(differences.values()) <= 1e-4, differences
 
 
+POOLED = {
+    "bert": ("cls", "mean_normalised"),
+    "roberta": ("last",),
+    "distilbert": ("mean",),
+    "qwen2": ("last_normalised",),
+}
+
+
+def test_a_card_of_pooled_features_gives_the_runs_own_score_with_a_class_of_fifteen_lines(tmp_path: Path) -> None:
+    runs = {
+        f"{name} {pooling}": run(name, tmp_path / f"{name}_{pooling}", f"model.pooling={pooling}")
+        for name, poolings in POOLED.items()
+        for pooling in poolings
+    }
+    found = card_losses({name: case for name, (_, case) in runs.items()}, tmp_path)
+    differences = {name: abs(found[name] - own_loss(run_dir)) for name, (run_dir, _) in runs.items()}
+    assert max(differences.values()) <= 1e-4, differences
+    for name, (run_dir, case) in runs.items():
+        start, end = case["code"].index("class Classifier"), case["code"].index("@torch.no_grad")
+        assert "fedlr" not in case["code"]
+        assert len([line for line in case["code"][start:end].splitlines() if line.strip()]) <= 15, name
+        card = (run_dir / "adapter" / "README.md").read_text(encoding="utf-8")
+        assert f"pooling `{name.split()[1]}`" in card
+        assert "class Classifier" in (run_dir / "report.html").read_text(encoding="utf-8")
+
+
 def refused(folder: Path, name: str, *more: str, **tokenizer: object) -> str:
     """Return the one line that a configuration of a saved family is refused with; nothing is left behind."""
     base = save_family(name, folder / name.replace(" ", "_"), **tokenizer)

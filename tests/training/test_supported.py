@@ -264,7 +264,7 @@ def test_what_is_not_supported_is_one_clear_error(
     "build", [mixing, merged, left_out, moving_buffer, reading_padding, mixing_images, in_bfloat16(mixing)]
 )
 def test_without_the_probe_it_would_pass(build: Callable) -> None:
-    blind = mutant(shipped, ("    _probe(model, trained, grad_sample_mode)\n", ""))
+    blind = mutant(shipped, ("    _probe(model, _trained_layers(model, roles), grad_sample_mode)\n", ""))
     blind.check_supported(build(), B_ONLY)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedlr.adapters.state import AdapterState, LoraFactors
 from fedlr.data.public import read_public
 from fedlr.errors import InputError
-from fedlr.models.adapter_config import FROM_PUBLIC, FROM_WEIGHTS, WITH_SIDE, AdapterConfig
+from fedlr.models.adapter_config import FROM_LABELS, FROM_PUBLIC, FROM_WEIGHTS, WITH_SIDE, AdapterConfig
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import adapted_layers, read_adapter
 from fedlr.models.reading import read_texts
@@ -29,6 +29,7 @@ from fedlr.models.starts.from_base import watching, weight_of
 from fedlr.models.starts.silver_bullet import core_layers, write_bases
 from fedlr.tasks.losses import cross_entropy
 from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
+from fedlr.training.zero_head import zero_layers
 
 TOKEN_BUDGET = 1024  # of one pass over public texts
 Factors = Callable[[str, Tensor], LoraFactors]  # of a layer, by its path and weight (D, K)
@@ -73,6 +74,11 @@ def start_of(
         return Start(with_start(model, drawn, name, lambda _, weight: formulas[name](weight)))
     if name not in FROM_PUBLIC or config.public is None:
         return Start(drawn)
+    if name in FROM_LABELS and zero_layers(model):
+        raise InputError(
+            f"Expected model.head_std above 0 for adapter.init_lora_weights={name}, which reads gradients through the "
+            "head, got 0: a head of zeros gives none; set model.head_std=0.1"
+        )
     num_classes = len(base.network.config.id2label or {})
     public = read_public(config.public, private, num_classes=num_classes, seed=seed, private_texts=private_texts)
     texts = read_texts(public.data, base, max_length=max_length)

@@ -19,7 +19,7 @@ from fedlr.adapters.state import SHIPPED, Slot
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
 from fedlr.models.adapter_config import AdapterConfig
-from fedlr.models.network import AdaptedModel, BaseModel, attach_lora, seeded
+from fedlr.models.network import AdaptedModel, BaseModel, attach_lora, seeded, with_targets
 from fedlr.models.peft_state import LAYOUT
 from fedlr.models.places import check_places, linear_names
 from fedlr.models.tuners.blocks import LORA, entry_of, role_of
@@ -104,7 +104,7 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
                 f"Expected adapter.sizes=null for adapter.system=lora, got {config.sizes}; use LoRA's keys"
             )
         return attach_lora(base, config, seed=seed)
-    tuner = run_tuner(config.system)
+    tuner, config = run_tuner(config.system), with_targets(base, config)
     check_places(base.network, base.source, config, heads=base.head_names)
     arguments, names = peft_arguments(config, tuner), linear_names(base.network, base.head_names)
     arguments["modules_to_save"] = base.whole_modules or None  # beside what PEFT adds

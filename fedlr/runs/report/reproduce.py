@@ -8,6 +8,7 @@ from fedlr.runs.report.layout import code, details, paragraph, table
 from fedlr.runs.report.run_files import Run
 
 AUTO_CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
+POOLED = "class Classifier(torch.nn.Module):"  # of a card's Python (fedlr.models.usage)
 PACKAGE = "pkg:"  # a model inside an installed package (fedlr.models.network.resolve)
 
 
@@ -45,6 +46,9 @@ def loading(run: Run) -> list[str]:
         )
     else:
         how = f"Load the adapter with plain PEFT, {where} (no fedlr needed; {base} is a name of the Hugging Face hub):"
+    if POOLED in run.card:  # no class of transformers has this head: the card defines it
+        opening = "Load the adapter with plain PyTorch, transformers and PEFT, in its folder (adapter/):"
+        return [paragraph(opening), code(run.card.partition("```python\n")[2].partition("```")[0])]
     return [paragraph(how), code(loading_snippet(run, base))]
 
 

@@ -115,6 +115,7 @@ class Run:
     alone_privacy: str | None
     adapter_config: Mapping[str, object]
     client_accuracy: Sequence[OfClient] = ()
+    card: str = ""  # the model card beside the adapter
 
 
 def read_run(run_dir: Path) -> Run:
@@ -129,6 +130,7 @@ def read_run(run_dir: Path) -> Run:
     alone = _optional(run_dir / "baselines" / "alone.json")
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
     own = _optional(run_dir / "client_accuracy.json")
+    card = run_dir / "adapter" / "README.md"
     baseline = run_dir / "baselines" / "no_privacy" / "metrics.jsonl"
     return Run(
         summary=_summary(read_record(run_dir / "summary.json")),
@@ -145,6 +147,7 @@ def read_run(run_dir: Path) -> Run:
         alone_privacy=alone.text("privacy") if alone else None,
         adapter_config=adapter.values if adapter else {},
         client_accuracy=read_client_accuracy(own) if own else (),
+        card=read_text(card) if card.exists() else "",
     )
 
 
