@@ -165,7 +165,7 @@ def _bounds(terms: Terms, policy: Policy) -> Iterator[Bound]:
     yield Bound("max_length", terms.max_length, 1, policy.max_length, f"{p}max_length")
     yield Bound("trainer.num_steps", trainer.num_steps, 1, policy.max_steps_per_round, f"{p}max_steps_per_round")
     yield Bound("trainer.sample_rate", trainer.sample_rate, 0, policy.max_sample_rate, f"{p}max_sample_rate")
-    yield Bound("trainer.divisor", trainer.divisor, policy.min_divisor, policy.max_divisor, f"{p}max_divisor")
+    yield Bound("trainer.divisor", trainer.number_divisor(), policy.min_divisor, policy.max_divisor, f"{p}max_divisor")
     yield Bound("trainer.token_budget", trainer.token_budget, 1, policy.max_token_budget, f"{p}max_token_budget")
     yield Bound("adapter.rank", adapter.rank, 1, policy.max_rank, f"{p}max_rank")
     yield Bound("adapter.lora_alpha", adapter.lora_alpha, 1 / LARGEST_SCALE, LARGEST_SCALE * adapter.rank, "fixed")

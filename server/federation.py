@@ -24,6 +24,7 @@ from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, initial_state, task_of
+from fedlr.runs.auto_rates import provisional, resolved_rates
 from fedlr.runs.prepare import (
     check_trainable,
     frozen_head_note,
@@ -77,10 +78,12 @@ def assemble(
     """
     check_served(experiment)
     with torch_threads(1):
+        method = build_method(provisional(experiment))
+        check_runtime(experiment, method, local_training(provisional(experiment).trainer, method.client).rule)
+        held_out, num_rows = load_held_out(experiment, seed=seed)
+        experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
         method = build_method(experiment)
         training = local_training(experiment.trainer, method.client)
-        check_runtime(experiment, method, training.rule)
-        held_out = load_held_out(experiment, seed=seed)
         training_loss(experiment.data.label_weights, held_out.label_names)  # devices make it; wrong names are told here
         _, mechanism = private_mechanism(experiment)
         base: BaseModel = build(experiment.model.section(), "model", label_names=held_out.label_names, seed=seed)

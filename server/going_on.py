@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlr.config.schema import Experiment
+from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.runs.directory import recorded_tree
 
@@ -46,6 +46,18 @@ def may_be_drawn(experiment: Experiment, members: Collection[int], participation
     return left
 
 
+def _take_known(here: dict[str, Any], there: Mapping[str, Any]) -> None:
+    """Take from a recorded configuration the numbers of what is auto here, which are compared once they are found, and
+    leave out keys of sections that the program which wrote it did not have yet, where they are null."""
+    for key, value in list(here.items()):
+        if isinstance(value, dict) and isinstance(recorded := there.get(key), Mapping):
+            _take_known(value, recorded)
+        elif value == AUTO and isinstance(there.get(key), int | float):
+            here[key] = there[key]
+        elif value is None and key not in there:
+            del here[key]
+
+
 def check_same(experiment: Experiment, run_dir: Path) -> None:
     """Refuse to go on with another experiment than the directory holds.
 
@@ -54,6 +66,7 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
     """
     there = recorded_tree(run_dir / "config.yaml")
     here = json.loads(json.dumps(experiment.resolved()))
+    _take_known(here, there)
     if absent := sorted(ALWAYS - there.keys()):
         raise InputError(f"Expected the whole configuration of a run in {run_dir}/config.yaml, got none of {absent[0]}")
     since = here.keys() - there.keys()  # keys that the program which began it did not have yet

@@ -25,7 +25,7 @@ from fedlr.models.export import export_adapter
 from fedlr.privacy.reported import reported_statement
 from fedlr.privacy.statement import with_origin
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds
+from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
 from fedlr.runs.checkpoint import latest_checkpoint, reading_facts, save_checkpoint
 from fedlr.runs.directory import (
     CHECKPOINTS,
@@ -100,14 +100,16 @@ class Run:
         elif run_dir is not None and (run_dir / METRICS).exists():
             raise InputError(f"Expected a new directory, or one of a server's run, got {run_dir} of another run")
         identity = found or new_identity(randbits(32) if experiment.seed is None else experiment.seed)
-        self.say, self.experiment = say, experiment
         self.served: Served = assemble(
             experiment, seed=identity["seed"], experiment_id=identity["experiment_id"], say=say
         )
+        self.say, self.experiment = say, self.served.experiment
+        if run_dir is not None and found is not None:
+            check_same(self.experiment, run_dir)  # with the numbers of what was auto
         self.run_dir = create_run_dir(experiment) if run_dir is None else run_dir
         if found is None:
             make_folder(self.run_dir)
-            write_origin(self.run_dir, experiment)
+            write_origin(self.run_dir, self.experiment)
             write_json(self.run_dir / "partition.json", {"public": False})
             write_json(self.run_dir / IDENTITY, identity)  # the last: without it there is no run
         self.progress = self._resumed() or self._started()
@@ -140,6 +142,7 @@ class Run:
             ranks=e.adapter.ranks(e.num_clients, rows_and_columns=num_rows_and_columns(self.served.start.adapter)),
             quorum=e.deployment.min_updates,
             max_update_ratio=e.max_update_ratio,
+            average_last=e.average_last,
             members=None if members is None else lambda: may_be_drawn(e, members(), done.participations),
         )
         with torch_threads(1):
@@ -153,7 +156,7 @@ class Run:
 
     def leave_behind(self) -> str | None:
         """Write statement, adapter, summary and report; return why all was for nothing, if it was (`runs.outcome`)."""
-        e, served, state = self.experiment, self.served, self.progress.state
+        e, served, state = self.experiment, self.served, scored(self.progress.state)
         statement = reported_statement(
             e.privacy.delta if served.mechanism else None,
             self.progress.reports.epsilon,
@@ -272,7 +275,7 @@ class Run:
 
     def _record(self, progress: Progress, diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
         """Write the lines of a state, and of the round that led to it."""
-        evaluation, evaluate_s = self.served.evaluator.score(progress.state)
+        evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
         spent = progress.reports.epsilon.values()
         told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
         is_last = progress.state.round_index == self.experiment.num_rounds

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from fedlr.methods.client_rules.rule import CONTROL
 from fedlr.methods.method import full_adapter
-from fedlr.rounds.round import ClientPool, ServerState, run_round
+from fedlr.rounds.round import ClientPool, ServerState, remembering, run_round
+from fedlr.runs.auto_rates import alone_rounds
 from simulations.federation import Federation
-from simulations.progress import alone_rounds
 
 AT_ONCE = 64  # clients whose states are held: they train, then the caller looks at them, and no thread is at work
 
@@ -35,6 +35,7 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
     def train(client_id: int) -> Arm:
         state, num_updates = federation.start, 0
         for _ in range(alone_rounds(e)):
+            before = state
             state, diagnostics = run_round(
                 state,
                 [client_id],
@@ -43,6 +44,7 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
                 train_head=e.adapter.train_head,
                 ranks=federation.ranks,
             )
+            state = remembering(before, state, e.average_last)
             memory = {name: tensors for name, tensors in state.adapter.memory.items() if name != CONTROL}
             state = replace(state, adapter=replace(state.adapter, memory=memory))
             num_updates += len(diagnostics.trained)

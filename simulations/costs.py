@@ -20,11 +20,11 @@ from fedlr.models.prefix import encode_features, encode_prefix
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.fused import bytes_a_client, group_size
+from fedlr.runs.auto_rates import alone_rounds
 from fedlr.runs.prepare import state_store, whole_and_working
 from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation
-from simulations.progress import alone_rounds
 from simulations.runtime import pool_here
 
 MOST_MEASURED = 64

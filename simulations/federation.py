@@ -25,12 +25,14 @@ from fedlr.models.starts.starts import start_of
 from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds.round import RoundTask, ServerState, initial_state, task_of
+from fedlr.runs.auto_rates import arm, provisional, resolved_rates
 from fedlr.runs.prepare import (
     check_trainable,
     frozen_head_note,
     load_examples,
     local_training,
     notes,
+    num_rows_of,
     placement,
     private_mechanism,
     reads_features,
@@ -93,8 +95,21 @@ class Federation:
         return self.experiment.runtime.cache_prefix and reads_features(self.model, roles, self.start.adapter)
 
     def without_privacy(self) -> "Federation":
-        """Return the same federation without clipping and noise."""
-        return replace(self, budget=None, mechanism=None)
+        """Return the same federation without clipping and noise, at a rate for that."""
+        return replace(self.at_rate_of("no_privacy_lr"), budget=None, mechanism=None)
+
+    def at_rate_of(self, key: str) -> "Federation":
+        """Return the same federation at the rate of another arm, `tracking.no_privacy_lr` or `tracking.alone_lr`."""
+        experiment = arm(self.experiment, key)
+        if experiment is self.experiment:
+            return self
+        method = build_method(experiment).bound(self.model)
+        return replace(
+            self,
+            experiment=experiment,
+            method=method,
+            training=replace(local_training(experiment.trainer, method.client), loss=self.training.loss),
+        )
 
 
 def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Federation:
@@ -122,17 +137,20 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     Raises:
         InputError: for anything that could not run as configured.
     """
-    method = build_method(experiment)
-    training = local_training(experiment.trainer, method.client)
-    check_runtime(experiment, method, training.rule)
+    method = build_method(provisional(experiment))
+    check_runtime(experiment, method, local_training(provisional(experiment).trainer, method.client).rule)
     data, held_out = load_examples(experiment, seed=seed)
-    training = replace(training, loss=training_loss(experiment.data.label_weights, data.label_names))
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
     experiment = with_clients_of(experiment, partition)
     num_shared = num_shared_texts(data, partition.indices)
     placed_by = placement(experiment, partition, num_shared=num_shared)
+    num_rows = num_rows_of(experiment, data, held_out)
+    experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
+    method = build_method(experiment)
+    loss = training_loss(experiment.data.label_weights, data.label_names)
+    training = replace(local_training(experiment.trainer, method.client), loss=loss)
     tests = client_tests(experiment, method, partition, held_out, seed=seed)
     budget, mechanism = private_mechanism(experiment)
     if budget is not None:

@@ -18,6 +18,7 @@ from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
 from fedlr.runs.commands import quiet_flower
 from fedlr.runs.directory import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin
+from fedlr.runs.prepare import with_found_rates
 from simulations.devices import write_devices
 
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"
@@ -33,6 +34,7 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
     from flwr.simulation import run_simulation  # an optional package behind it
 
     seed = randbits(32) if experiment.seed is None else experiment.seed
+    experiment = with_found_rates(experiment, seed=seed)
     run_dir = create_run_dir(experiment)
     authority = run_dir / "devices" / "ca.crt"
     make_folder(authority.parent)

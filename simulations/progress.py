@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedlr.config.schema import Experiment
+from fedlr.runs.auto_rates import alone_rounds
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.verdict import verdict_lines
@@ -88,8 +89,3 @@ class Progress:
 def loss_text(row: dict[str, Any]) -> str:
     """Write the loss of a state; one that is not finite has no number."""
     return "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
-
-
-def alone_rounds(experiment: Experiment) -> int:
-    """Return how many rounds a client takes part in on average: what it gets when it is alone."""
-    return max(1, round(experiment.num_rounds * experiment.cohort_size / experiment.num_clients))

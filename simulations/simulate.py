@@ -24,7 +24,7 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds
+from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
 from fedlr.runs.directory import (
     CLIENT_ACCURACY,
     CLIENTS,
@@ -75,10 +75,10 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             say(f"note: {note}")
         run_dir = create_run_dir(experiment)
         with sole_writer(run_dir):
-            write_origin(run_dir, experiment)
+            write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
             ledger = create_ledger(federation, run_dir / LEDGER)
-            run(federation, run_dir, ledger=ledger, progress=Progress(experiment, say=say))
+            run(federation, run_dir, ledger=ledger, progress=Progress(federation.experiment, say=say))
     return run_dir
 
 
@@ -89,6 +89,7 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
         InputError: at the end, when all is written: not one update could be used, or nothing moved.
     """
     state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
+    state = scored(state)
     run_baselines(federation, run_dir, progress=progress)
     if federation.client_tests is not None:
         write_json(
@@ -143,7 +144,7 @@ def run_rounds(
     noise_sd = update_noise(federation.training, federation.mechanism)
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
-        evaluation, evaluate_s = evaluator.score(state, personal=personal)
+        evaluation, evaluate_s = evaluator.score(scored(state), personal=personal)
         told = metrics_row(
             state,
             evaluation,
@@ -176,6 +177,7 @@ def run_rounds(
             train_head=e.adapter.train_head,
             ranks=federation.ranks,
             max_update_ratio=e.max_update_ratio,
+            average_last=e.average_last,
         )
         for state, diagnostics in rounds:
             if federation.method.personal:
@@ -229,11 +231,12 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
         progress.say("the clients alone were cut off, and their noise cannot be drawn again: they are left out")
         return
     progress.alone()
+    federation = federation.at_rate_of("alone_lr")
     ledger = open_ledger(federation, path) if path.exists() else create_ledger(federation, path)
     with closing(make_pool(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)
         arms = train_alone(federation, pool, client_done=progress.client_done)
-        found = [(evaluator.score(arm.state)[0].accuracy, arm.num_updates) for arm in arms]
+        found = [(evaluator.score(scored(arm.state))[0].accuracy, arm.num_updates) for arm in arms]
     spent = ledger.spent_all(range(len(found))) if ledger else {}
     clients = [
         {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id), "num_updates": num_updates}

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pkgutil import resolve_name
@@ -23,6 +24,7 @@ from fedlr.errors import InputError, in_range
 from fedlr.errors.messages import dotted, first_problem, keyed, one_line, shown, unknown_key
 from fedlr.methods.method import Method
 from fedlr.models.network import BaseModel
+from fedlr.runs.auto_rates import provisional
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
@@ -41,6 +43,7 @@ def check_sections(experiment: Experiment) -> None:
     Raises:
         InputError: for the first that cannot be built.
     """
+    experiment = provisional(experiment)
     build_method(experiment)
     build_optimizer(experiment.trainer)
     for where, (_, given) in SECTIONS.items():
@@ -82,7 +85,7 @@ def build_method(experiment: Experiment) -> Method:
     section = experiment.method
     built = {key: build_choice(section[key], f"method.{key}") for key in CHOICES if key in section}
     plain = {TARGET: "method", **{key: value for key, value in section.items() if key not in built}}
-    function, arguments = checked(plain, "method", list(built))
+    function, arguments = checked(plain, "method", [*built, "server_momentum"])
     parameters = _names(function, "method")
     required = [key for key in CHOICES if key in parameters and parameters[key].default is inspect.Parameter.empty]
     absent = [key for key in required if key not in built]
@@ -92,7 +95,8 @@ def build_method(experiment: Experiment) -> Method:
         method = function(**arguments, **{k: v for k, v in built.items() if k in parameters})
     if not isinstance(method, Method):
         raise InputError(f"Expected method._target_ to make a Method, got {plain[TARGET]!r}")
-    return method
+    # A key of the root: one for all methods.
+    return replace(method, server_momentum=experiment.server_momentum) if experiment.server_momentum else method
 
 
 def build_choice(choice: Any, where: str) -> Callable[..., Any]:

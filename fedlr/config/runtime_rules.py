@@ -13,6 +13,7 @@ from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.methods.layer_choice import StrongestLayers
 from fedlr.methods.method import Always, Method
 from fedlr.models.adapter_config import WITH_SIDE
+from fedlr.models.tuners.blocks import LORA
 from fedlr.rounds.round import ServerState, task_of
 
 SEVERAL = 4  # made-up updates, enough for any rule
@@ -40,6 +41,7 @@ def check_runtime(experiment: Experiment, method: Method, rule: ClientRule) -> N
 def check_method(experiment: Experiment, method: Method, rule: ClientRule | None = None) -> None:
     """Refuse what a method cannot do here; `rule` is what clients do after the noise (None: the method's)."""
     check_system(experiment, method)
+    check_server_step(experiment, method)
     rule = rule or method.client
     runtime, name = experiment.runtime, method.name
     if method.folds and runtime.base_dtype != "float32":
@@ -86,6 +88,27 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             "Expected trainer.engine=fused for clients of different ranks (adapter.client_ranks, hetlora), got "
             f"{experiment.trainer.engine}"
         )
+
+
+def check_server_step(experiment: Experiment, method: Method) -> None:
+    """Refuse a momentum that would move nothing, and a mean of models that are not of one form."""
+    e, name = experiment, method.name
+    if e.server_momentum and not e.adapter.train_head and method.momentum_roles == {HEAD}:
+        raise InputError(
+            f"Expected adapter.train_head=true with server_momentum for method={name}, got false: its factors have no "
+            "coordinates that last from round to round, so that the head alone could have a momentum; set "
+            "server_momentum=0"
+        )
+    if e.average_last == 1:
+        return
+    for what, why in (
+        (method.folds, "folds what it learns into the base"),
+        (method.dynamic_ranks, "changes ranks from round to round"),
+        (method.personal, "leaves a part of the model with each client"),
+        (e.adapter.system != LORA, f"trains {e.adapter.system}, of which the mean of parameters is another model"),
+    ):
+        if what:
+            raise InputError(f"Expected average_last=1 for method={name}, which {why}, got {e.average_last}")
 
 
 def check_aggregate(start: ServerState, method: Method, experiment: Experiment, *, weights: Sequence[float]) -> None:

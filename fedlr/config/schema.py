@@ -26,6 +26,7 @@ from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_R
 from fedlr.models.adapter_config import AdapterConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+AUTO = "auto"  # of a number that is found from public ones when a run is prepared (`fedlr.runs.auto_rates`)
 
 
 def folder_name(name: str) -> str:
@@ -83,6 +84,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of rounds, steps or clients
 Threads = Annotated[int, Field(ge=1, le=1024)]
 LabelWeights = Annotated[dict[str, PositiveFloat], BeforeValidator(label_names)]
 Rate = Annotated[float, Field(gt=0, le=1), between(1e-7, 1)]  # below, Renyi divergences round to less than nothing
+LearningRate = Annotated[float, Field(allow_inf_nan=False), between(1e-12, 1e6)]
 
 
 class Section(BaseModel):
@@ -111,6 +113,7 @@ class DataSection(Target):
     test_path: Annotated[str, Field(min_length=1)] | None = None
     test_split: Annotated[str, Field(min_length=1)] | None = None
     label_weights: LabelWeights | None = None
+    rows_per_client: Count | None = None  # declared: what everybody may know a client to have
 
 
 class PrivacySection(Section):
@@ -130,13 +133,23 @@ class TrainerSection(Section):
 
     num_steps: Count
     sample_rate: Rate
-    divisor: Annotated[float, Field(allow_inf_nan=False), between(1e-9, 1e9)]
+    divisor: Annotated[float, Field(allow_inf_nan=False), between(1e-9, 1e9)] | Literal["auto"]
     optimizer: Target
     after_noise: Target | None
     engine: Literal["fused", "opacus"]
     check_parity: bool
     grad_sample_mode: Literal["hooks", "ghost", "loop"]
     token_budget: PositiveInt
+
+    def number_divisor(self) -> float:
+        """Return the divisor of a run that is prepared.
+
+        Raises:
+            InputError: it is still auto.
+        """
+        if isinstance(self.divisor, str):
+            raise InputError("Expected a number in trainer.divisor, got auto: it is found when a run is prepared")
+        return self.divisor
 
 
 class RuntimeSection(Section):
@@ -176,6 +189,8 @@ class TrackingSection(Section):
     run_no_privacy: bool
     run_alone: bool
     client_accuracy: bool = False
+    no_privacy_lr: LearningRate | None = None
+    alone_lr: LearningRate | None = None
 
 
 class Experiment(Section):
@@ -188,6 +203,8 @@ class Experiment(Section):
     cohort_size: Count
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    average_last: Annotated[int, Field(ge=1, le=100)] = 1
     model: Target
     data: DataSection
     partition: Target

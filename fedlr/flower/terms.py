@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from fedlr.config.old_names import OLD_NAMES
 from fedlr.config.parts import RULES_OF_PROTOCOL, TARGET
 from fedlr.config.schema import (
+    AUTO,
     Experiment,
     LabelWeights,
     PositiveFloat,
@@ -76,6 +77,13 @@ class Terms(Section):
     def _needs_no_examples(cls, value: AdapterConfig) -> AdapterConfig:
         if value.public is not None or value != value.given_to_devices():
             raise ValueError("an adapter that a device can build: starts made by the server are given when it enrols")
+        return value
+
+    @field_validator("trainer")
+    @classmethod
+    def _has_numbers(cls, value: TrainerSection) -> TrainerSection:
+        if AUTO in (value.divisor, value.optimizer.section().get("lr")):
+            raise ValueError("numbers in divisor and optimizer.lr: auto is found by the server, and sent as a number")
         return value
 
     @classmethod

@@ -7,6 +7,7 @@ reads them; `StrongestLayers` reads the adapter alone.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ class ScoredMean:
     Args:
         decay: of the smoothed score, in [0, 1); 0 is the last round alone.
     """
+
+    keeps_coordinates: ClassVar[bool] = True  # of the factors, from round to round (`fedlr.methods.method`)
 
     decay: float = 0.5
 

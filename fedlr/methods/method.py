@@ -12,8 +12,11 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from fedlr.adapters.factors import orthonormal_rows, svd_refactor
-from fedlr.adapters.state import LORA_A, LORA_B, ROLES, AdapterState, Block, ClientUpdate, Slot
+from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ROLES, AdapterState, Block, ClientUpdate, Slot, in_block
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.momentum import turned, with_momentum
+from fedlr.methods.aggregate.server_optimizer import FedAdam, FedAvgM, FedYogi
 from fedlr.methods.client_rules.rule import ClientRule
 
 
@@ -78,6 +81,7 @@ class Method:
         mixed_ranks: whether clients may have ranks of their own (adapter.client_ranks).
         dynamic_ranks: whether the server changes the rank of a layer from round to round, for all clients.
         client: what clients do with a noised gradient.
+        server_momentum: of the server's step, in [0, 1); a key of the experiment (`fedlr.methods.aggregate.momentum`).
     """
 
     name: str
@@ -90,6 +94,41 @@ class Method:
     mixed_ranks: bool = False
     dynamic_ranks: bool = False
     client: ClientRule = ClientRule()
+    server_momentum: float = 0.0
+
+    @property
+    def server_step(self) -> tuple[float, float]:
+        """Momentum and rate of a server optimizer that is linear in the mean: its own, or none (0, 1)."""
+        own = self.aggregate
+        return (own.momentum, own.lr) if isinstance(own, FedAvgM) else (self.server_momentum, 1.0)
+
+    @property
+    def momentum_roles(self) -> frozenset[str]:
+        """The roles whose coordinates last from round to round, so that a momentum in them means something: the head;
+        lora_B where lora_A never trains; all that trains where the aggregate is in the factors and the finaliser keeps
+        them."""
+        roles = frozenset(self.block_schedule.roles) - set(self.personal)
+        lasts = self.aggregate is weighted_mean or getattr(self.aggregate, "keeps_coordinates", False)
+        if not lasts or self.dynamic_ranks:
+            return frozenset({HEAD})
+        if self.finalise is keep:
+            return roles | {HEAD}
+        turns = isinstance(self.finalise, SvdRefactor | OrthonormalRows) and LORA_A not in self.block_schedule.roles
+        return frozenset({LORA_B, HEAD}) if turns else frozenset({HEAD})
+
+    def finish(self, before: AdapterState, aggregated: AdapterState, block: Block) -> AdapterState:
+        """Return the next adapter from the aggregate of the updates to a block: the server's momentum, if it has any,
+        then the finaliser."""
+        if not self.server_momentum:
+            return self.finalise(aggregated)
+        roles = self.momentum_roles
+        moved = with_momentum(
+            before,
+            aggregated,
+            momentum=self.server_momentum,
+            moves=lambda slot: slot.role in roles and in_block(slot, block),
+        )
+        return turned(moved, self.finalise(moved))
 
     @property
     def prunes(self) -> bool:
@@ -111,6 +150,8 @@ class Method:
             raise InputError(f"Expected method.client to be a ClientRule, got {type(self.client).__name__}")
         if self.dynamic_ranks:
             self._check_dynamic_ranks()
+        if self.server_momentum:
+            self._check_momentum()
 
     def check_finalised(self, before: AdapterState, after: AdapterState) -> None:
         """Refuse what a round did to an adapter that the method does not declare."""
@@ -129,6 +170,18 @@ class Method:
             raise InputError(f"Expected clients that keep nothing {why}: what they keep has the rank of its round")
         if self.mixed_ranks:
             raise InputError(f"Expected method.mixed_ranks=false {why}: a layer has one rank for all clients")
+
+    def _check_momentum(self) -> None:
+        if isinstance(self.aggregate, FedAvgM | FedAdam | FedYogi):
+            raise InputError(
+                f"Expected server_momentum=0 for method={self.name}, whose server has an optimizer of its own, got "
+                f"{self.server_momentum:g}; set that one's in method.aggregate"
+            )
+        if self.folds:
+            raise InputError(
+                f"Expected server_momentum=0 for method={self.name}, which folds what it learns into the base, got "
+                f"{self.server_momentum:g}: nothing is left whose momentum it would be"
+            )
 
     def bound(self, model: nn.Module) -> "Method":
         """Return the method with an aggregator that has what it reads of the model."""

@@ -28,6 +28,7 @@ from fedlr.adapters.state import (
     side_tensors,
 )
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.last_models import mean_model, with_past
 from fedlr.methods.client_rules.rule import CONTROL
 from fedlr.methods.measure.diagnostics import (
     ChangeWatch,
@@ -175,7 +176,7 @@ def run_round(
         del first
         aggregated = method.aggregate(state.adapter, counted)
         deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
-        adapter = method.finalise(aggregated)
+        adapter = method.finish(state.adapter, aggregated, task.shared)
     method.check_finalised(state.adapter, adapter)
     diagnostics = RoundDiagnostics(
         cohort=tuple(cohort),
@@ -280,6 +281,17 @@ def _total(clients: Sequence[int], task: RoundTask, size: Callable[[int | None],
     return sum(n * size(rank) for rank, n in Counter(task.ranks.get(client) for client in clients).items())
 
 
+def remembering(before: ServerState, after: ServerState, average_last: int) -> ServerState:
+    """Return a round's state that remembers the models before it that `scored` averages."""
+    adapter = with_past(before.adapter, after.adapter, num_rounds=before.round_index, average_last=average_last)
+    return replace(after, adapter=adapter)
+
+
+def scored(state: ServerState) -> ServerState:
+    """Return what is evaluated and exported of a state: the mean of the last models, or the model where one counts."""
+    return replace(state, adapter=mean_model(state.adapter))
+
+
 def federated_rounds(
     state: ServerState,
     *,
@@ -294,6 +306,7 @@ def federated_rounds(
     ranks: Sequence[int] | None = None,
     quorum: int = 0,
     max_update_ratio: float | None = MAX_UPDATE_RATIO,
+    average_last: int = 1,
     members: Callable[[], Collection[int]] | None = None,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines.
@@ -313,6 +326,7 @@ def federated_rounds(
             if members is not None:
                 cohort = sample_among(members(), seed=seed, round_index=state.round_index, cohort_size=cohort_size)
             after, diagnostics = one_round(state, cohort)
+            after = remembering(state, after, average_last)
             is_abandoned = len(diagnostics.trained) < min(quorum, len(cohort))
             state = state if is_abandoned else after
             yield state, diagnostics

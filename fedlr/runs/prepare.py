@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fedlr.adapters.state import HEAD, AdapterState, Block
-from fedlr.config.build import build, build_choice, build_optimizer, checked, naming
+from fedlr.config.build import build, build_choice, build_method, build_optimizer, checked, naming
 from fedlr.config.rules import check_num_clients
 from fedlr.config.schema import DataSection, Experiment, RuntimeSection, TrainerSection
 from fedlr.data.files import table_files
@@ -32,9 +32,10 @@ from fedlr.models.pooling import PooledClassifier
 from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
 from fedlr.models.tuners.blocks import LORA
-from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
+from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.runs.auto_rates import noise_multiplier_of, provisional, resolved_rates
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
@@ -68,16 +69,24 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
         return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
 
 
-def load_held_out(experiment: Experiment, *, seed: int) -> LabelledText:
-    """Return the examples that a server scores: where they are a table of their own, nothing else is read.
+def load_held_out(experiment: Experiment, *, seed: int) -> tuple[LabelledText, int | None]:
+    """Return the examples that a server scores, and how many rows there are with those that are not held out.
+
+    Where the held-out rows are a table of their own nothing else is read, and nobody knows (None).
 
     Raises:
         InputError: as `load_examples`.
     """
     section = experiment.data.section()
     if experiment.data.test_path is not None and (section.get("labels") or section.get("label_groups")):
-        return load_test_table(experiment, seed=seed, label_names=None)
-    return load_examples(experiment, seed=seed)[1]
+        return load_test_table(experiment, seed=seed, label_names=None), None
+    data, held_out = load_examples(experiment, seed=seed)
+    return held_out, num_rows_of(experiment, data, held_out)
+
+
+def num_rows_of(experiment: Experiment, data: LabelledText, held_out: LabelledText) -> int:
+    """Return how many rows `data.path` has, held-out ones too."""
+    return len(data) + (0 if experiment.data.num_test is None else len(held_out))
 
 
 def check_another_table(data: DataSection) -> None:
@@ -262,10 +271,23 @@ def local_training(trainer: TrainerSection, rule: ClientRule) -> LocalTraining:
         num_steps=trainer.num_steps,
         optimizer=optimizer,
         token_budget=trainer.token_budget,
-        divisor=trainer.divisor,
+        divisor=trainer.number_divisor(),
         sampler=PoissonSampler(trainer.sample_rate),
         rule=rule,
     )
+
+
+def with_found_rates(experiment: Experiment, *, seed: int) -> Experiment:
+    """Return the experiment with the numbers that a run of it will find for what is auto (`fedlr.runs.auto_rates`).
+
+    Raises:
+        InputError: the data cannot be read, or no noise reaches the budget.
+    """
+    checked_now = provisional(experiment)
+    if checked_now is experiment:
+        return experiment
+    num_rows = sum(map(len, load_examples(experiment, seed=seed)))
+    return resolved_rates(experiment, num_rows=num_rows, server_step=build_method(checked_now).server_step)
 
 
 def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
@@ -273,18 +295,13 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
     privacy, trainer = experiment.privacy, experiment.trainer
     if privacy.epsilon is None:
         return None, None
-    budget = PrivacyBudget(privacy.epsilon, privacy.delta)
-    noise_multiplier = privacy.noise_multiplier or calibrate_noise_multiplier(
-        budget,
-        sample_rate=trainer.sample_rate,
-        num_steps=experiment.max_participations * trainer.num_steps,
-        accountant=privacy.accountant,
-    )
+    budget, noise_multiplier = PrivacyBudget(privacy.epsilon, privacy.delta), noise_multiplier_of(experiment)
+    assert noise_multiplier is not None
     mechanism = Mechanism(
         noise_multiplier=noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=trainer.sample_rate,
-        divisor=trainer.divisor,
+        divisor=trainer.number_divisor(),
     )
     if privacy.noise_multiplier is not None:  # what was calibrated lasts for all rounds
         event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)

@@ -86,6 +86,15 @@ def killed_at(owner: Any, name: str, *, call: int = 1, after: bool = False) -> I
         setattr(owner, name, original)
 
 
+AUTOMATIC = (
+    "trainer.optimizer.lr=auto",
+    "trainer.divisor=auto",
+    "server_momentum=0.5",
+    "average_last=2",
+    "adapter.train_head=true",
+)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -104,6 +113,7 @@ def killed_at(owner: Any, name: str, *, call: int = 1, after: bool = False) -> I
         ("method=rank_energy", "method.finalise.keep=0.5", "method.finalise.period=1", "trainer.engine=opacus"),
         ("method=dylora", "privacy=none"),
         ("method=selective_layers",),
+        AUTOMATIC,
     ],
     ids=lambda o: " ".join(o) or "fedsvd",
 )
@@ -206,6 +216,23 @@ def test_a_server_that_dies_goes_on_to_the_same_bits_and_spends_nothing_twice(de
     for name in ("metrics.jsonl", "clients.jsonl"):
         ours, theirs = (lines(run.run_dir / name) for run in (done, expected))
         assert [{**row, "seconds": 0} for row in ours] == [{**row, "seconds": 0} for row in theirs]
+
+
+def test_a_server_that_found_its_rate_goes_on_with_the_numbers_it_wrote(tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    expected = Federation(experiment(*AUTOMATIC), tmp_path).finish("uninterrupted")
+    written = (expected.run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "auto" not in written and expected.served.terms.trainer == expected.experiment.trainer
+    again = Federation(experiment(*AUTOMATIC), tmp_path / "again")
+    with killed_at(Run, "_finished", call=2), pytest.raises(Killed):
+        again.finish()
+    done = again.finish()
+    states = [run.progress.state.adapter for run in (done, expected)]
+    assert states[0].fingerprint() == states[1].fingerprint()
+    for name in states[1].memory:  # the velocity, and the models that are averaged
+        assert all(torch.equal(states[0].memory[name][slot], value) for slot, value in states[1].memory[name].items())
+    with pytest.raises(InputError, match="another trainer"):
+        Run(experiment(*AUTOMATIC, "data.rows_per_client=500"), done.run_dir, say=lambda line: None)
 
 
 DEVICE_DEATHS = {

@@ -71,6 +71,10 @@ JOBS: dict[str, Job] = {
     "personal tensors": (["method=fedsa_lora", "cohort_size=4"], [("aggregated", 2)]),
     "memory": (["method=scaffold", "num_rounds=3", "cohort_size=4"], [("sent", 3), ("aggregated", 2)]),
     "server optimizer": (["method=fedadam", "num_rounds=3"], [("sent", 3)]),
+    "momentum and a mean of models": (
+        ["server_momentum=0.5", "average_last=2", "trainer.optimizer.lr=auto", "trainer.divisor=auto", "num_rounds=3"],
+        [("sent", 3)],
+    ),
     "folded products": (["method=fedex_lora", "num_rounds=3"], [("sent", 3)]),
     "folded layers": (
         ["method=layer_mean", "adapter=tuner", "adapter.system=hra", "trainer.engine=opacus", "num_rounds=3"],

@@ -21,6 +21,7 @@ Legend: D out_features, K in_features, R rank, C clients.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class LoraFair:
         num_steps: Most SGD steps a layer.
         tolerance: Stop when a step changes the objective by no more than this.
     """
+
+    keeps_coordinates: ClassVar[bool] = True  # of the factors, from round to round (`fedlr.methods.method`)
 
     penalty: float = 0.01
     num_steps: int = 1000
@@ -102,6 +105,8 @@ class LoraFairRidge:
     space, which also has the best cosine; penalty -> infinity gives FedIT. The penalty competes with G, whose
     diagonal is about 1/3 at PEFT's initial lora_A.
     """
+
+    keeps_coordinates: ClassVar[bool] = True  # of the factors, from round to round (`fedlr.methods.method`)
 
     penalty: float = 0.01
 

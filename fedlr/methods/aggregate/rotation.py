@@ -7,6 +7,7 @@ Legend: D out_features, K in_features, R rank.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class FedRot:
     Args:
         strength: lambda in [0, 1]; the paper's best are 0.4 to 0.6, the authors' code defaults to 1.
     """
+
+    keeps_coordinates: ClassVar[bool] = True  # of the factors, from round to round (`fedlr.methods.method`)
 
     strength: float = 0.5
 

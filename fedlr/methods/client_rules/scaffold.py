@@ -16,6 +16,7 @@ Notable choices:
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +83,8 @@ class ScaffoldServer:
 
     Raises: InputError for arguments that are not positive, or for weights that differ: c counts clients alike.
     """
+
+    keeps_coordinates: ClassVar[bool] = True  # of the factors, from round to round (`fedlr.methods.method`)
 
     lr: float
     num_steps: int

@@ -3,8 +3,8 @@
 A pair is two runs of one task and one seed: the same split, clients, cohorts and starting weights, so most of what
 differs from seed to seed cancels in the difference. What makes a task has to agree: data, partition, model, size of the
 federation, and all of privacy but the clip. What makes an arm may differ, and is told: method, adapter, trainer, clip,
-runtime. Where a task holds several arms of the reference (two learning rates, say), a run is paired with the one that
-agrees with it in what they differ in.
+runtime, the server's momentum, how many models are averaged. Where a task holds several arms of the reference (two
+learning rates, say), a run is paired with the one that agrees with it in what they differ in.
 
 Source of the interval: Student 1908; the differences of n seeds are n values, whatever the runs have in common.
 """
@@ -19,7 +19,7 @@ from fedlr.runs.report.comparison_arms import Interval, group_name, label_of, me
 from fedlr.runs.report.run_files import Run
 
 ARM_SECTIONS = ("method", "adapter", "trainer", "runtime")  # of a configuration; the rest of it makes the task
-ARM_KEYS = ("privacy.max_grad_norm",)
+ARM_KEYS = ("privacy.max_grad_norm", "server_momentum", "average_last")
 MOST_NAMED = 3  # runs in a message
 
 Settings = Mapping[str, str]

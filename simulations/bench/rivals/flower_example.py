@@ -103,7 +103,7 @@ def train_privately(model: PeftModel, share: Share, data: RawData, *, client: in
         num_steps=e.trainer.num_steps,
         optimizer=build_optimizer(e.trainer),
         token_budget=e.trainer.token_budget,
-        divisor=e.trainer.divisor,
+        divisor=e.trainer.number_divisor(),
         sampler=PoissonSampler(e.trainer.sample_rate),
     )
     train_client(
