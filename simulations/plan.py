@@ -18,7 +18,7 @@ from fedlr.flower.records import num_bytes
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.cohorts import cohorts
-from fedlr.runs.recorder import held_out_labels, settings_of
+from fedlr.runs.recorder import held_out_labels, recipe_of
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.verdict import advice, least_told
 from fedlr.training.noise import update_noise
@@ -65,14 +65,14 @@ def learning_lines(federation: Federation) -> list[str]:
     """Say what would have to come out for the run to have learned, and what stands in its way already."""
     held_out = held_out_labels(federation.test.labels, federation.label_names)
     noise_sd = update_noise(federation.training, federation.mechanism)
-    settings = settings_of(federation.experiment, head_is_drawn=federation.base.head_is_drawn, noise_sd=noise_sd)
+    recipe = recipe_of(federation.experiment, head_is_drawn=federation.base.head_is_drawn, noise_sd=noise_sd)
     least = least_told(held_out)
     told = "no accuracy would tell" if least is None else f"from {100 * least:.1f} % right on one can tell"
     lines = [
         f'learning    {held_out.num_rows:,} held-out rows, "{held_out.majority_label}" is '
         f"{100 * held_out.majority_share:.1f} % of them, a guess {100 * held_out.chance:.1f} %: {told} that it learned"
     ]
-    return [*lines, *(f"            change first: {text}" for text in advice(held_out, settings))]
+    return [*lines, *(f"            change first: {text}" for text in advice(held_out, recipe))]
 
 
 def privacy_lines(federation: Federation) -> list[str]:

@@ -10,14 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlr.runs.recorder import held_out_labels, settings_of
+from fedlr.runs.recorder import held_out_labels, recipe_of
 from fedlr.runs.verdict import (
     CANNOT_BE_TOLD,
     DID_NOT_LEARN,
     LEARNED,
     HeldOut,
-    Outcome,
-    Settings,
+    Recipe,
+    Result,
     advice,
     binomial_interval,
     enough_rows,
@@ -28,11 +28,11 @@ from fedlr.runs.verdict import (
 from tests.simulations.small_runs import experiment
 
 EVEN, SKEWED = HeldOut({"bad": 500, "good": 500}), HeldOut({"ham": 900, "spam": 100})
-FINE = Settings(has_random_head=False, num_rounds=20)
+FINE = Recipe(has_random_head=False, num_rounds=20)
 
 
-def outcome(final: float, *, start: float = 0.5, **changes: object) -> Outcome:
-    return replace(Outcome(start, final, 0.69, 0.6), **changes)
+def outcome(final: float, *, start: float = 0.5, **changes: object) -> Result:
+    return replace(Result(start, final, 0.69, 0.6), **changes)
 
 
 def binomials(num_rows: int, share: float, *, draws: int = 20_000) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_published_intervals() -> None:
         (HeldOut({"only": 30, "never": 0}), outcome(1.0, start=1.0), DID_NOT_LEARN),
     ],
 )
-def test_words(rows: HeldOut, found: Outcome, word: str) -> None:
+def test_words(rows: HeldOut, found: Result, word: str) -> None:
     assert judge(rows, found, FINE).word == word
 
 
@@ -103,7 +103,7 @@ def test_the_least_accuracy_that_is_told_is_the_least() -> None:
 
 def test_advice_comes_in_the_order_of_what_is_likeliest() -> None:
     small = HeldOut({"ham": 90, "spam": 10})
-    bad = Settings(has_random_head=True, pooling="the first token", num_rounds=3, lr=2.0)
+    bad = Recipe(has_random_head=True, pooling="the first token", num_rounds=3, lr=2.0)
     found = outcome(0.9, final_loss=0.69, noise_to_signal=0.97, confusion=((90, 0), (10, 0)))
     told = judge(small, found, bad).advice
     keys = (*("train_head", "pooling", "optimizer.lr", "cohort_size", "num_rounds", "label_weights", "num_test"),)
@@ -141,11 +141,11 @@ def test_a_record_is_json_and_makes_the_lines() -> None:
 
 
 def test_settings_are_those_of_the_configuration() -> None:
-    frozen = settings_of(experiment("adapter.train_head=false"), head_is_drawn=True, noise_sd=0.3)
+    frozen = recipe_of(experiment("adapter.train_head=false"), head_is_drawn=True, noise_sd=0.3)
     assert (frozen.has_random_head, frozen.pooling, frozen.num_rounds) == (True, None, 2)
     assert frozen.gathered_noise == pytest.approx(0.3 * (2 / 3) ** 0.5)
-    assert not settings_of(experiment("adapter.train_head=true"), head_is_drawn=True).has_random_head
-    assert not settings_of(experiment("adapter.train_head=false"), head_is_drawn=False).has_random_head
+    assert not recipe_of(experiment("adapter.train_head=true"), head_is_drawn=True).has_random_head
+    assert not recipe_of(experiment("adapter.train_head=false"), head_is_drawn=False).has_random_head
 
 
 def test_labels_are_counted_in_the_order_of_their_names() -> None:

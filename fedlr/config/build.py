@@ -156,7 +156,8 @@ def checked(section: Mapping[str, Any], where: str, given: Sequence[str]) -> tup
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     hints = _hints(function)
     arguments = {key: value for key, value in section.items() if key != "_target_"}
-    known = [*own, *(DataSection.model_fields if where == "data" else ())]
+    of_data = [name for name in DataSection.model_fields if "path" in own or not name.startswith("test_")]
+    known = [*own, *(of_data if where == "data" else ())]
     for key, value in arguments.items():
         full = f"{where}.{key}"
         if key not in own and not open_ended:

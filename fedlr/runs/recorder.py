@@ -16,7 +16,7 @@ from fedlr.methods.method import Method
 from fedlr.rounds.evaluate import Evaluation
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.outcome import finite, problem_of
-from fedlr.runs.verdict import HeldOut, Outcome, Settings, gathered_noise, judge, noise_of_rounds
+from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
 
 NEVER_ASKED = ("offline", "not_sent")
 
@@ -86,7 +86,7 @@ def held_out_labels(labels: np.ndarray, label_names: Sequence[str]) -> HeldOut:
     return HeldOut(dict(zip(label_names, counts, strict=True)))
 
 
-def settings_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | None = None) -> Settings:
+def recipe_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | None = None) -> Recipe:
     """Return what of a configuration decides whether it can learn.
 
     `head_is_drawn` says that the base model brings no classification head of its own; `noise_sd` as in `metrics_row`.
@@ -94,7 +94,7 @@ def settings_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float 
     e, model = experiment, experiment.model.section()
     pooling, lr = model.get("pooling", "mean"), e.trainer.optimizer.section().get("lr")
     is_mean = isinstance(pooling, str) and (pooling == "auto" or "mean" in pooling)
-    return Settings(
+    return Recipe(
         has_random_head=head_is_drawn and not e.adapter.train_head,
         pooling=None if is_mean else f"the first token (model.pooling={'null' if pooling is None else pooling})",
         num_rounds=e.num_rounds,
@@ -155,7 +155,7 @@ def summarise(
     e, first, last = experiment, rows[0], rows[-1]
     is_private = e.privacy.epsilon is not None
     problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal))
-    outcome = Outcome(
+    outcome = Result(
         start_accuracy=first["accuracy"],
         final_accuracy=last["accuracy"],
         start_loss=first["loss"],
@@ -164,7 +164,7 @@ def summarise(
         confusion=last.get("confusion"),
         problem=problem,
     )
-    verdict = judge(held_out, outcome, settings_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd))
+    verdict = judge(held_out, outcome, recipe_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd))
     return {
         "name": e.name,
         "method": method.name,

@@ -61,7 +61,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Recipe:
     """What of a configuration decides whether a run can learn; None: not known."""
 
     has_random_head: bool  # that stays as it was drawn
@@ -73,7 +73,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """What the metrics of a run say of its start and its end; of each class how often it occurs and is found."""
 
     start_accuracy: float
@@ -175,15 +175,15 @@ def gathered_noise(noise_sd: float | None, *, num_rounds: int, cohort_size: int)
     return None if noise_sd is None else noise_sd * math.sqrt(num_rounds / cohort_size)
 
 
-def judge(held_out: HeldOut, outcome: Outcome, settings: Settings) -> Verdict:
+def judge(held_out: HeldOut, outcome: Result, recipe: Recipe) -> Verdict:
     """Say whether a run learned, by the rule above.
 
-    >>> chance = Outcome(0.5, 0.475, 0.7, 0.71)
-    >>> judge(HeldOut({"bad": 500, "good": 500}), chance, Settings(has_random_head=True)).word
+    >>> chance = Result(0.5, 0.475, 0.7, 0.71)
+    >>> judge(HeldOut({"bad": 500, "good": 500}), chance, Recipe(has_random_head=True)).word
     'did not learn'
-    >>> judge(HeldOut({"bad": 60, "good": 60}), chance, Settings(has_random_head=True)).word
+    >>> judge(HeldOut({"bad": 60, "good": 60}), chance, Recipe(has_random_head=True)).word
     'cannot be told'
-    >>> judge(HeldOut({"bad": 60, "good": 60}), Outcome(0.5, 0.9, 0.7, 0.3), Settings(has_random_head=True)).word
+    >>> judge(HeldOut({"bad": 60, "good": 60}), Result(0.5, 0.9, 0.7, 0.3), Recipe(has_random_head=True)).word
     'learned'
     """
     num_rows = held_out.num_rows
@@ -193,7 +193,7 @@ def judge(held_out: HeldOut, outcome: Outcome, settings: Settings) -> Verdict:
         word=word,
         why=why,
         seen=_seen(held_out, outcome, interval),
-        advice=() if word == LEARNED else advice(held_out, settings, outcome),
+        advice=() if word == LEARNED else advice(held_out, recipe, outcome),
         interval=interval,
         num_rows=num_rows,
         majority_label=held_out.majority_label,
@@ -205,20 +205,20 @@ def judge(held_out: HeldOut, outcome: Outcome, settings: Settings) -> Verdict:
     )
 
 
-def advice(held_out: HeldOut, settings: Settings, outcome: Outcome | None = None) -> tuple[str, ...]:
+def advice(held_out: HeldOut, recipe: Recipe, outcome: Result | None = None) -> tuple[str, ...]:
     """Return what to change, the likeliest first; without an outcome what can be known before a run.
 
-    >>> advice(HeldOut({"bad": 500, "good": 500}), Settings(has_random_head=True, num_rounds=20))
+    >>> advice(HeldOut({"bad": 500, "good": 500}), Recipe(has_random_head=True, num_rounds=20))
     ('the classification head is random and stays so: set adapter.train_head=true',)
     """
     found = []
-    if settings.has_random_head:
+    if recipe.has_random_head:
         found.append("the classification head is random and stays so: set adapter.train_head=true")
-    if settings.pooling is not None:
-        found.append(f"the classifier reads {settings.pooling}: set model.pooling=mean_normalised")
-    found += _about_rate(settings, outcome)
-    found += _about_noise(settings, outcome)
-    found += _about_labels(held_out, settings, outcome)
+    if recipe.pooling is not None:
+        found.append(f"the classifier reads {recipe.pooling}: set model.pooling=mean_normalised")
+    found += _about_rate(recipe, outcome)
+    found += _about_noise(recipe, outcome)
+    found += _about_labels(held_out, recipe, outcome)
     if (wanted := enough_rows(held_out.majority_share)) > held_out.num_rows:
         told = f"{held_out.num_rows} held-out rows tell no small gain: hold out about {wanted:,} (data.num_test)"
         found.append(told)
@@ -237,7 +237,7 @@ def noise_of_rounds(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return median(known) if known else None
 
 
-def _word(held_out: HeldOut, outcome: Outcome, interval: tuple[float, float]) -> tuple[str, str]:
+def _word(held_out: HeldOut, outcome: Result, interval: tuple[float, float]) -> tuple[str, str]:
     label, share = held_out.majority_label, held_out.majority_share
     if outcome.problem is not None:
         return DID_NOT_LEARN, "nothing of the run counted"
@@ -263,7 +263,7 @@ def _finds_classes(confusion: Sequence[Sequence[int]] | None) -> bool:
     return sum(lows) / len(lows) > 1 / len(lows)
 
 
-def _seen(held_out: HeldOut, outcome: Outcome, interval: tuple[float, float]) -> str:
+def _seen(held_out: HeldOut, outcome: Result, interval: tuple[float, float]) -> str:
     low, high = interval
     losses = [f"{loss:.3f}" if loss is not None else "not finite" for loss in (outcome.start_loss, outcome.final_loss)]
     told = (
@@ -277,8 +277,8 @@ def _seen(held_out: HeldOut, outcome: Outcome, interval: tuple[float, float]) ->
     return f"{told}; the noise is {_percent(outcome.noise_to_signal)} of a round's mean update"
 
 
-def _about_rate(settings: Settings, outcome: Outcome | None) -> list[str]:
-    noise, lr = settings.gathered_noise, settings.lr
+def _about_rate(recipe: Recipe, outcome: Result | None) -> list[str]:
+    noise, lr = recipe.gathered_noise, recipe.lr
     if noise is not None and noise > LARGE_NOISE:
         to = "" if lr is None else f" to about {lr * ENOUGH_NOISE / noise:.2g}"
         return [f"noise of {noise:.2g} gathers in each trained number: lower trainer.optimizer.lr{to}"]
@@ -293,23 +293,23 @@ def _about_rate(settings: Settings, outcome: Outcome | None) -> list[str]:
     return []
 
 
-def _about_noise(settings: Settings, outcome: Outcome | None) -> list[str]:
+def _about_noise(recipe: Recipe, outcome: Result | None) -> list[str]:
     found = []
     if outcome is not None and (outcome.noise_to_signal or 0) > MOSTLY_NOISE:
         found.append(
             "a round's update is mostly noise: take more rows (trainer.sample_rate, more data), more clients a round "
             "(cohort_size), fewer trained numbers (adapter.rank, adapter.layers), or a larger privacy.epsilon"
         )
-    if settings.num_rounds < FEW_ROUNDS:
-        found.append(f"{settings.num_rounds} rounds are few: raise num_rounds")
+    if recipe.num_rounds < FEW_ROUNDS:
+        found.append(f"{recipe.num_rounds} rounds are few: raise num_rounds")
     return found
 
 
-def _about_labels(held_out: HeldOut, settings: Settings, outcome: Outcome | None) -> list[str]:
+def _about_labels(held_out: HeldOut, recipe: Recipe, outcome: Result | None) -> list[str]:
     named = [sum(column) for column in zip(*(outcome.confusion or ()), strict=True)] if outcome else []
     is_constant = bool(named) and max(named) >= CONFIDENCE * sum(named)
     is_skewed = held_out.majority_share >= SKEWED
-    if settings.has_label_weights or not is_skewed:
+    if recipe.has_label_weights or not is_skewed:
         return []
     always = ", and nearly every answer is one label" if is_constant else ""
     return [

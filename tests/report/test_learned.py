@@ -14,7 +14,7 @@ import pytest
 from fedlr.errors import InputError
 from fedlr.runs.report.learned import confusion, did_it_learn
 from fedlr.runs.report.run_files import read_run
-from fedlr.runs.verdict import HeldOut, Outcome, Settings, judge
+from fedlr.runs.verdict import HeldOut, Recipe, Result, judge
 from tests.report.run_directory import write_run
 
 ROWS = HeldOut({"negative": 40, "neutral": 30, "positive": 30})
@@ -24,8 +24,8 @@ SCORES = {"balanced_accuracy": 0.75, "macro_f1": 0.7449, "mcc": -0.62, "auc": 0.
 
 def told(folder: Path, *, final: float = 0.75, **changes: Any) -> list[str]:
     """Return the section of a run with a verdict and scores."""
-    outcome = Outcome(0.34, final, 1.1, 0.6, 0.4, MATRIX if final == 0.75 else None)
-    record = {**judge(ROWS, outcome, Settings(has_random_head=True, num_rounds=6)).record(), **changes}
+    outcome = Result(0.34, final, 1.1, 0.6, 0.4, MATRIX if final == 0.75 else None)
+    record = {**judge(ROWS, outcome, Recipe(has_random_head=True, num_rounds=6)).record(), **changes}
     run = write_run(folder, num_rounds=3, change={"verdict": record, "label_names": list(ROWS.label_counts)})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for number, line in enumerate(lines):

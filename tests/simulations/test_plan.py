@@ -54,6 +54,9 @@ def test_epsilons_are_the_accountants(here: Path, capsys: pytest.CaptureFixture[
     for what in ("a round, ", "in all 4", "memory", "time", "budget 6 at delta 1e-05", "512 trained values"):
         assert what in text
     assert list(here.iterdir()) == [], "a plan writes nothing"
+    # Of 120 held-out rows, half of them negative, 72 right are the least whose exact interval lies above one half.
+    assert told(text, r'120 held-out rows, "negative" is 50.0 % .* from ([\d.]+) % right') == 60.0
+    assert ("adapter.train_head=true" in text, "hold out about 400" in text) == (True, True)
 
 
 def test_the_busiest_client_is_the_one_of_the_run(here: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedlr.adapters.state import LORA_B, num_values
@@ -165,3 +166,28 @@ def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path: Path) -
     paths = [create_run_dir(e) for _ in range(5)]
     assert len(set(paths)) == 5
     assert all(path.parent == tmp_path / "tiny" for path in paths)
+
+
+def test_the_last_line_has_a_confusion_matrix_and_the_summary_a_verdict_on_held_out_rows(tmp_path: Path) -> None:
+    f = federation()
+    _, metrics, _ = rounds(f, tmp_path / "run")
+    assert [row["confusion"] is None for row in metrics] == [True, True, False]
+    matrix, labels = np.array(metrics[-1]["confusion"]), f.test.labels
+    assert matrix.sum(axis=1).tolist() == np.bincount(labels, minlength=len(f.label_names)).tolist()
+    assert metrics[-1]["accuracy"] == matrix.trace() / matrix.sum()
+    assert all(0 <= row[name] <= 1 for row in metrics for name in ("balanced_accuracy", "macro_f1", "auc", "ece"))
+    told = summary(f, f.start, metrics, seconds=1.0)
+    verdict = told["verdict"]
+    assert verdict["num_rows"] == len(labels) and told["label_names"] == list(f.label_names)
+    assert verdict["majority_share"] == np.bincount(labels).max() / len(labels)
+    assert (verdict["start_loss"], verdict["final_loss"]) == (metrics[0]["loss"], metrics[-1]["loss"])
+    assert verdict["interval"][0] <= metrics[-1]["accuracy"] <= verdict["interval"][1]
+
+
+def test_lines_of_an_earlier_version_make_a_summary_too(tmp_path: Path) -> None:
+    f = federation()
+    _, metrics, _ = rounds(f, tmp_path / "run")
+    new = ("balanced_accuracy", "macro_f1", "mcc", "auc", "ece", "confusion")
+    old = [{key: value for key, value in row.items() if key not in new} for row in metrics]
+    verdict = summary(f, f.start, old, seconds=1.0)["verdict"]
+    assert verdict["word"] in ("learned", "did not learn", "cannot be told") and verdict["num_rows"] == len(f.test)
