@@ -78,7 +78,7 @@ def assemble(
     """
     check_served(experiment)
     with torch_threads(1):
-        method = build_method(provisional(experiment))
+        method = build_method(experiment)
         check_runtime(experiment, method, local_training(provisional(experiment).trainer, method.client).rule)
         held_out, num_rows = load_held_out(experiment, seed=seed)
         experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)

@@ -137,7 +137,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     Raises:
         InputError: for anything that could not run as configured.
     """
-    method = build_method(provisional(experiment))
+    method = build_method(experiment)
     check_runtime(experiment, method, local_training(provisional(experiment).trainer, method.client).rule)
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(

@@ -35,6 +35,7 @@ from simulations.costs import (
     state_places,
 )
 from simulations.federation import Federation, prepare
+from simulations.suggestion import rate_lines, suggestion_lines
 
 
 def make_plan(experiment: Experiment) -> str:
@@ -55,6 +56,8 @@ def make_plan(experiment: Experiment) -> str:
             *federation.notes,
             *learning_lines(federation),
             *privacy_lines(federation),
+            *rate_lines(experiment, federation),
+            *suggestion_lines(federation),
             *traffic_lines(federation),
             *cost_lines(federation),
         ]

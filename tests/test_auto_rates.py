@@ -96,7 +96,7 @@ def test_scaffold_is_told_the_number_in_every_arm() -> None:
 
 def test_a_server_optimizer_of_the_method_counts() -> None:
     e = experiment("method=fedavgm", "method.aggregate.lr=1.0")
-    step = build_method(provisional(e)).server_step
+    step = build_method(e).server_step
     assert step == (0.9, 1.0)
     found = resolved_rates(e, num_rows=ROWS, server_step=step)
     assert found.trainer.optimizer.section()["lr"] < 0.6 * numbers(experiment("method=ffa_lora"))[1]

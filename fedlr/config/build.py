@@ -43,9 +43,8 @@ def check_sections(experiment: Experiment) -> None:
     Raises:
         InputError: for the first that cannot be built.
     """
-    experiment = provisional(experiment)
     build_method(experiment)
-    build_optimizer(experiment.trainer)
+    build_optimizer(provisional(experiment).trainer)
     for where, (_, given) in SECTIONS.items():
         checked(getattr(experiment, where).section(), where, given)
 
@@ -77,12 +76,12 @@ def naming(where: str, *names: str) -> Iterator[None]:
 
 
 def build_method(experiment: Experiment) -> Method:
-    """Build the method: its name, and four choices that are each a `_target_`.
+    """Build the method: its name, and four choices that are each a `_target_`. A rate that is auto is no number yet.
 
     Raises:
         InputError: as `build`, with the key of the choice.
     """
-    section = experiment.method
+    section = provisional(experiment).method
     built = {key: build_choice(section[key], f"method.{key}") for key in CHOICES if key in section}
     plain = {TARGET: "method", **{key: value for key, value in section.items() if key not in built}}
     function, arguments = checked(plain, "method", [*built, "server_momentum"])

@@ -283,11 +283,10 @@ def with_found_rates(experiment: Experiment, *, seed: int) -> Experiment:
     Raises:
         InputError: the data cannot be read, or no noise reaches the budget.
     """
-    checked_now = provisional(experiment)
-    if checked_now is experiment:
+    if provisional(experiment) is experiment:
         return experiment
     num_rows = sum(map(len, load_examples(experiment, seed=seed)))
-    return resolved_rates(experiment, num_rows=num_rows, server_step=build_method(checked_now).server_step)
+    return resolved_rates(experiment, num_rows=num_rows, server_step=build_method(experiment).server_step)
 
 
 def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
@@ -323,8 +322,8 @@ def trained_roles(experiment: Experiment, method: Method) -> frozenset[str]:
 
 
 def frozen_head_note(experiment: Experiment, base: BaseModel, roles: Iterable[str]) -> str | None:
-    """Say that a private run has a random head that never trains; None where that is not so."""
-    if experiment.privacy.epsilon is None or HEAD in roles or not base.head_is_drawn:
+    """Say that a private run has a random head that never trains; None where that is not so, or all is random."""
+    if experiment.privacy.epsilon is None or HEAD in roles or not base.head_is_drawn or base.made is not None:
         return None
     return (
         "the head is random and never trains, and under privacy such a run can stay at chance: set "

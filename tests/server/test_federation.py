@@ -6,6 +6,7 @@ below quorum, or takes an enrolled adapter for granted; seeded noise used for tw
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -232,7 +233,11 @@ def test_a_server_that_found_its_rate_goes_on_with_the_numbers_it_wrote(tmp_path
     for name in states[1].memory:  # the velocity, and the models that are averaged
         assert all(torch.equal(states[0].memory[name][slot], value) for slot, value in states[1].memory[name].items())
     with pytest.raises(InputError, match="another trainer"):
-        Run(experiment(*AUTOMATIC, "data.rows_per_client=500"), done.run_dir, say=lambda line: None)
+        Run(experiment(*AUTOMATIC, "trainer.optimizer.lr=0.5"), done.run_dir, say=lambda line: None)
+    config = done.run_dir / "config.yaml"  # as if the public rows had become more since
+    config.write_text(re.sub(r"(divisor: )[\d.]+", r"\g<1>99.0", written), encoding="utf-8")
+    with pytest.raises(InputError, match="another trainer"):
+        Run(experiment(*AUTOMATIC), done.run_dir, say=lambda line: None)
 
 
 DEVICE_DEATHS = {
