@@ -51,7 +51,7 @@ def number_or_share(value: float) -> float:
 
 
 def as_many_as_there_are(value: Any) -> Any:
-    """Return 0 for null: the partition says how many clients there are (`fedlr.runs.prepare.with_clients_of`)."""
+    """Return 0 for null: as many clients as the partition finds, or all in a round (`runs.prepare.with_clients_of`)."""
     if value == 0 and not isinstance(value, bool):
         raise ValueError("1 or more, or null: as many as there are")
     return 0 if value is None else value
@@ -200,7 +200,7 @@ class Experiment(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None
     num_rounds: Count
     num_clients: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
-    cohort_size: Count
+    cohort_size: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -322,6 +322,8 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
         raise InputError(first_problem(error, tree, known=known_keys(tree))) from error
+    if not experiment.cohort_size:
+        experiment = experiment.model_copy(update={"cohort_size": experiment.num_clients})
     check_together(experiment)
     return experiment
 

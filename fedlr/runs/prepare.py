@@ -159,7 +159,8 @@ def with_clients_of(experiment: Experiment, partition: Partition) -> Experiment:
     """
     if experiment.num_clients:
         return experiment
-    known = experiment.model_copy(update={"num_clients": partition.num_clients})
+    found = partition.num_clients
+    known = experiment.model_copy(update={"num_clients": found, "cohort_size": experiment.cohort_size or found})
     check_num_clients(known)
     return known
 
