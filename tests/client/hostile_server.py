@@ -123,6 +123,7 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "a weight below zero": {"label_weights": {"negative": -1.0}},
     "a weight beyond all bounds": {"label_weights": {"negative": 1e30}},
     "a weight that is code": {"label_weights": {"negative": {"_target_": "os.system"}}},
+    "pairs of texts where there is one": {"pairs": True},
     "another model": {"model_sha256": "f" * 64},
     "no hash of a model": {"model_sha256": "any"},
     "the head of another seed": {"seed": 1},
