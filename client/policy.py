@@ -69,7 +69,7 @@ from fedlr.adapters.state import (
     side_tensors,
 )
 from fedlr.config.build import build_choice, build_optimizer
-from fedlr.config.parts import OPTIMIZERS
+from fedlr.config.parts import OPTIMIZERS, name_of
 from fedlr.config.schema import Target
 from fedlr.errors import InputError
 from fedlr.errors.messages import shown
@@ -109,7 +109,7 @@ def check_terms(terms: Terms, settings: Settings) -> None:
         _refuse("name", terms.name, "printable")
     if tuple(terms.label_names) != settings.label_names:
         _refuse("label_names", terms.label_names, f"{shown(list(settings.label_names))} (data.labels)")
-    if settings.data.target == "fedlr.data.table.load_table":  # a function of the owner's own is looked at when it ran
+    if name_of(settings.data.target, "data") == "table":  # a function of the owner's own is looked at when it ran
         has_pairs = settings.data.section().get("text_pair_column") is not None
         if terms.pairs != has_pairs:
             fix = "null" if has_pairs else "the column of the second text"

@@ -5,6 +5,7 @@ an override that is dropped); an initialiser that changes the base model let thr
 """
 
 import re
+import shlex
 import typing
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from fedlr.config.schema import CONFIGS, check_experiment, compose_experiment
 from fedlr.errors import InputError
 from fedlr.models.adapter_config import FROM_WEIGHTS, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
 from fedlr.models.network import BaseModel, attach_lora, tiny_random
+from fedlr.runs.auto_rates import provisional
 from fedlr.runs.prepare import private_mechanism
 from simulations import cli
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+OWN_DATA = {"text": ["data.path=reviews.csv"]}  # by experiment
 NEEDED = {
     "runtime=superlink": ["deployment.rehearsal=true"],
     "data=table": ["data.path=reviews.csv"],
@@ -33,9 +36,10 @@ NEEDED = {
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_and_builds_all_that_needs_no_data(name: str) -> None:
-    experiment = compose_experiment([f"experiment={name}", "privacy.accountant=rdp"])
+    experiment = compose_experiment([f"experiment={name}", "privacy.accountant=rdp", *OWN_DATA.get(name, [])])
     assert experiment.name == name
     check_sections(experiment)
+    experiment = provisional(experiment)  # a rate that is found later
     assert build_method(experiment).name == experiment.method["name"]
     optimizer = build_optimizer(experiment.trainer)([torch.nn.Parameter(torch.zeros(1))])
     assert optimizer.defaults["lr"] == experiment.trainer.optimizer.section()["lr"]
@@ -45,14 +49,14 @@ def test_experiment_composes_and_builds_all_that_needs_no_data(name: str) -> Non
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_privacy_none_means_none_in_every_experiment(name: str) -> None:
-    experiment = compose_experiment([f"experiment={name}", "privacy=none"])
+    experiment = compose_experiment([f"experiment={name}", "privacy=none", *OWN_DATA.get(name, [])])
     assert experiment.privacy.epsilon is None
     assert private_mechanism(experiment) == (None, None)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_resolved_configuration_is_the_same_experiment(name: str) -> None:
-    experiment = compose_experiment([f"experiment={name}"])
+    experiment = compose_experiment([f"experiment={name}", *OWN_DATA.get(name, [])])
     assert check_experiment(experiment.resolved()) == experiment
 
 
@@ -72,7 +76,7 @@ def test_every_option_composes_and_the_commands_in_its_header_do(path: Path) -> 
         check_sections(compose_experiment(["experiment=tiny", choice, *NEEDED.get(choice, [])]))
     commands = re.findall(r"^# (?:Run: )?fedlr (?:simulate|plan) (.*)$", path.read_text(encoding="utf-8"), re.M)
     for command in commands:
-        for overrides in cli.expand(command.split()):
+        for overrides in cli.expand(shlex.split(command)):
             compose_experiment(overrides)
     assert commands or group not in ("experiment", "method", "configs")
 

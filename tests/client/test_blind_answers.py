@@ -198,10 +198,11 @@ def one_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Load the model once for the same terms; the rehearsals begin anew."""
     original = Trainee.prepare
 
-    def prepare(settings: Settings, terms: Any, *, say: Any) -> Trainee:
-        if terms.sha256() not in TRAINEES:
-            TRAINEES[terms.sha256()] = original(settings, terms, say=say)
-        return replace(TRAINEES[terms.sha256()], settings=settings)
+    def prepare(settings: Settings, terms: Any, *, features: bool = False, say: Any) -> Trainee:
+        key = f"{terms.sha256()} {features}"
+        if key not in TRAINEES:
+            TRAINEES[key] = original(settings, terms, features=features, say=say)
+        return replace(TRAINEES[key], settings=settings)
 
     monkeypatch.setattr(Trainee, "prepare", prepare)
     yield

@@ -160,7 +160,7 @@ def test_every_bound_and_refusal_is_what_stops_some_case(source: str, by_device:
 HALVES = {
     " or len(names) > MOST_NAMES": "",
     " or not all(map(MODULE_NAME.fullmatch, names))": "",
-    'if targets == "all-linear" else None': "",
+    "if targets in (ALL_LINEAR, AUTO_TARGETS) else None": "",
     "len(task.block) > MOST_BLOCKS or ": "",
     " or not roles_of(task.block) <= trainable": "",
     "roles if terms.adapter.train_head else roles - {HEAD}": "roles",
@@ -217,7 +217,7 @@ def test_sane_terms_are_accepted(terms: Mapping[str, Any], tmp_path: Path) -> No
     check_terms(Terms.read(json.dumps(terms_tree(terms))), device_settings(tmp_path / "device"))
 
 
-@pytest.mark.parametrize("name", ["tiny", "demo", "fedsvd_paper"])
+@pytest.mark.parametrize("name", ["tiny", "federation", "fedsvd_paper"])
 def test_experiments_of_this_project_are_within_the_default_policy(name: str, tmp_path: Path) -> None:
     experiment = compose_experiment(
         [f"experiment={name}", "seed=null", "privacy.randomness=os", "privacy.accountant=rdp"]
