@@ -26,7 +26,7 @@ from flwr.proto.message_pb2 import ObjectTree
 
 import client.node
 from client.device import Device
-from client.node import Connection, connected, step
+from client.node import Connection, Outage, connected, step
 from client.settings import Settings
 from fedlr.flower.records import RecordDict
 from tests.server.malformed import CANARY, CLASSES, Honest
@@ -133,6 +133,10 @@ class Puppet:
 DELIVER = client.node.deliver
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
 def main(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     with ExitStack() as stack:
@@ -151,9 +155,7 @@ def main(folder: Path) -> None:
         while not (folder / "stop").exists():
             for puppet in puppets:
                 client.node.deliver = puppet.deliver
-                puppet.num_asked += step(
-                    puppet.connection, cast(Device, puppet), say=lambda line: print(line, flush=True)
-                )
+                puppet.num_asked += step(puppet.connection, cast(Device, puppet), say=say, outage=Outage(say))
             time.sleep(0.05)
 
 

@@ -4,6 +4,7 @@ Mutants these tests reject: a server that goes on with another base model, anoth
 simulation's directory for an empty one; one that cannot leave its results behind a second time.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_server_whose_model_changed_between_two_starts_says_so(
     f = Federation(experiment("num_rounds=1"), tmp_path)
     f.start()
     other = experiment("num_rounds=1", "model.hidden_size=24")
-    monkeypatch.setattr(run_module, "assemble", lambda e, **given: assemble(other, **given))
+    monkeypatch.setattr(run_module, "assemble", lambda e, **given: replace(assemble(other, **given), experiment=e))
     with pytest.raises(InputError, match="another than when it began"):
         f.start()
 

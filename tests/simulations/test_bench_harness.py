@@ -175,6 +175,7 @@ def test_the_table_shows_every_goal_with_what_was_reached(tmp_path: Path) -> Non
     assert markdown.count("\n| ") == len(GOALS) + 1 and "cores of" in markdown and str(tmp_path) not in markdown
 
 
+@pytest.mark.usefixtures("rendered_pictures")
 def test_pictures_and_document_come_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     docs.mkdir()
