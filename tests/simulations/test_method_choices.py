@@ -293,7 +293,7 @@ def test_an_update_of_another_rank_is_rejected(tmp_path: Path) -> None:
         (("method=la_lora", OPACUS), "trainer.engine=fused for method=la_lora"),
         (("method=fedsvd", "adapter.client_ranks=[1,2]"), "a method that aggregates mixed ranks"),
         (("method=flora", "adapter.client_ranks=[1,2]", OPACUS), "trainer.engine=fused for clients of different ranks"),
-        (("method=rolora", "+method.personal=[lora_B]"), "fedlr.methods.method.Always with method.personal"),
+        (("method=rolora", "+method.personal=[lora_B]"), "always with method.personal"),
         (
             ("method=hetlora", "+method.personal=[lora_B]", "adapter.client_ranks=[1,2]"),
             "client_ranks=null with",
