@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedlr.adapters.state import num_values
+from fedlr.config.auto_rates import provisional, resolved_rates
 from fedlr.config.build import build, build_method, naming
 from fedlr.config.runtime_rules import check_aggregate, check_runtime
 from fedlr.config.schema import Experiment
@@ -24,7 +25,6 @@ from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, initial_state, task_of
-from fedlr.runs.auto_rates import provisional, resolved_rates
 from fedlr.runs.prepare import (
     check_trainable,
     frozen_head_note,

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlr.adapters.state import num_bytes
+from fedlr.config.auto_rates import alone_rounds
 from fedlr.models.base_delta import SideWeights
 from fedlr.models.prefix import encode_features, encode_prefix
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.fused import bytes_a_client, group_size
-from fedlr.runs.auto_rates import alone_rounds
 from fedlr.runs.prepare import state_store, whole_and_working
 from fedlr.tasks.tokenise import Share, TokenisedText
 from fedlr.training.threads import torch_threads

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedlr.adapters.client_ranks import num_rows_and_columns
 from fedlr.adapters.state import num_values
+from fedlr.config.auto_rates import arm, provisional, resolved_rates
 from fedlr.config.build import build, build_method, naming
 from fedlr.config.runtime_rules import check_aggregate, check_runtime
 from fedlr.config.schema import Experiment
@@ -25,7 +26,6 @@ from fedlr.models.starts.starts import start_of
 from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds.round import RoundTask, ServerState, initial_state, task_of
-from fedlr.runs.auto_rates import arm, provisional, resolved_rates
 from fedlr.runs.prepare import (
     check_trainable,
     frozen_head_note,

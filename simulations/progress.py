@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedlr.config.auto_rates import alone_rounds
 from fedlr.config.schema import Experiment
-from fedlr.runs.auto_rates import alone_rounds
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.verdict import verdict_lines

@@ -7,10 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fedlr.adapters.state import HEAD
-from fedlr.config.schema import AUTO, Experiment
-from fedlr.errors import InputError
-from fedlr.methods.method import Method
-from fedlr.runs.auto_rates import (
+from fedlr.config.auto_rates import (
     SGD,
     expected_rows,
     learning_rate_of,
@@ -20,6 +17,9 @@ from fedlr.runs.auto_rates import (
     resolved_rates,
     rows_source,
 )
+from fedlr.config.schema import AUTO, Experiment
+from fedlr.errors import InputError
+from fedlr.methods.method import Method
 from fedlr.training.rates import ACCUMULATED_NOISE
 from simulations.federation import Federation
 

@@ -14,12 +14,12 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from pydantic import ValidationError
 
+from fedlr.config.auto_rates import provisional
 from fedlr.config.build import build, build_method, build_optimizer, check_sections
 from fedlr.config.schema import CONFIGS, check_experiment, compose_experiment
 from fedlr.errors import InputError
 from fedlr.models.adapter_config import FROM_WEIGHTS, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
 from fedlr.models.network import BaseModel, attach_lora, tiny_random
-from fedlr.runs.auto_rates import provisional
 from fedlr.runs.prepare import private_mechanism
 from simulations import cli
 

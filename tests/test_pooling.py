@@ -25,6 +25,7 @@ from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only
 from fedlr.models.pooling import BIAS_FEATURE, POOLINGS, pooled, pooling_of
 from fedlr.models.precision import with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
+from fedlr.models.zero_head import awake, check_head_trains, zero_layers
 from fedlr.tasks.losses import cross_entropy
 from fedlr.tasks.synthetic import VOCABULARY
 from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
@@ -32,7 +33,6 @@ from fedlr.training.first_token import first_token_only
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
 from fedlr.training.supported import check_supported
-from fedlr.training.zero_head import awake, check_head_trains, zero_layers
 from tests.training.small_models import mutant
 
 LABELS = ("negative", "neutral", "positive")

@@ -15,6 +15,7 @@ import torch
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import nn
 
+from fedlr.config.auto_rates import provisional
 from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place_of
 from fedlr.config.schema import DataSection, Experiment, TrainerSection
 from fedlr.config.slots import check_kind, check_name
@@ -24,7 +25,6 @@ from fedlr.errors import InputError, in_range
 from fedlr.errors.messages import dotted, first_problem, keyed, one_line, shown, unknown_key
 from fedlr.methods.method import Method
 from fedlr.models.network import BaseModel
-from fedlr.runs.auto_rates import provisional
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 

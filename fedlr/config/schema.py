@@ -26,7 +26,7 @@ from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_R
 from fedlr.models.adapter_config import AdapterConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-AUTO = "auto"  # of a number that is found from public ones when a run is prepared (`fedlr.runs.auto_rates`)
+AUTO = "auto"  # of a number that is found from public ones when a run is prepared (`fedlr.config.auto_rates`)
 
 
 def folder_name(name: str) -> str:

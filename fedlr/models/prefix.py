@@ -38,8 +38,8 @@ from fedlr.data.store import Put, TableStore
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.models.pooling import PooledClassifier
+from fedlr.models.zero_head import awake
 from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
-from fedlr.training.zero_head import awake
 
 # What an encoder of this family calls its layers.
 _LAYER_LISTS = ("encoder.layer", "transformer.layer", "layers")

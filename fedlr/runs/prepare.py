@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fedlr.adapters.state import HEAD, AdapterState, Block
+from fedlr.config.auto_rates import noise_multiplier_of, provisional, resolved_rates
 from fedlr.config.build import build, build_choice, build_method, build_optimizer, checked, naming
 from fedlr.config.rules import check_num_clients
 from fedlr.config.schema import DataSection, Experiment, RuntimeSection, TrainerSection
@@ -32,17 +33,16 @@ from fedlr.models.pooling import PooledClassifier
 from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
 from fedlr.models.tuners.blocks import LORA
+from fedlr.models.zero_head import check_head_trains
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.runs.auto_rates import noise_multiplier_of, provisional, resolved_rates
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
 from fedlr.training.tuner_supported import check_tuner
-from fedlr.training.zero_head import check_head_trains
 
 
 def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
@@ -279,7 +279,7 @@ def local_training(trainer: TrainerSection, rule: ClientRule) -> LocalTraining:
 
 
 def with_found_rates(experiment: Experiment, *, seed: int) -> Experiment:
-    """Return the experiment with the numbers that a run of it will find for what is auto (`fedlr.runs.auto_rates`).
+    """Return the experiment with the numbers that a run of it will find for what is auto (`fedlr.config.auto_rates`).
 
     Raises:
         InputError: the data cannot be read, or no noise reaches the budget.

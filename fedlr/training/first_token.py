@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlr.models.zero_head import awake
 from fedlr.tasks.probe import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
-from fedlr.training.zero_head import awake
 
 # Of the largest logit: another order of the same products. A token that should not count changes logits by far more.
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05

@@ -23,8 +23,8 @@ from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ROLES, Block, roles_of
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
 from fedlr.models.peft_state import ADAPTER_NAME, head_parts
+from fedlr.models.zero_head import awake
 from fedlr.tasks.probe import PROBE_EXAMPLES, in_training, probe_inputs
-from fedlr.training.zero_head import awake
 
 GradSampleMode = Literal["hooks", "ghost", "loop"]
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from fedlr.adapters.state import HEAD, Block, Slot, roles_of
 from fedlr.errors import InputError
 from fedlr.models.peft_state import LAYOUT, train_only
+from fedlr.models.zero_head import awake
 from fedlr.tasks.losses import cross_entropy
 from fedlr.tasks.probe import in_training, probe_inputs
 from fedlr.training.copies import _layers_of
 from fedlr.training.gradients import LoopGradients
 from fedlr.training.supported import _check_modules, _check_trained, _probe, _trained_layers
 from fedlr.training.tuner_gradients import engine
-from fedlr.training.zero_head import awake
 
 SAME_SUMS = 1e-3  # of the joint norm: far above the rounding of float32, far below one example that is missing
 

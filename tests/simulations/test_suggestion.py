@@ -1,8 +1,8 @@
 """What the plan says of rate and schedule is what a run of it would have."""
 
+from fedlr.config.auto_rates import learning_rate_of, noise_multiplier_of
 from fedlr.config.build import check_sections
 from fedlr.config.schema import compose_experiment
-from fedlr.runs.auto_rates import learning_rate_of, noise_multiplier_of
 from fedlr.runs.prepare import with_found_rates
 from simulations.federation import prepare
 from simulations.suggestion import rate_lines, suggestion_lines

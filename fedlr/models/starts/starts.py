@@ -27,9 +27,9 @@ from fedlr.models.reading import read_texts
 from fedlr.models.starts.factors import corda_factors, eva_factors, lora_ga_factors, olora_factors, pissa_factors
 from fedlr.models.starts.from_base import watching, weight_of
 from fedlr.models.starts.silver_bullet import core_layers, write_bases
+from fedlr.models.zero_head import zero_layers
 from fedlr.tasks.losses import cross_entropy
 from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
-from fedlr.training.zero_head import zero_layers
 
 TOKEN_BUDGET = 1024  # of one pass over public texts
 Factors = Callable[[str, Tensor], LoraFactors]  # of a layer, by its path and weight (D, K)
