@@ -30,6 +30,7 @@ from fedlr.rounds.round import ServerState, task_of
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+LORA_NAMES = [name for name in NAMES if name != "head"]  # which trains the head whatever adapter.train_head says
 D, K, R = 12, 20, 3
 PATHS = ("layer.0", "layer.1")
 
@@ -262,7 +263,7 @@ def test_the_server_keeps_A_of_fedsvd_in_the_row_space_of_the_first_A():
         assert torch.dist(last @ projector, last) < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LORA_NAMES)
 def test_a_frozen_head_is_neither_sent_nor_changed(name):
     method, adapter = load(name), initial_adapter(head=True)
     assert HEAD not in method.block_schedule.roles  # heads train where adapter.train_head says so
@@ -294,7 +295,7 @@ def test_a_trained_head_goes_down_is_averaged_and_survives_the_finaliser(name):
     assert torch.equal(again.broadcast[HEAD_SLOT], after.tensors[HEAD_SLOT])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LORA_NAMES)
 def test_a_round_is_reproducible_and_changes_neither_its_input_nor_the_scale(name):
     method, adapter = load(name), method_start(name)
     updates = trained(adapter, shared(method, adapter), weights=weights_of(name))

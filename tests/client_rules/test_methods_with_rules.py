@@ -54,7 +54,7 @@ def test_scaffold_has_the_numbers_of_the_trainer():
 )
 def test_scaffold_refuses_what_is_not_plain_sgd(override):
     with pytest.raises(InputError, match="Expected trainer.optimizer.* for SCAFFOLD"):
-        load("scaffold", override)
+        load("scaffold", override, *([] if override == "trainer=adamw" else ["trainer.optimizer.lr=0.5"]))
 
 
 def test_fedsa_sends_and_receives_lora_A_alone():

@@ -69,7 +69,7 @@ SLIPS = {
     f"{TEST} data.test_path=dev.csv data.test_split=test": ["data.test_path=null beside data.test_split"],
     "data.path=train.csv data.train_split=train": ["data.train_split=null", "'train.csv'", "data.test_path"],
     "data=sst2 data.test_split=train": ["data.test_split to be another split than data.train_split", "'train'"],
-    "data=synthetic data.num_test=null data.test_path=dev.csv": ["data.num_test", "synthetic_text, which has no path"],
+    "data=synthetic data.num_test=null data.test_path=dev.csv": ["data.num_test", "synthetic, which has no path"],
     # a file for each client
     "data.path=empty/*.csv partition=by_file": ["Nothing matches the pattern 'empty/*.csv'", "wards/*.csv"],
     "data.path=no_tables partition=by_file": ["'no_tables' is a folder without a .csv"],

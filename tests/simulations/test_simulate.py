@@ -145,7 +145,7 @@ def survives(folder: Path, f: object) -> None:
 KILLER = """
     import os, signal, sys, time
     from pathlib import Path
-    from fedlr.runs.prepare import torch_threads
+    from fedlr.training.threads import torch_threads
     from fedlr.runs.directory import LEDGER
     from simulations.simulate import create_ledger, run
     from tests.simulations.small_runs import SMALL, federation, quiet
