@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from fedlr.config import auto_rates
 from fedlr.config.auto_rates import arm, noise_multiplier_of, noise_of, provisional, resolved_rates, rows_source
 from fedlr.config.build import build_method, check_sections
 from fedlr.config.schema import AUTO, Experiment, check_experiment, compose_experiment
 from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
-from fedlr.runs import auto_rates
 from fedlr.training.rates import ACCUMULATED_NOISE, RATE_WITHOUT_NOISE
 
 TINY = ("experiment=tiny", "trainer.optimizer.lr=auto", "trainer.divisor=auto")
