@@ -20,6 +20,7 @@ from fedlr.config.auto_rates import (
 from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.methods.method import Method
+from fedlr.runs.prepare import num_rows_of
 from fedlr.training.rates import ACCUMULATED_NOISE
 from simulations.federation import Federation
 
@@ -68,7 +69,7 @@ def rate_lines(given: Experiment, federation: Federation) -> list[str]:
     named = "" if lr is None else f"lr {lr:g}, "
     size = "" if noise is None else f": noise of {noise:.2g} adds up in a weight of the last model"
     lines = [f"rate        {named}divisor {divisor:g}{size}"]
-    num_rows = len(federation.clients[0].table) + len(federation.test)
+    num_rows = num_rows_of(e, federation.clients[0].table, federation.test)
     if given.trainer.divisor == AUTO:
         rows = expected_rows(e, num_rows=num_rows)
         lines.append(f"            divisor found from {rows:g} rows a client ({rows_source(e)})")
@@ -104,7 +105,7 @@ def suggestion_lines(federation: Federation) -> list[str]:
     e, mechanism = federation.experiment, federation.mechanism
     if mechanism is None:
         return []
-    num_rows = expected_rows(e, num_rows=len(federation.clients[0].table) + len(federation.test))
+    num_rows = expected_rows(e, num_rows=num_rows_of(e, federation.clients[0].table, federation.test))
     own, other = Told(e, mechanism.noise_multiplier, num_rows), full_batches(e, num_rows=num_rows)
     if other is None or other.signal_to_noise < 1.1 * own.signal_to_noise:
         return []

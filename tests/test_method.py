@@ -20,13 +20,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, Block, ClientUpdate, Slot, roles_of
-from fedlr.config.build import build_method
-from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.methods.measure.diagnostics import aggregation_error
 from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, trained_block
 from fedlr.rounds.round import ServerState, task_of
+from tests.methods_of_files import method_of as load
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -40,10 +39,6 @@ A_AND_B = ("fedit", "lora_fair", "lora_fair_ridge")
 
 
 @cache
-def load(name: str, *overrides: str) -> Method:
-    return build_method(compose_experiment([f"method={name}", *overrides]))
-
-
 def initial_adapter(*, head: bool = False) -> AdapterState:
     generator = torch.Generator().manual_seed(0)
     tensors = {Slot(path, LORA_A): torch.randn(R, K, generator=generator) / K**0.5 for path in PATHS}

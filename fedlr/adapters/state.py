@@ -49,6 +49,15 @@ def roles_of(block: Block) -> frozenset[str]:
     return frozenset(entry.role if isinstance(entry, Slot) else entry for entry in block)
 
 
+def with_head(block: Block, train_head: bool) -> Block:
+    """Return a block with the head in it, where that trains beside what a method trains.
+
+    >>> sorted(with_head(frozenset({LORA_B}), True))
+    ['head', 'lora_B']
+    """
+    return block | {HEAD} if train_head else block
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """One layer's low-rank update, delta_W = scale * lora_B @ lora_A (Hu et al. 2021, sec. 4.1)."""

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 from torch import nn
 
 from fedlr.config.auto_rates import provisional
-from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place_of
+from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place_of, section_of
 from fedlr.config.schema import DataSection, Experiment, TrainerSection
 from fedlr.config.slots import check_kind, check_name
 from fedlr.data.partition import Partition
@@ -114,7 +114,7 @@ def build_choice(choice: Any, where: str) -> Callable[..., Any]:
             raise InputError(f"Expected no argument of {where}={name}, which takes none, got {where}.{others[0]}")
         return function
     if name == GET_METHOD:
-        if others := sorted(set(choice) - {"_target_", "path"}):
+        if others := sorted(set(choice) - {TARGET, PATH}):
             raise InputError(unknown_key(f"{where}.{others[0]}", [f"{where}.path"]))
         return find(choice.get("path"), f"{where}.path")
     built = build(choice, where)
@@ -190,9 +190,7 @@ def find(name: Any, where: str) -> Callable[..., Any]:
     """
     if not isinstance(name, str):
         raise InputError(f"Expected {where} to be a part's name, got {shown(name)}")
-    section, _, key = where.rpartition(".")
-    section = section if key in (TARGET, PATH) else where
-    place = place_of(name, section, where)
+    place = place_of(name, section_of(where), where)
     check_name(place, where)
     try:
         found = resolve_name(place)

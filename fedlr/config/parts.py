@@ -139,6 +139,12 @@ def _named(node: Any, where: str) -> Any:
     return {**found, TARGET: name_of(node[TARGET], where)} if TARGET in node and where in PARTS else found
 
 
+def section_of(key: str) -> str:
+    """Return the section whose part a key names: `method.aggregate` of itself, of its `_target_` and of its `path`."""
+    section, _, last = key.rpartition(".")
+    return section if last in (TARGET, PATH) else key
+
+
 def name_of(name: Any, where: str) -> Any:
     """Return the name in a section's group of what an older release may have called otherwise."""
     new = OLD_NAMES.get(name) if isinstance(name, str) else None

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 
 from fedlr.adapters.state import AdapterState
-from fedlr.config.parts import PATH, TARGET, is_part, name_of
+from fedlr.config.parts import PATH, TARGET, is_part, name_of, section_of
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
@@ -62,8 +62,7 @@ def check_name(name: str, where: str) -> None:
         InputError: which says what belongs at the key.
     """
     if is_pythons_own(name):
-        section, _, key = where.rpartition(".")
-        kind = KINDS[section if key in (TARGET, PATH) else where]
+        kind = KINDS[section_of(where)]
         raise InputError(f"Expected {where} to name {kind}, got {name!r}, which belongs to Python itself")
 
 
@@ -73,9 +72,8 @@ def check_kind(found: Callable[..., Any], name: str, where: str) -> None:
     Raises:
         InputError: which says what it makes instead.
     """
-    section, _, key = where.rpartition(".")
+    section, key = section_of(where), where.rpartition(".")[2]
     is_used_as_it_is = key == PATH or (key != TARGET and not isinstance(found, type))  # its path stands alone
-    section = section if key in (TARGET, PATH) else where
     if is_part(name_of(name, section), section):
         return
     while isinstance(found, partial):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedlr.adapters.client_ranks import narrowed, ranks_now, widened
 from fedlr.adapters.state import (
-    HEAD,
     AdapterState,
     Block,
     ClientUpdate,
@@ -26,6 +25,7 @@ from fedlr.adapters.state import (
     num_bytes,
     roles_of,
     side_tensors,
+    with_head,
 )
 from fedlr.errors import InputError
 from fedlr.methods.aggregate.last_models import mean_model, with_past
@@ -134,7 +134,7 @@ def task_of(
     state: ServerState, method: Method, *, train_head: bool = False, ranks: Mapping[int, int] | None = None
 ) -> RoundTask:
     """Return what the next round asks of its clients; `ranks` by client id, None: all have the adapter's."""
-    block = method.block_schedule(state.round_index, state.adapter) | (frozenset({HEAD}) if train_head else frozenset())
+    block = with_head(method.block_schedule(state.round_index, state.adapter), train_head)
     return RoundTask(
         round_index=state.round_index,
         broadcast=method.broadcast(state.adapter, block),

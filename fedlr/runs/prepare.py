@@ -4,14 +4,14 @@ Everything that can be wrong with a configuration, the data or the model is foun
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fedlr.adapters.state import HEAD, AdapterState, Block
+from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of, with_head
 from fedlr.config.auto_rates import noise_multiplier_of, provisional, resolved_rates
 from fedlr.config.build import build, build_choice, build_method, build_optimizer, checked, naming
 from fedlr.config.rules import check_num_clients
@@ -84,7 +84,7 @@ def load_held_out(experiment: Experiment, *, seed: int) -> tuple[LabelledText, i
     return held_out, num_rows_of(experiment, data, held_out)
 
 
-def num_rows_of(experiment: Experiment, data: LabelledText, held_out: LabelledText) -> int:
+def num_rows_of(experiment: Experiment, data: Sized, held_out: Sized) -> int:
     """Return how many rows `data.path` has, held-out ones too."""
     return len(data) + (0 if experiment.data.num_test is None else len(held_out))
 
@@ -189,7 +189,7 @@ def check_trainable(
     Raises:
         InputError: which names the layer and the setting to change.
     """
-    block = frozenset(roles) | (frozenset({HEAD}) if adapter.train_head else frozenset())
+    block = with_head(frozenset(roles), adapter.train_head)
     check_head_trains(model, head_trains=HEAD in block)
     mode = trainer.grad_sample_mode
     if adapter.system != LORA:
@@ -286,7 +286,7 @@ def with_found_rates(experiment: Experiment, *, seed: int) -> Experiment:
     """
     if provisional(experiment) is experiment:
         return experiment
-    num_rows = sum(map(len, load_examples(experiment, seed=seed)))
+    num_rows = num_rows_of(experiment, *load_examples(experiment, seed=seed))
     return resolved_rates(experiment, num_rows=num_rows, server_step=build_method(experiment).server_step)
 
 
@@ -317,9 +317,7 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
 
 def trained_roles(experiment: Experiment, method: Method) -> frozenset[str]:
     """Return all that any round of an experiment trains."""
-    return frozenset(method.block_schedule.roles) | (
-        frozenset({HEAD}) if experiment.adapter.train_head else frozenset()
-    )
+    return frozenset(roles_of(with_head(frozenset(method.block_schedule.roles), experiment.adapter.train_head)))
 
 
 def frozen_head_note(experiment: Experiment, base: BaseModel, roles: Iterable[str]) -> str | None:

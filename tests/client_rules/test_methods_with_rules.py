@@ -8,20 +8,14 @@ import pytest
 import torch
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, AdapterState, ClientUpdate, num_values
-from fedlr.config.build import build_method
-from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.alternation import LocalAlternation
 from fedlr.methods.client_rules.personal import SharedBlock
 from fedlr.methods.client_rules.proximal import FedProx
 from fedlr.methods.client_rules.scaffold import ScaffoldClient, ScaffoldServer
-from fedlr.methods.method import Method
 from fedlr.rounds.round import ServerState, task_of
 from tests.client_rules.points import ROLES, SHAPES, draw, same
-
-
-def load(name: str, *overrides: str) -> Method:
-    return build_method(compose_experiment([f"method={name}", *overrides]))
+from tests.methods_of_files import method_of as load
 
 
 def initial() -> AdapterState:

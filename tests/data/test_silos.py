@@ -20,7 +20,7 @@ from fedlr.data.partition import Partition, by_file, by_group
 from fedlr.data.placement import content, whole_rows
 from fedlr.data.table import load_table
 from fedlr.errors import InputError
-from fedlr.runs.prepare import load_examples, load_held_out, placement
+from fedlr.runs.prepare import load_examples, load_held_out, num_rows_of, placement
 from simulations.federation import prepare
 from simulations.plan import make_plan
 
@@ -169,6 +169,13 @@ def test_a_server_reads_the_test_table_alone(tmp_path: Path) -> None:
     (tmp_path / "nowhere.csv").write_text("no table")
     held_out, num_rows = load_held_out(e, seed=0)
     assert held_out.texts == load_table(test, labels=LABELS).texts and num_rows is None
+
+
+def test_rows_of_a_test_table_are_not_counted_with_those_of_the_clients(tmp_path: Path) -> None:
+    train, test = own_test(tmp_path)
+    apart = experiment(f"data.path={train}", f"data.test_path={test}", "data.num_test=null")
+    assert num_rows_of(apart, range(30), range(8)) == 30
+    assert num_rows_of(experiment(f"data.path={train}", "data.num_test=0.2"), range(30), range(8)) == 38
 
 
 def saved(folder: Path) -> Path:
