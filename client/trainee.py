@@ -22,17 +22,18 @@ from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.models.base_delta import SideWeights
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import LAYOUT, read_adapter
-from fedlr.models.reading import check_reading, read_texts
 from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import check_delta
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import Charges, LocalPool
 from fedlr.rounds.pools.rehearsal import Rehearsal, with_largest_id
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from fedlr.runs.prepare import check_trainable, local_training, reads_features, working_model
 from fedlr.streams import OsRandomness, SeededRandomness
-from fedlr.tasks.losses import training_loss
-from fedlr.tasks.tokenise import Share, tokenise
+from fedlr.tasks.examples import Examples, Share
+from fedlr.tasks.reading import check_reading, read_texts
+from fedlr.tasks.text_classification import TextClassification
+from fedlr.tasks.tokenise import tokenise
 from fedlr.training.threads import torch_threads
 
 
@@ -93,12 +94,15 @@ class Trainee:
             constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
             with unfit("data"):
                 tokenised = read_texts(own_examples(settings, terms), base, max_length=terms.max_length)
-            tables = [constant.table, tokenised]  # the constant rows first: where they fail, no text is read
+            tables: list[Examples] = [
+                constant.table,
+                tokenised,
+            ]  # the constant rows first: where they fail, no text is read
             runtime = runtime_of(settings)
             features = runtime.cache_prefix and features and reads_features(model, {HEAD}, read_adapter(model))
-            working, (table, tokenised) = working_model(runtime, model, tables, features=features, say=say)
+            working, (table, own) = working_model(runtime, model, tables, features=features, say=say)
         rehearsal = Rehearsal(replace(constant, table=table), say)
-        return cls(settings, terms, model, working, Share.whole(tokenised), SideWeights(working), rehearsal, features)
+        return cls(settings, terms, model, working, Share.whole(own), SideWeights(working), rehearsal, features)
 
     def check(self, block: Block) -> None:
         """Refuse a block of which the engine cannot train the roles.
@@ -106,7 +110,8 @@ class Trainee:
         Raises:
             InputError: which names the layer and the setting to change.
         """
-        check_trainable(self.model, roles_of(block), self.terms.trainer, self.terms.adapter, first=block)
+        task = classification(self.terms)
+        check_trainable(self.model, roles_of(block), self.terms.trainer, self.terms.adapter, first=block, task=task)
 
     def pool(self, client_id: int, enrolled: AdapterState, ledger: Charges | None) -> FusedPool | LocalPool:
         """Return a pool of one client: the same code that trains it in a simulation."""
@@ -118,8 +123,7 @@ class Trainee:
         if not isinstance(rule, ClientRule):
             raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
         is_seeded = terms.randomness == "seeded"
-        loss = training_loss(terms.label_weights, terms.label_names)
-        training = replace(local_training(trainer, rule), loss=loss)
+        training = local_training(trainer, rule, classification(terms))
         if terms.mechanism is not None:
             # Each row by itself: tensors or a learning rate of a server's can make a row's gradient hang by more than C
             # on how wide the rows beside it are, as float32 rounds.
@@ -144,6 +148,11 @@ class Trainee:
         return FusedPool(self.working, share, check_parity=check_parity, **common)
 
 
+def classification(terms: Terms) -> TextClassification:
+    """Return the task of the terms."""
+    return TextClassification(tuple(terms.label_names), terms.label_weights)
+
+
 def own_examples(settings: Settings, terms: Terms) -> LabelledText:
     """Read the device's own table.
 
@@ -163,7 +172,7 @@ def own_examples(settings: Settings, terms: Terms) -> LabelledText:
     return data
 
 
-def only_head(task: RoundTask, enrolled: AdapterState | None) -> bool:
+def only_head(task: RoundRequest, enrolled: AdapterState | None) -> bool:
     """Return whether a round trains the head alone, on layers that are those of the base model, to the bit."""
     sent = {slot.role for slot in task.broadcast} | roles_of(task.block)
     if enrolled is None or sent != {HEAD} or task.side or enrolled.side:

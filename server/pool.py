@@ -16,7 +16,7 @@ from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.flower.messages import Request
 from fedlr.flower.terms import Terms
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 from server.gate import Answer, Asked, answer_of, is_stated
 from server.nodes import Nodes
 from server.reports import Reports
@@ -62,7 +62,7 @@ class GridPool:
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
         self.reports = reports or Reports()
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Ask every client that is reachable; yield what comes of it, in the order in which it comes."""
         deadline = time.monotonic() + self._deadline_s
         nodes = self._wait(cohort, deadline)
@@ -109,7 +109,7 @@ class GridPool:
                 said = True
             time.sleep(min(1.0, self._deadline_s / 10))
 
-    def _push(self, task: RoundTask, client: int, node_id: int, ttl: float) -> str | None:
+    def _push(self, task: RoundRequest, client: int, node_id: int, ttl: float) -> str | None:
         request = Request(
             terms=self._terms,
             client_id=client,
@@ -121,7 +121,7 @@ class GridPool:
         message = Message(request.record(), node_id, TRAIN, ttl=ttl, group_id=str(task.round_index))
         return next(iter(self._grid.push_messages([message])), None)
 
-    def _asked(self, task: RoundTask, client: int, task_sha256: str, expected: Mapping[Slot, Tensor]) -> Asked:
+    def _asked(self, task: RoundRequest, client: int, task_sha256: str, expected: Mapping[Slot, Tensor]) -> Asked:
         own = dict(narrowed(expected, task.ranks.get(client)))
         delta = None if self._terms.mechanism is None else self._terms.mechanism.delta
         return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, own, delta)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlr.config.build import build
 from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.methods.method import Method
 
@@ -32,7 +32,7 @@ class ClientTests:
 
 
 def client_tests(
-    experiment: Experiment, method: Method, partition: Partition, held_out: LabelledText, *, seed: int
+    experiment: Experiment, method: Method, partition: Partition, held_out: Table, *, seed: int
 ) -> ClientTests | None:
     """Return which held-out rows are whose; None where nobody asked (`tracking.client_accuracy`).
 
@@ -81,7 +81,7 @@ def score_clients(tests: ClientTests, score: Callable[[Rows], float]) -> dict[st
     return {"mean": fmean(found), "worst": min(found), "clients": clients}
 
 
-def _by_name(experiment: Experiment, names: Sequence[str], held_out: LabelledText) -> tuple[Rows, ...]:
+def _by_name(experiment: Experiment, names: Sequence[str], held_out: Table) -> tuple[Rows, ...]:
     if held_out.groups is None:
         raise InputError(
             f"Expected the clients' names in the test table for tracking.client_accuracy=true, got {held_out.source!r} "

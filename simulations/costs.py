@@ -21,8 +21,8 @@ from fedlr.models.prefix import encode_features, encode_prefix
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.fused import bytes_a_client, group_size
-from fedlr.runs.prepare import state_store, whole_and_working
-from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.runs.prepare import state_store, tokens_of, whole_and_working
+from fedlr.tasks.examples import Examples, Share
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation
 from simulations.runtime import pool_here
@@ -76,10 +76,11 @@ def measure(prepared: Federation) -> Costs:
         prefix, state_bytes = None, 0
         if e.runtime.cache_prefix:
             started = time.perf_counter()
-            few = encode_features(whole, few) if f.caches_features else encode_prefix(whole, few)
-            assert few.hidden is not None
+            encode = encode_features if f.caches_features else encode_prefix
+            few = cached = encode(whole, tokens_of(few))
+            assert cached.hidden is not None
             prefix = Measured(time.perf_counter() - started, num_tokens(f) / measured_tokens)
-            state_bytes = few.hidden.nbytes // len(few.hidden)
+            state_bytes = cached.hidden.nbytes // len(cached.hidden)
         probe = replace(f, working=working, side=SideWeights(working), test=few)
         step = measure_step(probe)
         evaluation = measure_evaluation(probe, num_tokens=num_states(f, f.test))
@@ -107,7 +108,7 @@ def measure_step(probe: Federation) -> Measured:
         training=replace(probe.training, num_steps=1, sampler=PoissonSampler(1.0)),
         weights=(1.0,),
     )
-    task = probe.task()
+    task = probe.request()
     with closing(pool_here(one, None)) as pool:
         return Measured(fastest(lambda: list(pool.train(task, [0]))), expected / rows)
 
@@ -115,9 +116,9 @@ def measure_step(probe: Federation) -> Measured:
 def measure_evaluation(probe: Federation, *, num_tokens: int) -> Measured:
     """Measure an evaluation with the run's threads: what it costs with one text, and what the others add."""
 
-    def seconds(test: TokenisedText) -> float:
+    def seconds(test: Examples) -> float:
         num_threads = probe.experiment.runtime.num_workers
-        evaluator = Evaluator(probe.working, test, side=probe.side, num_threads=num_threads)
+        evaluator = Evaluator(probe.working, test, task=probe.task, side=probe.side, num_threads=num_threads)
         return fastest(lambda: evaluator.score(probe.start))
 
     of_all, of_one = seconds(probe.test), seconds(spread(probe.test, 1))
@@ -134,7 +135,7 @@ def fastest(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def spread(data: TokenisedText, num_texts: int) -> TokenisedText:
+def spread(data: Examples, num_texts: int) -> Examples:
     """Return so many texts, spread evenly over the lengths; some twice where there are fewer."""
     by_length = np.argsort(data.lengths, kind="stable")
     return data.subset(by_length[((np.arange(num_texts) + 0.5) * len(data) / num_texts).astype(np.int64)])
@@ -150,7 +151,7 @@ def num_tokens(federation: Federation) -> int:
     return int(federation.clients[0].table.lengths.sum() + federation.test.lengths.sum())
 
 
-def num_states(federation: Federation, table: TokenisedText) -> int:
+def num_states(federation: Federation, table: Examples) -> int:
     """Return how many rows a table has in a cache: its tokens, or its texts where features are cached."""
     return len(table) if federation.caches_features else int(table.lengths.sum())
 
@@ -199,7 +200,7 @@ def state_places(federation: Federation, costs: Costs) -> tuple[int, int]:
 def cohort_bytes(federation: Federation) -> int:
     """Return what the clients that train at once need beside the one that was measured."""
     e = federation.experiment
-    trained = federation.start.adapter.select(federation.task().block)
+    trained = federation.start.adapter.select(federation.request().block)
     has_rule = federation.training.rule.changes
     if e.trainer.engine != "fused":
         return (min(e.cohort_size, num_threads(federation)) - 1) * num_bytes(trained.values())

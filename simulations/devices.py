@@ -14,6 +14,7 @@ import yaml
 from fedlr.config.build import build
 from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
+from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
 from fedlr.flower.node_key import create_node_key
@@ -43,6 +44,8 @@ def write_devices(
     if not experiment.data.public:
         raise InputError("Expected data.public=true to write clients' rows to this machine's disk, got false")
     data, _ = load_examples(experiment, seed=seed)
+    if not isinstance(data, LabelledText):
+        raise InputError(f"Expected task=text_classification for devices, got task={experiment.task.target}")
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )

@@ -10,41 +10,33 @@ from torch import nn
 
 from fedlr.adapters.client_ranks import num_rows_and_columns
 from fedlr.adapters.state import num_values
-from fedlr.config.auto_rates import arm, provisional, resolved_rates
-from fedlr.config.build import build, build_method, naming
-from fedlr.config.runtime_rules import check_aggregate, check_runtime
+from fedlr.config.auto_rates import arm, resolved_rates
+from fedlr.config.build import build, build_method
 from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
 from fedlr.data.placement import all_texts, num_shared_texts
-from fedlr.data.table import LabelledText
+from fedlr.data.table import LabelledText, Table
 from fedlr.methods.method import Method
 from fedlr.models.base_delta import SideWeights
 from fedlr.models.network import AdaptedModel, BaseModel
-from fedlr.models.peft_state import read_adapter
-from fedlr.models.reading import check_reading, read_texts
-from fedlr.models.starts.starts import start_of
-from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
-from fedlr.rounds.round import RoundTask, ServerState, initial_state, task_of
+from fedlr.rounds.round import RoundRequest, ServerState, request_of
+from fedlr.runs.assemble import assemble as assemble_parts
+from fedlr.runs.assemble import check_parts
 from fedlr.runs.prepare import (
-    check_trainable,
-    frozen_head_note,
     load_examples,
     local_training,
     notes,
     num_rows_of,
     placement,
     private_mechanism,
-    reads_features,
-    trained_roles,
     with_clients_of,
     working_model,
 )
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
-from fedlr.tasks.losses import training_loss
-from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.tasks.examples import Examples, Share
+from fedlr.tasks.task import Task
 from fedlr.training.local import LocalTraining
-from fedlr.training.moves import check_moves
 from simulations.client_accuracy import ClientTests, client_tests
 
 
@@ -54,6 +46,7 @@ class Federation:
 
     experiment: Experiment
     seed: int  # of the public randomness: partition, cohorts, starting weights
+    task: Task
     base: BaseModel
     model: AdaptedModel  # the whole model: what is exported
     working: nn.Module  # what trains and is evaluated: the model, or the part above its cached prefix
@@ -61,7 +54,7 @@ class Federation:
     start: ServerState
     origin: str | None  # a sentence, where the start was made from public examples
     clients: tuple[Share, ...]
-    test: TokenisedText
+    test: Examples
     client_tests: ClientTests | None  # which rows of the test are whose, where the adapter is scored for each client
     label_names: tuple[str, ...]
     has_pairs: bool  # rows are of two texts
@@ -74,6 +67,7 @@ class Federation:
     weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
     ranks: tuple[int, ...] | None  # of each client; None: all have the adapter's
     side: SideWeights  # merges what the server folded away into the tensors that all copies of the model share
+    reads_features: bool  # all that trains reads features that no round changes
     taken_as_public: tuple[str, ...]  # what about the data the privacy statement takes for public
     placed_by: tuple[str, ...]  # what besides a row itself decides where it lies, one reason each
     notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
@@ -81,18 +75,17 @@ class Federation:
     @property
     def num_trained_values(self) -> int:
         """How many numbers a client trains in the first round."""
-        return num_values(self.start.adapter.select(self.task().block).values())
+        return num_values(self.start.adapter.select(self.request().block).values())
 
-    def task(self, round_index: int = 0) -> RoundTask:
+    def request(self, round_index: int = 0) -> RoundRequest:
         """Return what a round asks of clients that start from the first adapter."""
         state = replace(self.start, round_index=round_index)
-        return task_of(state, self.method, train_head=self.experiment.adapter.train_head)
+        return request_of(state, self.method, train_head=self.experiment.adapter.train_head)
 
     @property
     def caches_features(self) -> bool:
         """Whether a cached text is one row of features: nothing below the head trains."""
-        roles = trained_roles(self.experiment, self.method)
-        return self.experiment.runtime.cache_prefix and reads_features(self.model, roles, self.start.adapter)
+        return self.experiment.runtime.cache_prefix and self.reads_features
 
     def without_privacy(self) -> "Federation":
         """Return the same federation without clipping and noise, at a rate for that."""
@@ -108,7 +101,7 @@ class Federation:
             self,
             experiment=experiment,
             method=method,
-            training=replace(local_training(experiment.trainer, method.client), loss=self.training.loss),
+            training=local_training(experiment.trainer, method.client, self.task),
         )
 
 
@@ -132,13 +125,12 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
 
 
 def prepare(experiment: Experiment, *, seed: int) -> Federation:
-    """Load data and model, split, attach the adapter, calibrate the noise, tokenise; no example has passed the model.
+    """Load data and model, split, attach the adapter, calibrate the noise, encode; no example has passed the model.
 
     Raises:
         InputError: for anything that could not run as configured.
     """
-    method = build_method(experiment)
-    check_runtime(experiment, method, local_training(provisional(experiment).trainer, method.client).rule)
+    method = check_parts(experiment)
     data, held_out = load_examples(experiment, seed=seed)
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
@@ -148,68 +140,53 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     placed_by = placement(experiment, partition, num_shared=num_shared)
     num_rows = num_rows_of(experiment, data, held_out)
     experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
-    method = build_method(experiment)
-    loss = training_loss(experiment.data.label_weights, data.label_names)
-    training = replace(local_training(experiment.trainer, method.client), loss=loss)
     tests = client_tests(experiment, method, partition, held_out, seed=seed)
     budget, mechanism = private_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
-
-    base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
-    with naming("data", "max_length"):
-        check_reading(base, max_length=experiment.data.max_length, has_pairs=data.pairs is not None)
-    model = attach(base, experiment.adapter, seed=seed)
-    method = method.bound(model)
-    first = method.block_schedule(0, read_adapter(model))
-    check_trainable(model, method.block_schedule.roles, experiment.trainer, experiment.adapter, first=first)
-    with naming("data", "max_length"):
-        tokenised = read_texts(data, base, max_length=experiment.data.max_length)
-        test = read_texts(held_out, base, max_length=experiment.data.max_length)
-    begun = start_of(
-        experiment.adapter,
-        base,
-        model,
-        private=experiment.data.section(),
-        max_length=experiment.data.max_length,
-        seed=seed,
-        private_texts=all_texts(data) | all_texts(held_out),
-    )
-    start = initial_state(begun.adapter, method)
     by_size = experiment.weighting == "examples"
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
-    check_aggregate(start, method, experiment, weights=weights)
-    first = task_of(start, method, train_head=experiment.adapter.train_head).block
-    faint = check_moves(model, start.adapter, first, max_grad_norm=mechanism.max_grad_norm if mechanism else None)
+    parts = assemble_parts(
+        experiment,
+        (data, held_out),
+        seed=seed,
+        mechanism=mechanism,
+        weights=weights,
+        private_texts=all_texts(data) | all_texts(held_out),
+    )
+    encoded, test = parts.examples
+    sizes = num_rows_and_columns(parts.start.adapter)
     return Federation(
         experiment=experiment,
         seed=seed,
-        base=base,
-        model=model,
-        working=model,
-        method=method,
-        start=start,
-        origin=begun.origin,
-        clients=tuple(Share(tokenised, rows) for rows in partition.indices),
+        task=parts.task,
+        base=parts.base,
+        model=parts.model,
+        working=parts.model,
+        method=parts.method,
+        start=parts.start,
+        origin=parts.origin,
+        clients=tuple(Share(encoded, rows) for rows in partition.indices),
         test=test,
         client_tests=tests,
         label_names=data.label_names,
-        has_pairs=data.pairs is not None,
+        has_pairs=isinstance(data, LabelledText) and data.pairs is not None,
         source=data.source,
         data_sha256=fingerprint(data, held_out),
         budget=budget,
         mechanism=mechanism,
-        training=training,
+        training=parts.training,
         randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
         weights=weights,
-        ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=num_rows_and_columns(start.adapter)),
-        side=SideWeights(model),
+        ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=sizes),
+        side=SideWeights(parts.model),
+        reads_features=parts.reads_features,
         taken_as_public=partition.taken_as_public,
         placed_by=placed_by,
         notes=(
-            *notes(experiment, data, held_out, tokenised, test, placed_by=placed_by, num_shared=num_shared),
+            *notes(experiment, data, held_out, encoded, test, placed_by=placed_by, num_shared=num_shared),
             *left_out_note(partition, data.source),
-            *(note for note in (faint, frozen_head_note(experiment, base, trained_roles(experiment, method))) if note),
+            *parts.notes,
         ),
     )
 
@@ -220,13 +197,14 @@ def left_out_note(partition: Partition, source: str) -> list[str]:
     return [f"{num} clients of {source} have less than partition.min_rows rows and are left out"] if num else []
 
 
-def fingerprint(*parts: LabelledText) -> str:
-    """Return the SHA-256 of texts, labels and groups, in their order."""
+def fingerprint(*parts: Table) -> str:
+    """Return the SHA-256 of rows, labels and groups, in their order."""
     digest = hashlib.sha256()
     for part in parts:
-        pairs = () if part.pairs is None else (part.pairs,)
-        for row in zip(part.texts, part.labels.tolist(), part.groups or (None,) * len(part), *pairs, strict=True):
-            digest.update(repr(row).encode())
+        for row, label, group in zip(
+            part.row_texts(), part.labels.tolist(), part.groups or (None,) * len(part), strict=True
+        ):
+            digest.update(repr((row[0], label, group, *row[1:])).encode())
         digest.update(repr(part.label_names).encode())
     return digest.hexdigest()
 

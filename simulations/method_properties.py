@@ -22,7 +22,7 @@ from fedlr.errors import InputError
 from fedlr.methods.measure.diagnostics import aggregation_error
 from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import Method
-from fedlr.rounds.round import RoundTask, ServerState, initial_state, run_round, task_of
+from fedlr.rounds.round import RoundRequest, ServerState, initial_state, request_of, run_round
 
 LAYERS = {"layer.0": (41, 53), "layer.1": (67, 43), "layer.2": (59, 61)}  # D, K
 RANK, NUM_CLIENTS, NUM_ROUNDS = 4, 3, 6
@@ -119,7 +119,7 @@ def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Prop
     errors, final_errors = [0.0], [0.0]
     for _ in range(num_rounds):
         before = states[-1]
-        tasks.append(task_of(before, method))
+        tasks.append(request_of(before, method))
         after, diagnostics = run_round(before, range(NUM_CLIENTS), pool=pool, method=method)
         ideal = Ideal.of(before.adapter, pool.rounds[-1])
         errors += diagnostics.aggregation_error.values()
@@ -165,7 +165,7 @@ class MadeUpClients:
         self.rounds: list[list[ClientUpdate]] = []
         self._weights = weights
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         """Yield one update a client."""
         start = self.adapter.overlaid(task.broadcast).select(task.shared)
         self.rounds.append([])
@@ -227,7 +227,7 @@ def _formula(number: int, out_features: int, in_features: int, *, rank: int) -> 
     )
 
 
-def _steps(method: Method, task: RoundTask) -> list[Block]:
+def _steps(method: Method, task: RoundRequest) -> list[Block]:
     return [method.client.active(step, task.block) for step in range(2 * len(LETTERS))]
 
 

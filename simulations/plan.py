@@ -119,7 +119,7 @@ def privacy_lines(federation: Federation) -> list[str]:
 def traffic_lines(federation: Federation) -> list[str]:
     """Say what each client sends and receives in the first round, and all of them in the run."""
     e, adapter = federation.experiment, federation.start.adapter
-    task = federation.task()
+    task = federation.request()
     ranks = federation.ranks or (None,)  # a mean over clients of different ranks
     up = round(statistics.fmean(num_bytes(narrowed(adapter.select(task.shared), rank).values()) for rank in ranks))
     down = round(statistics.fmean(task.num_bytes(rank) for rank in ranks))
@@ -139,7 +139,7 @@ def places(federation: Federation) -> str:
     adapter, config = federation.start.adapter, federation.experiment.adapter
     if layers := adapter.factors():
         return f"rank {config.rank}, on {len(layers)} layers"
-    blocks = ", ".join(sorted(roles_of(federation.task().block)))
+    blocks = ", ".join(sorted(roles_of(federation.request().block)))
     shipped = num_values(adapter.select(frozenset({SHIPPED})).values())
     return f"{blocks}, and {shipped:,} frozen ones that each client is given once"
 

@@ -20,7 +20,7 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.fused import group_size
 from fedlr.rounds.pools.local import Accounts, Charges
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import pool_here
@@ -70,7 +70,7 @@ class RayPool:
         self.seconds: dict[int, float] = {}  # by client, of its latest round
         self.kept = Kept()  # stays empty: a method whose clients remember is refused (`federation.check_method`)
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
         ray = _ray()
         admitted, refused = self._accounts.reserve(task, cohort, self.kept)
@@ -108,7 +108,7 @@ class Trainer:
         federation = replace(federation, mechanism=mechanism, randomness=randomness)
         self._pool = pool_here(federation, None if mechanism is None else ChargedBefore())
 
-    def train(self, task: RoundTask, group: Sequence[int]) -> tuple[list[ClientUpdate], dict[int, float]]:
+    def train(self, task: RoundRequest, group: Sequence[int]) -> tuple[list[ClientUpdate], dict[int, float]]:
         """Train a group that the driver charged; return the updates in its order, and each client's seconds."""
         with torch_threads(1):
             answers = list(self._pool.train(task, group))

@@ -308,16 +308,17 @@ def with_other_noise(federation: Federation) -> Federation:
 
 
 def accuracy_on(federation: Federation, state: ServerState, rows: NDArray[np.int64]) -> float:
-    """Return the accuracy of a state on some of the held-out texts."""
+    """Return the accuracy of a state on some of the held-out rows."""
     evaluator = evaluator_of(replace(federation, test=federation.test.subset(rows)))
     return evaluator.score(state)[0].accuracy
 
 
 def evaluator_of(federation: Federation) -> Evaluator:
-    """Return what scores states on the held-out texts."""
+    """Return what scores states on the held-out rows."""
     return Evaluator(
         federation.working,
         federation.test,
+        task=federation.task,
         side=federation.side,
         num_threads=federation.experiment.runtime.num_workers,
     )

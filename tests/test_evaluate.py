@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlr.rounds.evaluate import evaluate
-from fedlr.tasks.tokenise import collate
+from fedlr.tasks.text_classification import TextClassification
 from tests.training.small_models import CLASSIFIERS, client_data, random_rows, small_model
 
 
@@ -14,12 +14,12 @@ def test_evaluation_is_the_plain_mean_over_examples(architecture: str, token_bud
     model, data = small_model(architecture).eval(), client_data(random_rows(17, seed=3))
     hits, losses = [], []
     for row in range(17):
-        inputs, label = collate(data, [row])
+        inputs, label = data.batch([row])
         with torch.no_grad():
             log_odds = torch.log_softmax(model(**inputs).logits[0].double(), dim=0)
         hits.append(int(log_odds.argmax()) == int(label))
         losses.append(-float(log_odds[label]))
-    found = evaluate(model, data, token_budget=token_budget)
+    found = evaluate(model, data, task=TextClassification(), token_budget=token_budget)
     assert found.accuracy == sum(hits) / 17
     assert found.loss == pytest.approx(sum(losses) / 17, rel=1e-6)
 

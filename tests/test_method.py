@@ -24,7 +24,7 @@ from fedlr.errors import InputError
 from fedlr.methods.measure.diagnostics import aggregation_error
 from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, trained_block
-from fedlr.rounds.round import ServerState, task_of
+from fedlr.rounds.round import ServerState, request_of
 from tests.methods_of_files import method_of as load
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "method"
@@ -50,7 +50,7 @@ def initial_adapter(*, head: bool = False) -> AdapterState:
 
 def shared(method: Method, adapter: AdapterState, round_index: int = 0, *, head: bool = False) -> Block:
     """What leaves a client of what it trained."""
-    return task_of(ServerState(adapter, round_index), method, train_head=head).shared
+    return request_of(ServerState(adapter, round_index), method, train_head=head).shared
 
 
 def trained(
@@ -142,7 +142,7 @@ def test_a_round_trains_only_what_the_schedule_may_and_sends_only_what_exists(na
     for round_index, adapter in enumerate(play(name)[0]):
         block = method.block_schedule(round_index, adapter)
         assert block and roles_of(block) <= set(method.block_schedule.roles)
-        task = task_of(ServerState(adapter, round_index), method)
+        task = request_of(ServerState(adapter, round_index), method)
         assert all(torch.equal(adapter.tensors[slot], tensor) for slot, tensor in task.broadcast.items())
         assert not roles_of(task.shared) & set(method.personal)
 
@@ -164,7 +164,7 @@ def test_a_client_that_missed_every_round_but_one_starts_from_the_servers_adapte
 def check_starts(method: Method, adapters: Sequence[AdapterState]) -> None:
     """What a client got when it enrolled, under what goes down, is the server's bit for bit, but for its own roles."""
     for round_index, adapter in enumerate(adapters):
-        task = task_of(ServerState(adapter, round_index), method)
+        task = request_of(ServerState(adapter, round_index), method)
         mine = adapters[0].overlaid(task.broadcast)
         for slot, tensor in adapter.tensors.items():
             assert slot.role in method.personal or torch.equal(mine.tensors[slot], tensor), f"{round_index}: {slot}"
@@ -271,7 +271,7 @@ def test_a_frozen_head_is_neither_sent_nor_changed(name):
 def test_a_trained_head_goes_down_is_averaged_and_survives_the_finaliser(name):
     """A server optimizer moves the head as it moves any tensor: one that holds the numbers of a lora_B ends as that."""
     method, adapter = load(name), method_start(name, head=True)
-    task = task_of(ServerState(adapter), method, train_head=True)
+    task = request_of(ServerState(adapter), method, train_head=True)
     assert torch.equal(task.broadcast[HEAD_SLOT], adapter.tensors[HEAD_SLOT])
     updates = trained(adapter, task.shared, weights=weights_of(name))
     twin = Slot(PATHS[0], LORA_B)
@@ -286,7 +286,7 @@ def test_a_trained_head_goes_down_is_averaged_and_survives_the_finaliser(name):
         expected = mean_of(updates, HEAD_SLOT)
     after = method.finalise(aggregated)
     assert torch.allclose(after.tensors[HEAD_SLOT], expected, atol=1e-6)
-    again = task_of(ServerState(after, 1), method, train_head=True)
+    again = request_of(ServerState(after, 1), method, train_head=True)
     assert torch.equal(again.broadcast[HEAD_SLOT], after.tensors[HEAD_SLOT])
 
 

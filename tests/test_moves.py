@@ -14,11 +14,15 @@ from fedlr.errors import InputError
 from fedlr.models.network import AdaptedModel
 from fedlr.models.peft_state import read_adapter, train_only
 from fedlr.models.tuners.attach import attach
+from fedlr.tasks.text_classification import TextClassification
 from fedlr.training.moves import check_moves, largest_gradient
 from simulations import cli
 from tests.simulations.small_runs import experiment
 
 A, B = frozenset({LORA_A}), frozenset({LORA_B})
+
+
+TEXTS = TextClassification()
 
 
 def lora() -> AdaptedModel:
@@ -35,24 +39,24 @@ def test_a_block_moves_where_the_start_lets_it() -> None:
     model = lora()
     zero = read_adapter(model)
     with pytest.raises(InputError, match="a gradient at the start, got lora_A"):
-        check_moves(model, zero, A, max_grad_norm=1.0)
-    assert check_moves(model, zero, B, max_grad_norm=1.0) is None
-    assert check_moves(model, zero, A | B, max_grad_norm=1.0) is None
-    assert check_moves(model, with_some_B(zero), A, max_grad_norm=1.0) is None  # a start of pissa's kind
+        check_moves(model, zero, A, task=TEXTS, max_grad_norm=1.0)
+    assert check_moves(model, zero, B, task=TEXTS, max_grad_norm=1.0) is None
+    assert check_moves(model, zero, A | B, task=TEXTS, max_grad_norm=1.0) is None
+    assert check_moves(model, with_some_B(zero), A, task=TEXTS, max_grad_norm=1.0) is None  # a start of pissa's kind
     no_A = zero.with_tensors({s: torch.zeros_like(t) for s, t in zero.tensors.items() if s.role == LORA_A})
     with pytest.raises(InputError, match="got lora_B"):
-        check_moves(model, no_A, B, max_grad_norm=None)
+        check_moves(model, no_A, B, task=TEXTS, max_grad_norm=None)
 
 
 def test_a_clip_bound_far_above_the_gradients_is_told() -> None:
     model = lora()
     start = read_adapter(model)
-    norm = largest_gradient(model, start, B)
+    norm = largest_gradient(model, start, B, task=TEXTS)
     assert 0.01 < norm < 100
-    told = check_moves(model, start, B, max_grad_norm=200 * norm)
+    told = check_moves(model, start, B, task=TEXTS, max_grad_norm=200 * norm)
     assert told is not None and "privacy.max_grad_norm" in told and f"{norm:.1g}" in told
-    assert check_moves(model, start, B, max_grad_norm=50 * norm) is None
-    assert check_moves(model, start, B, max_grad_norm=None) is None
+    assert check_moves(model, start, B, task=TEXTS, max_grad_norm=50 * norm) is None
+    assert check_moves(model, start, B, task=TEXTS, max_grad_norm=None) is None
 
 
 def test_gradients_that_are_not_finite_are_refused() -> None:
@@ -60,7 +64,7 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
     start = read_adapter(model)
     broken = start.with_tensors({s: t.fill_(float("nan")) for s, t in start.tensors.items() if s.role == LORA_B})
     with pytest.raises(InputError, match="finite gradients"):
-        check_moves(model, broken, B, max_grad_norm=1.0)
+        check_moves(model, broken, B, task=TEXTS, max_grad_norm=1.0)
 
 
 def test_the_look_leaves_the_model_as_it_was() -> None:
@@ -68,7 +72,7 @@ def test_the_look_leaves_the_model_as_it_was() -> None:
     train_only(model, A)
     model.eval()
     before, flags = read_adapter(model), [p.requires_grad for p in model.parameters()]
-    check_moves(model, with_some_B(before), B, max_grad_norm=1.0)
+    check_moves(model, with_some_B(before), B, task=TEXTS, max_grad_norm=1.0)
     assert read_adapter(model).fingerprint() == before.fingerprint()
     assert [p.requires_grad for p in model.parameters()] == flags and not model.training
     assert all(p.grad is None for p in model.parameters())

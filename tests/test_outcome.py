@@ -15,9 +15,9 @@ import torch
 import fedlr.runs.outcome as outcome
 from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
-from fedlr.rounds.evaluate import Evaluation
 from fedlr.rounds.round import ServerState
 from fedlr.runs.recorder import metrics_row
+from fedlr.tasks.evaluation import Evaluation
 from simulations import cli
 from simulations.simulate import simulate
 from tests.simulations.small_runs import RUN_FILES, experiment, lines

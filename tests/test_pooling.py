@@ -26,9 +26,11 @@ from fedlr.models.pooling import BIAS_FEATURE, POOLINGS, pooled, pooling_of
 from fedlr.models.precision import with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
 from fedlr.models.zero_head import awake, check_head_trains, zero_layers
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.examples import micro_batches
+from fedlr.tasks.losses import class_losses
 from fedlr.tasks.synthetic import VOCABULARY
-from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.first_token import first_token_only
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
@@ -118,9 +120,9 @@ def test_states_of_one_token_are_no_states_of_a_text(kind: str) -> None:
 def test_a_model_reads_padded_texts_as_it_reads_them_alone(folder: Path, pooling: str) -> None:
     base, data = load(folder, pooling), texts()
     with torch.no_grad():
-        together = base.network(**collate(data, range(len(data)))[0]).logits
+        together = base.network(**data.batch(range(len(data)))[0]).logits
         for row in range(len(data)):
-            alone = base.network(**collate(data, [row])[0]).logits
+            alone = base.network(**data.batch([row])[0]).logits
             torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-6)
 
 
@@ -227,12 +229,12 @@ def trained_model(folder: Path, pooling: str, *, far: bool = True) -> nn.Module:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_engine_has_the_gradients_of_a_loop(folder: Path, pooling: str, far: bool) -> None:
     model, data = trained_model(folder, pooling, far=far), texts()
-    inputs, labels = collate(data, range(len(data)))
+    inputs, labels = data.batch(range(len(data)))
     trained = train_only(model, B_AND_HEAD)
-    wanted = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=0.7)
+    wanted = LoopGradients(model, trained, loss=class_losses).clipped_sum(Batch(inputs, labels), max_grad_norm=0.7)
     for engine in (FusedGradients, HookGradients, GhostGradients):
-        way = engine(model, trained, loss=cross_entropy)
-        found = way.clipped_sum(inputs, labels, max_grad_norm=0.7)
+        way = engine(model, trained, loss=class_losses)
+        found = way.clipped_sum(Batch(inputs, labels), max_grad_norm=0.7)
         way.close()
         for slot, total in wanted.items():
             torch.testing.assert_close(found[slot], total, rtol=1e-4, atol=1e-5)
@@ -244,10 +246,10 @@ def largest_norm(folder: Path, pooling: str) -> float:
     trained = train_only(model, frozenset({HEAD}))
     with torch.no_grad():
         next(iter(trained.values())).mul_(1e4)
-    loop, norms = LoopGradients(model, trained, loss=cross_entropy), []
+    loop, norms = LoopGradients(model, trained, loss=class_losses), []
     for row in range(len(data)):
-        inputs, labels = collate(data, [row])
-        (total,) = loop.clipped_sum(inputs, labels, max_grad_norm=math.inf).values()
+        inputs, labels = data.batch([row])
+        (total,) = loop.clipped_sum(Batch(inputs, labels), max_grad_norm=math.inf).values()
         norms.append(float(total.norm()))
     return max(norms)
 
@@ -277,7 +279,7 @@ def test_a_zero_head_hides_no_wrong_last_layer(folder: Path, pooling: str) -> No
     short = first_token_only(model)
     cut = any(type(module).__name__ == "_BertLayer" for module in short.modules())
     assert cut == pooling.startswith("cls")
-    inputs, _ = collate(data, range(len(data)))
+    inputs, _ = data.batch(range(len(data)))
     with torch.no_grad():
         for both in (model, short):
             write_adapter(both, {s: torch.ones_like(p) for s, p in adapter_parameters(both).items() if s.role == HEAD})
@@ -287,7 +289,7 @@ def test_a_zero_head_hides_no_wrong_last_layer(folder: Path, pooling: str) -> No
 def test_an_awake_copy_shares_all_but_the_zero_head(folder: Path) -> None:
     model = trained_model(folder, "mean", far=False)
     copy = awake(model)
-    inputs, _ = collate(texts(), [0, 1])
+    inputs = texts().batch([0, 1]).inputs
     assert not model(**inputs).logits.any() and copy(**inputs).logits.all()
     own, other = dict(model.named_parameters()), dict(copy.named_parameters())
     assert [name for name in own if own[name] is not other[name]] == [
@@ -327,9 +329,9 @@ def test_behind_a_cached_prefix_every_bit_is_that_of_the_whole_model(folder: Pat
     whole = with_bfloat16_base(whole) if dtype == "bfloat16" else whole
     cached, rows = in_one_batch(encode_prefix, whole, data)
     with torch.no_grad():
-        wanted = whole(**collate(data, rows)[0]).logits
+        wanted = whole(**data.batch(rows)[0]).logits
         assert wanted.dtype == torch.float32
-        assert torch.equal(without_prefix(whole)(**collate(cached, rows)[0]).logits, wanted)
+        assert torch.equal(without_prefix(whole)(**cached.batch(rows)[0]).logits, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -345,15 +347,15 @@ def test_cached_features_give_every_bit_of_the_whole_model(
     cached, rows = in_one_batch(encode_features, whole, data)
     assert cached.lengths.tolist() == [1] * len(data) and cached.hidden.shape == (len(data), 17)
     with torch.no_grad():
-        wanted = whole(**collate(data, rows)[0]).logits
-        assert torch.equal(short(**collate(cached, rows)[0]).logits, wanted)
+        wanted = whole(**data.batch(rows)[0]).logits
+        assert torch.equal(short(**cached.batch(rows)[0]).logits, wanted)
     stored = encode_features(whole, data, store=TableStore(tmp_path))
     assert np.array_equal(stored.hidden, encode_features(whole, data, store=TableStore(tmp_path)).hidden)
     assert len(list(tmp_path.iterdir())) == 1
     trained = train_only(short, frozenset({HEAD}))
-    inputs, labels = collate(cached, rows)
+    inputs, labels = cached.batch(rows)
     fused, loop = (
-        engine(short, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=0.5)
+        engine(short, trained, loss=class_losses).clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
         for engine in (FusedGradients, LoopGradients)
     )
     for slot, total in loop.items():

@@ -20,7 +20,8 @@ from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import causal_lm, class_losses
 from fedlr.training.gradients import HookGradients, LoopGradients
 from fedlr.training.local import LocalTraining, train_client
 from fedlr.training.supported import check_supported
@@ -129,8 +130,8 @@ def test_engines_support_it_and_the_gradient_is_near_that_of_float32(architectur
         ("loop", low, LoopGradients),
     ):
         check_supported(network, B_AND_HEAD)
-        gradients = engine(network, train_only(network, B_AND_HEAD), loss=cross_entropy)
-        sums[name] = gradients.clipped_sum(inputs, labels, max_grad_norm=C)
+        gradients = engine(network, train_only(network, B_AND_HEAD), loss=class_losses)
+        sums[name] = gradients.clipped_sum(Batch(inputs, labels), max_grad_norm=C)
         gradients.close()
     for name in ("hooks", "loop"):
         assert all(total.dtype == torch.float32 for total in sums[name].values())
@@ -142,11 +143,11 @@ def check_bound(gradients_module: object, architecture: str) -> None:
     low = with_bfloat16_base(small_model(architecture, targets="all-linear"))
     trained = train_only(low, B_AND_HEAD)
     inputs, labels = examples(architecture, num_rows=24)
-    engine = gradients_module.HookGradients(low, trained, loss=cross_entropy)
+    engine = gradients_module.HookGradients(low, trained, loss=class_losses)
     norms = []
     for row in range(len(labels)):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-        norms.append(joint_norm(engine.clipped_sum(one, labels[row : row + 1], max_grad_norm=C)))
+        norms.append(joint_norm(engine.clipped_sum(Batch(one, labels[row : row + 1]), max_grad_norm=C)))
     engine.close()
     assert sum(norm > 0.999 * C for norm in norms) > 20, "nothing was clipped"
     assert max(norms) <= C * (1 + 1e-6)
@@ -175,7 +176,7 @@ def test_training_leaves_float32_values_and_the_base_alone() -> None:
     before = {name: tensor.clone() for name, tensor in low.state_dict().items()}
     sampler = PoissonSampler(0.5)
     training = LocalTraining(2, torch.optim.AdamW, token_budget=40, divisor=8.0, sampler=sampler)
-    engine = HookGradients(low, trained, loss=cross_entropy)
+    engine = HookGradients(low, trained, loss=class_losses)
     train_client(
         low,
         engine,

@@ -33,8 +33,10 @@ from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only, write_adapter
 from fedlr.models.precision import with_bfloat16_base
 from fedlr.models.prefix import encode_prefix, prefix, without_prefix
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.examples import micro_batches
+from fedlr.tasks.losses import class_losses
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.gradients import HookGradients
 from tests.training.small_models import B_AND_HEAD, client_data, mutant, random_rows
 
@@ -113,16 +115,16 @@ def in_one_batch(model: torch.nn.Module, data: TokenisedText, **arguments: objec
 
 def clipped_sum(model: torch.nn.Module, data: TokenisedText, rows: list[int]) -> dict[object, torch.Tensor]:
     trained = train_only(model, B_AND_HEAD)
-    inputs, labels = collate(data, rows)
-    engine = HookGradients(model, trained, loss=cross_entropy)
-    total = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    inputs, labels = data.batch(rows)
+    engine = HookGradients(model, trained, loss=class_losses)
+    total = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     engine.close()
     return total
 
 
 def logits(model: torch.nn.Module, data: TokenisedText, rows: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return model(**collate(data, rows)[0]).logits
+        return model(**data.batch(rows)[0]).logits
 
 
 def parity(module: object, config: PreTrainedConfig) -> None:
@@ -150,7 +152,7 @@ def test_in_the_same_micro_batch_every_bit_is_that_of_the_whole_model(family: st
     short = without_prefix(whole)
     for store in (None, TableStore(max_bytes=0), TableStore(tmp_path)):
         cached, rows = in_one_batch(whole, data, store=store)
-        assert collate(cached, rows)[0]["inputs_embeds"].dtype == getattr(torch, dtype)
+        assert cached.batch(rows)[0]["inputs_embeds"].dtype == getattr(torch, dtype)
         assert torch.equal(logits(short, cached, rows), logits(whole, data, rows))
         expected = clipped_sum(whole, data, rows)
         assert all(torch.equal(total, expected[slot]) for slot, total in clipped_sum(short, cached, rows).items())

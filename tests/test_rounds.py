@@ -21,7 +21,7 @@ from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep, trained_block
 from fedlr.models.peft_state import adapter_parameters
-from fedlr.rounds.round import Dropout, RoundTask, ServerState, federated_rounds, initial_state, run_round
+from fedlr.rounds.round import Dropout, RoundRequest, ServerState, federated_rounds, initial_state, run_round
 from fedlr.streams import Purpose, stream
 from simulations.simulate import create_ledger, make_pool
 from tests.simulations.small_runs import federation
@@ -57,9 +57,9 @@ class Devices:
     def __init__(self, enrolled: AdapterState, *, num_clients: int = 6, order: int = 0) -> None:
         self.held = {client: dict(enrolled.tensors) for client in range(num_clients)}
         self.order = order
-        self.tasks: list[RoundTask] = []
+        self.tasks: list[RoundRequest] = []
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         self.tasks.append(task)
         for client in np.random.default_rng(self.order).permutation(cohort).tolist():
             self.held[client].update({slot: tensor.clone() for slot, tensor in task.broadcast.items()})
@@ -80,7 +80,7 @@ class Answers:
     def __init__(self, *outcomes: object) -> None:
         self.outcomes = outcomes
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[object]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[object]:
         yield from self.outcomes
 
 
@@ -117,7 +117,7 @@ def test_a_round_without_a_usable_update_keeps_the_adapter_and_counts(method: Me
 
 def test_every_client_asked_is_trained_or_a_named_event() -> None:
     devices = Devices(start())
-    good = list(devices.train(RoundTask(0, {}, B_ONLY), [1]))
+    good = list(devices.train(RoundRequest(0, {}, B_ONLY), [1]))
     pool = Answers(Dropout(4, "refused", "budget_exhausted"), ClientUpdate(3, {}, 1.0, 0), *good)
     _, diagnostics = run_round(ServerState(start()), [1, 3, 4, 5], pool=pool, method=FFA)
     assert diagnostics.trained == (1,)
@@ -182,7 +182,7 @@ def test_a_real_ffa_worker_holds_the_enrolled_a_after_every_round(tmp_path: Path
         for cohort in ([0, 1], [1, 2, 3]):
             state, _ = run_round(state, cohort, pool=pool, method=f.method)
             worker = pool._workers.get()
-            trained, _ = worker.start_from(f.start.adapter, f.task().block)
+            trained, _ = worker.start_from(f.start.adapter, f.request().block)
             pool._workers.put(worker)
             held = adapter_parameters(worker.model)
             assert all(torch.equal(held[slot], tensor) for slot, tensor in enrolled.items())

@@ -24,7 +24,7 @@ from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, full_adapter, keep
 from fedlr.rounds.cohorts import cohorts, sample_cohort
 from fedlr.rounds.outlying import NUM_REFERENCES
-from fedlr.rounds.round import Dropout, RoundTask, ServerState, run_round
+from fedlr.rounds.round import Dropout, RoundRequest, ServerState, run_round
 from fedlr.streams import Purpose, stream
 from tests.training.small_models import mutant
 
@@ -53,7 +53,7 @@ class Counting:
     most_alive: int = 0
     alive: weakref.WeakSet = field(default_factory=weakref.WeakSet)
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         for client in self.order:
             answer = update(client, base_round=-1 if client in self.bad else 0, roles=task.block)
             self.alive.update(answer.tensors.values())
@@ -129,7 +129,7 @@ class Answers:
     def __init__(self, *sent: ClientUpdate | Dropout) -> None:
         self.sent = sent
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         yield from self.sent
 
 

@@ -31,9 +31,9 @@ from fedlr.models.starts.factors import (
     signed_svd,
 )
 from fedlr.models.starts.starts import centred_moments, mean_moments, weight_gradients
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.losses import class_losses, cross_entropy
 from fedlr.tasks.synthetic import VOCABULARY
-from fedlr.tasks.tokenise import TokenisedText, collate, tokenise
+from fedlr.tasks.tokenise import TokenisedText, tokenise
 
 LABELS, SCALE = ("negative", "positive"), 2.0
 
@@ -55,8 +55,8 @@ def by_peft(start: Callable[..., Any], rank: int, **options: Any) -> dict[str, t
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=SCALE * rank, target_modules=["query", "output.dense"], **options
     )
-    inputs, labels = collate(texts(), range(12))
-    model = start(base().network, config, peft_starts.PublicBatch(inputs, labels, cross_entropy))
+    batch = texts().batch(range(12))
+    model = start(base().network, config, peft_starts.PublicBatch(batch, class_losses))
     return {
         path: tuple(
             t.detach().double()
@@ -147,14 +147,14 @@ def test_gradients_are_those_of_the_mean_loss_and_the_weights_stay_frozen() -> N
     found = weight_gradients(model, layers, texts())
     assert not any(layer.weight.requires_grad for layer in layers.values())
     path, layer = next(iter(layers.items()))
-    inputs, labels = collate(texts(), range(12))
+    batch = texts().batch(range(12))
     step = torch.zeros_like(layer.weight)
     step[3, 5] = 1e-2
     losses = []
     for sign in (1, -1):
         with torch.no_grad():
             layer.weight.add_(sign * step)
-            losses.append(cross_entropy(model(**inputs).logits.double(), labels).mean().item())
+            losses.append(cross_entropy(model(**batch.inputs).logits.double(), batch.targets).mean().item())
             layer.weight.sub_(sign * step)
     assert found[path][3, 5].item() == pytest.approx((losses[0] - losses[1]) / 2e-2, rel=2e-2, abs=1e-5)
 

@@ -10,7 +10,7 @@ import torch
 from fedlr.adapters.state import LARGEST_VALUE, LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep
-from fedlr.rounds.round import Dropout, RoundTask, ServerState, run_round
+from fedlr.rounds.round import Dropout, RoundRequest, ServerState, run_round
 from fedlr.rounds.validate import rejection
 
 A, B = Slot("layer", LORA_A), Slot("layer", LORA_B)
@@ -68,7 +68,7 @@ class Sends:
     def __init__(self, *outcomes: ClientUpdate | Dropout) -> None:
         self.outcomes = outcomes
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         yield from self.outcomes
 
 

@@ -72,7 +72,7 @@ class AdapterState:
 
     A layer computes W + scale * (side.lora_B @ side.lora_A + lora_B @ lora_A). The *side* product is frozen: what a
     server folded away (`models.base_delta` merges it into W). `memory` holds what the server alone remembers, by name:
-    momentum, scores; clients are sent no more of it than "control" (`fedlr.rounds.round.RoundTask`).
+    momentum, scores; clients are sent no more of it than "control" (`fedlr.rounds.round.RoundRequest`).
     """
 
     tensors: Mapping[Slot, Tensor]

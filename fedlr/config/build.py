@@ -20,19 +20,21 @@ from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place
 from fedlr.config.schema import DataSection, Experiment, TrainerSection
 from fedlr.config.slots import check_kind, check_name
 from fedlr.data.partition import Partition
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError, in_range
 from fedlr.errors.messages import dotted, first_problem, keyed, one_line, shown, unknown_key
 from fedlr.methods.method import Method
 from fedlr.models.network import BaseModel
+from fedlr.tasks.task import Task
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 # What the callable of a section returns, and which of its parameters the program gives it.
 SECTIONS: Mapping[str, tuple[type, tuple[str, ...]]] = {
-    "data": (LabelledText, ("seed",)),
+    "data": (Table, ("seed",)),
     "partition": (Partition, ("data", "num_clients", "seed")),
     "model": (BaseModel, ("label_names", "seed")),
+    "task": (Task, ("label_names", "label_weights")),
 }
 CHOICES = ("block_schedule", "aggregate", "finalise", "broadcast", "client")
 
@@ -64,6 +66,17 @@ def build(section: Mapping[str, Any], where: str, **given: Any) -> Any:
     if not isinstance(result, kind):
         raise InputError(f"Expected {where}._target_ to return a {kind.__name__}, got {type(result).__name__}")
     return result
+
+
+def build_task(experiment: Experiment, label_names: Sequence[str]) -> Task:
+    """Build the task of a table with these classes, in the order of their indices.
+
+    Raises:
+        InputError: as `build`, and for weights of labels that there are not.
+    """
+    weights = experiment.data.label_weights
+    task: Task = build(experiment.task.section(), "task", label_names=tuple(label_names), label_weights=weights)
+    return task
 
 
 @contextmanager

@@ -63,6 +63,9 @@ PARTS: Mapping[str, Mapping[str, str]] = {
         "pretrained": "fedlr.models.network.pretrained",
         "tiny_random": "fedlr.models.network.tiny_random",
     },
+    "task": {
+        "text_classification": "fedlr.tasks.text_classification.text_classification",
+    },
     "method": {
         "method": "fedlr.methods.method.Method",
     },

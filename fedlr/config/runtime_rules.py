@@ -14,7 +14,7 @@ from fedlr.methods.layer_choice import StrongestLayers
 from fedlr.methods.method import Always, Method
 from fedlr.models.adapter_config import WITH_SIDE
 from fedlr.models.tuners.blocks import LORA
-from fedlr.rounds.round import ServerState, task_of
+from fedlr.rounds.round import ServerState, request_of
 
 SEVERAL = 4  # made-up updates, enough for any rule
 
@@ -117,7 +117,7 @@ def check_aggregate(start: ServerState, method: Method, experiment: Experiment, 
     Raises:
         InputError: what the rule says.
     """
-    tensors = start.adapter.select(task_of(start, method, train_head=experiment.adapter.train_head).shared)
+    tensors = start.adapter.select(request_of(start, method, train_head=experiment.adapter.train_head).shared)
     # The lightest and the heaviest clients: rules that need weights of one size see others where there are any.
     used = sorted(weight for weight in weights if weight > 0)
     num_heavy = min(experiment.cohort_size, SEVERAL) - 1

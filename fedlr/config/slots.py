@@ -17,11 +17,12 @@ import torch
 from fedlr.adapters.state import AdapterState
 from fedlr.config.parts import PATH, TARGET, is_part, name_of, section_of
 from fedlr.data.partition import Partition
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.methods.method import Method
 from fedlr.models.network import BaseModel
+from fedlr.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "data": Kind(LabelledText),
+    "data": Kind(Table),
     "partition": Kind(Partition),
     "model": Kind(BaseModel),
+    "task": Kind(Task),
     "method": Kind(Method),
     "method.block_schedule": Kind(frozenset, 2),
     "method.aggregate": Kind(AdapterState, 2),

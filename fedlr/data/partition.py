@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlr.data.placement import client_positions, whole_rows
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
 
@@ -47,24 +47,24 @@ class Partition:
     def num_clients(self) -> int:
         return len(self.indices)
 
-    def label_counts(self, data: LabelledText) -> NDArray[np.int64]:
+    def label_counts(self, data: Table) -> NDArray[np.int64]:
         """Count the examples of each label at each client, shape (C, L)."""
         num_labels = len(data.label_names)
         return np.stack([np.bincount(data.labels[i], minlength=num_labels) for i in self.indices])
 
 
-def iid(data: LabelledText, *, num_clients: int, seed: int) -> Partition:
+def iid(data: Table, *, num_clients: int, seed: int) -> Partition:
     """Give every example to a client at random, all clients being as likely.
 
     Raises:
         InputError: when there are fewer examples than clients.
     """
     _check_num_clients(data, num_clients)
-    even = np.full((len(data.label_names), num_clients), 1 / num_clients)
+    even = np.full((max(1, len(data.label_names)), num_clients), 1 / num_clients)
     return Partition(_dealt(data, even, client_positions(whole_rows(data), seed=seed)), depends_on="")
 
 
-def dirichlet(data: LabelledText, *, num_clients: int, seed: int, alpha: float) -> Partition:
+def dirichlet(data: Table, *, num_clients: int, seed: int, alpha: float) -> Partition:
     """Give each client its own label proportions, drawn from Dir(alpha / L).
 
     An example of a label goes to a client with the probability of that client's proportion of it, over the sum of all
@@ -79,7 +79,7 @@ def dirichlet(data: LabelledText, *, num_clients: int, seed: int, alpha: float) 
     """
     _check_num_clients(data, num_clients)
     _check_alpha(alpha)
-    num_labels = len(data.label_names)
+    num_labels = _num_classes(data)
     generator = stream(seed, Purpose.PARTITION)
     wanted = generator.dirichlet(np.full(num_labels, alpha / num_labels), size=num_clients).T  # (L, C)
     totals = wanted.sum(axis=1, keepdims=True)
@@ -87,9 +87,7 @@ def dirichlet(data: LabelledText, *, num_clients: int, seed: int, alpha: float) 
     return Partition(_dealt(data, shares, client_positions(whole_rows(data), seed=seed)), depends_on="")
 
 
-def dirichlet_by_label(
-    data: LabelledText, *, num_clients: int, seed: int, alpha: float, min_examples: int = 10
-) -> Partition:
+def dirichlet_by_label(data: Table, *, num_clients: int, seed: int, alpha: float, min_examples: int = 10) -> Partition:
     """Spread the examples of each label over the clients by Dir(alpha); sizes are unequal.
 
     Drawn again, at most 1000 times, until every client has `min_examples`, which lets every row decide about all
@@ -113,7 +111,7 @@ def dirichlet_by_label(
     redrawn = "all rows, as clients are drawn again until each has partition.min_examples: set it to 0"
     best = 0
     for _ in range(_MAX_REDRAWS):
-        shares = generator.dirichlet(np.full(num_clients, alpha), size=len(data.label_names))  # (L, C)
+        shares = generator.dirichlet(np.full(num_clients, alpha), size=_num_classes(data))  # (L, C)
         indices = _dealt(data, shares, positions)
         smallest = min(map(len, indices))
         if smallest >= min_examples:
@@ -127,7 +125,7 @@ def dirichlet_by_label(
 
 
 def by_group(
-    data: LabelledText,
+    data: Table,
     *,
     num_clients: int,
     seed: int,
@@ -162,9 +160,7 @@ def by_group(
     return _natural(data, names, num_clients, small, kind="group", depends_on=found if groups is None else "")
 
 
-def by_file(
-    data: LabelledText, *, num_clients: int, seed: int, min_rows: int = 0, small_clients: str = "refuse"
-) -> Partition:
+def by_file(data: Table, *, num_clients: int, seed: int, min_rows: int = 0, small_clients: str = "refuse") -> Partition:
     """Make each file one client, in the order of their names; `seed` changes nothing.
 
     Which files there are is taken for public: a client whose file has no usable row is a client. With `min_rows` above
@@ -205,7 +201,7 @@ class _Small:
 
 
 def _natural(
-    data: LabelledText, names: Sequence[str], num_clients: int, small: _Small, *, kind: str, depends_on: str
+    data: Table, names: Sequence[str], num_clients: int, small: _Small, *, kind: str, depends_on: str
 ) -> Partition:
     """Give each row to the client that its group names; no other client has one."""
     names_are_found = kind == "group" and bool(depends_on)
@@ -242,7 +238,7 @@ def _natural(
     return Partition(kept, depends_on, num_left_out=len(left_out), names=left)
 
 
-def _check_num_clients(data: LabelledText, num_clients: int) -> None:
+def _check_num_clients(data: Table, num_clients: int) -> None:
     if num_clients < 1:
         raise InputError(
             f"Expected num_clients >= 1 for a partition that deals rows out, got {num_clients or 'null'}; set it, or "
@@ -261,7 +257,17 @@ def _check_alpha(alpha: float) -> None:
         raise InputError(f"Expected alpha to be a number >= 1e-06, got {alpha!r}")
 
 
-def _dealt(data: LabelledText, shares: NDArray[np.float64], positions: NDArray[np.float64]) -> tuple[Indices, ...]:
+def _num_classes(data: Table) -> int:
+    """Return L; refuse rows without classes."""
+    if not data.label_names:
+        raise InputError(
+            f"Expected rows with classes for a partition by labels, got {data.source} without; set partition=iid, or "
+            "by_group where a column says whose a row is"
+        )
+    return len(data.label_names)
+
+
+def _dealt(data: Table, shares: NDArray[np.float64], positions: NDArray[np.float64]) -> tuple[Indices, ...]:
     """Give each row to the client in whose part of [0, 1) its position is; each label has parts, shape (L, C)."""
     ends = np.cumsum(shares, axis=1)[:, :-1]
     owners = np.zeros(len(data), dtype=np.int64)

@@ -13,16 +13,19 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
 
 # Steps of Purpose.PARTITION: 0 draws the clients' label proportions.
 _SPLIT_STEP, _CLIENT_STEP = 1, 2
+
+AnyTable = TypeVar("AnyTable", bound=Table)
 
 
 def content(text: str) -> str:
@@ -34,17 +37,15 @@ def content(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
-def whole_rows(data: LabelledText) -> tuple[str, ...]:
-    """Return one text a row, by which rows are placed and are equal: the row's own, or both of a pair."""
-    if data.pairs is None:
-        return data.texts
+def whole_rows(data: Table) -> tuple[str, ...]:
+    """Return one text a row, by which rows are placed and are equal: the row's own, or all of them."""
     # NUL is no white space, and no .csv, .tsv or .txt holds one.
-    return tuple(f"{content(one)}\0{content(other)}" for one, other in zip(data.texts, data.pairs, strict=True))
+    return tuple(row[0] if len(row) == 1 else "\0".join(map(content, row)) for row in data.row_texts())
 
 
-def all_texts(data: LabelledText) -> frozenset[str]:
-    """Return every text of a table, and every pair of them as `whole_rows` writes it."""
-    return frozenset((*data.texts, *(data.pairs or ()), *whole_rows(data)))
+def all_texts(data: Table) -> frozenset[str]:
+    """Return every text of a table, and every row of several as `whole_rows` writes it."""
+    return frozenset((*(text for row in data.row_texts() for text in row), *whole_rows(data)))
 
 
 def client_positions(texts: Sequence[str], *, seed: int) -> NDArray[np.float64]:
@@ -52,7 +53,7 @@ def client_positions(texts: Sequence[str], *, seed: int) -> NDArray[np.float64]:
     return _positions(texts, seed=seed, step=_CLIENT_STEP)
 
 
-def split_train_test(data: LabelledText, *, num_test: float, seed: int) -> tuple[LabelledText, LabelledText]:
+def split_train_test(data: AnyTable, *, num_test: float, seed: int) -> tuple[AnyTable, AnyTable]:
     """Split into training and test examples, each in source order; equal texts are on one side.
 
     The same data and seed give the same split.
@@ -77,7 +78,7 @@ def split_train_test(data: LabelledText, *, num_test: float, seed: int) -> tuple
     return data.subset(np.flatnonzero(~is_test)), data.subset(np.flatnonzero(is_test))
 
 
-def without_texts_of(data: LabelledText, held_out: LabelledText) -> LabelledText:
+def without_texts_of(data: AnyTable, held_out: Table) -> AnyTable:
     """Return the rows whose texts, or pairs of texts, are not among the held-out ones; the others are counted.
 
     A row is left out by itself alone: no other row of `data` has a say.
@@ -94,10 +95,10 @@ def without_texts_of(data: LabelledText, held_out: LabelledText) -> LabelledText
         )
     if len(stays) == len(data):
         return data
-    return replace(data.subset(stays), num_held_out=len(data) - len(stays))
+    return cast(AnyTable, replace(cast(Any, data.subset(stays)), num_held_out=len(data) - len(stays)))
 
 
-def num_shared_texts(data: LabelledText, indices: Sequence[NDArray[np.int64]]) -> int:
+def num_shared_texts(data: Table, indices: Sequence[NDArray[np.int64]]) -> int:
     """Count the texts, or pairs of texts, that two or more clients hold."""
     holders: dict[str, int] = {}
     shared = set()
@@ -116,7 +117,7 @@ def _positions(texts: Sequence[str], *, seed: int, step: int) -> NDArray[np.floa
     return (np.frombuffer(digests, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _lowest(data: LabelledText, positions: NDArray[np.float64], *, num_test: int) -> NDArray[np.bool_]:
+def _lowest(data: Table, positions: NDArray[np.float64], *, num_test: int) -> NDArray[np.bool_]:
     """Mark the rows of the lowest positions, each label in proportion and equal texts together."""
     counts = np.bincount(data.labels, minlength=len(data.label_names))
     largest = len(data) - int((counts > 0).sum())

@@ -16,9 +16,10 @@ choices:
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +32,31 @@ from fedlr.data.values import as_name, class_name, named, text_problem
 from fedlr.errors import InputError
 
 
+class Table(ABC):
+    """Rows of any kind, in the order of their source; what partitions and splits need to know of them."""
+
+    labels: NDArray[np.int64]  # (N,), the class of each row, as indices into label_names; zeros where rows have none
+    label_names: tuple[str, ...]  # empty where rows have no class
+    groups: tuple[str, ...] | None  # the natural client or domain of each row, if the source says
+    clients: tuple[str, ...] | None  # the names of all natural clients, where there is a file of each
+    source: str  # what messages and ledgers call the table
+    num_dropped: int  # bad rows that were left out on request
+    num_held_out: int  # rows that were left out because a test table has them too
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row_texts(self) -> tuple[tuple[str, ...], ...]:
+        """Return what makes up each row beside its label: one or more texts, or the SHA-256 of what is no text."""
+
+    @abstractmethod
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
+        """Return the rows at `indices`, in that order."""
+
+
 @dataclass(frozen=True)
-class LabelledText:
+class LabelledText(Table):
     """Texts with integer labels, in the order of their source.
 
     `groups` names the natural client or domain of each text, if the source has such a column. `num_dropped`
@@ -55,7 +79,11 @@ class LabelledText:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "LabelledText":
+    def row_texts(self) -> tuple[tuple[str, ...], ...]:
+        """Return the text of each row, or both of a pair."""
+        return tuple(zip(self.texts, *(() if self.pairs is None else (self.pairs,)), strict=True))
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
         """Return the examples at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
         texts = tuple(self.texts[i] for i in chosen)

@@ -26,7 +26,7 @@ from fedlr.errors import InputError
 from fedlr.flower.arrays import PeftNames, read_arrays
 from fedlr.flower.replies import CLIENT_ERROR, FROZEN_MOVED, ReplyPool, Weighting, first_contents, mean_metrics
 from fedlr.methods.method import Method
-from fedlr.rounds.round import Answers, Dropout, ServerState, initial_state, task_of
+from fedlr.rounds.round import Answers, Dropout, ServerState, initial_state, request_of
 from fedlr.streams import Purpose, stream
 
 SERVER_ROUND, TRAINED_KEYS = "server-round", "trained-keys"  # what a client is told in its ConfigRecord
@@ -187,7 +187,7 @@ class LoraStrategy(Strategy):
         if len(cohort) < self.min_results:
             logger.warning("round %d: %d nodes, fewer than min_results=%d", server_round, len(cohort), self.min_results)
             cohort = []
-        block = task_of(run.state, self.method, train_head=self.train_head).block
+        block = request_of(run.state, self.method, train_head=self.train_head).block
         config = ConfigRecord({**config, SERVER_ROUND: server_round, TRAINED_KEYS: run.names.keys(block)})
         run.asked = self._messages(server_round, MessageType.TRAIN, cohort, arrays, config)
         return run.asked
@@ -214,7 +214,7 @@ class LoraStrategy(Strategy):
     def _aggregate(self, run: Running, pool: ReplyPool) -> tuple[ServerState, RoundOutcome]:
         """Do what `run_round` does, but for its diagnostics, which take many times as long as a mean."""
         before, cohort = run.state, [message.metadata.dst_node_id for message in run.asked]
-        task = task_of(before, self.method, train_head=self.train_head)
+        task = request_of(before, self.method, train_head=self.train_head)
         answers = Answers(pool, task, cohort, expected=before.adapter.select(task.shared))
         updates = iter(answers)
         first = next(updates, None)

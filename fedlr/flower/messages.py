@@ -20,7 +20,7 @@ from fedlr.errors import InputError
 from fedlr.errors.messages import first_problem
 from fedlr.flower.records import ANY, Limits, RecordDict, facts_of, from_record, to_record
 from fedlr.flower.terms import Sha256, Terms
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 
 BROADCAST, SIDE, CONTROL, ENROLLED = GROUPS = ("broadcast", "side", "control", "enrolled")
 # Why a device sent no update. Words of a closed set: what went wrong in detail stays on the device.
@@ -63,7 +63,7 @@ class Request:
 
     terms: Terms
     client_id: int
-    task: RoundTask
+    task: RoundRequest
     enrolled_sha256: str
     scale: float
     enrolled: AdapterState | None
@@ -111,7 +111,7 @@ class Request:
         if enrolled is not None and enrolled.fingerprint() != facts.enrolled_sha256:
             raise InputError(f"Expected the adapter {facts.enrolled_sha256[:12]} in a request, got another")
         block: Block = frozenset(entry if isinstance(entry, str) else Slot(*entry) for entry in facts.block)
-        task = RoundTask(
+        task = RoundRequest(
             round_index=facts.round_index,
             broadcast=groups[BROADCAST],
             block=block,

@@ -12,7 +12,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from fedlr.adapters.state import AdapterState, ClientUpdate, in_block
 from fedlr.flower.arrays import PeftNames, decode
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 
 FROZEN_MOVED, CLIENT_ERROR = "trained_what_is_frozen", "client_error"  # reasons beside those of fedlr.rounds.validate
 LARGEST_METRIC = 1e100
@@ -44,7 +44,7 @@ class ReplyPool:
     adapter: AdapterState  # what was sent to them
     weighting: Weighting
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Yield what each reply holds, in ascending order of the nodes, then those that cannot be read."""
         unreadable = list(self.dropouts)
         for node, content in sorted(self.contents.items()):
@@ -55,7 +55,7 @@ class ReplyPool:
                 yield read
         yield from unreadable
 
-    def _read(self, task: RoundTask, node: int, content: RecordDict) -> ClientUpdate | str:
+    def _read(self, task: RoundRequest, node: int, content: RecordDict) -> ClientUpdate | str:
         """Return the update, or in a word why there is none. The values of what trained are `rounds.validate`'s."""
         records = list(content.array_records.values())
         trained = set(self.names.keys(task.block))

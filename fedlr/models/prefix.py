@@ -39,7 +39,8 @@ from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.models.pooling import PooledClassifier
 from fedlr.models.zero_head import awake
-from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
+from fedlr.tasks.examples import micro_batches
+from fedlr.tasks.tokenise import TokenisedText
 
 # What an encoder of this family calls its layers.
 _LAYER_LISTS = ("encoder.layer", "transformer.layer", "layers")
@@ -260,7 +261,7 @@ def _put_states(model: nn.Module, data: TokenisedText, rows: NDArray[np.int64], 
 
 def _inputs(model: nn.Module, data: TokenisedText, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in collate(data, rows)[0].items()}
+    return {name: tensor.to(device) for name, tensor in data.batch(rows)[0].items()}
 
 
 def _identity(model: nn.Module) -> dict[str, str | int]:

@@ -55,7 +55,7 @@ class ServerState:
 
 
 @dataclass(frozen=True)
-class RoundTask:
+class RoundRequest:
     """What one round asks of every client of its cohort.
 
     `broadcast` overlays the adapter that each client was given when it enrolled; `block` is what it trains, and returns
@@ -102,7 +102,7 @@ class Dropout:
 class ClientPool(Protocol):
     """Where clients train: in this process, in Ray actors, or on devices behind Flower."""
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Yield one outcome for each client of the cohort, in any order."""
         ...
 
@@ -130,12 +130,12 @@ def initial_state(adapter: AdapterState, method: Method) -> ServerState:
     return ServerState(method.finalise(adapter))
 
 
-def task_of(
+def request_of(
     state: ServerState, method: Method, *, train_head: bool = False, ranks: Mapping[int, int] | None = None
-) -> RoundTask:
+) -> RoundRequest:
     """Return what the next round asks of its clients; `ranks` by client id, None: all have the adapter's."""
     block = with_head(method.block_schedule(state.round_index, state.adapter), train_head)
-    return RoundTask(
+    return RoundRequest(
         round_index=state.round_index,
         broadcast=method.broadcast(state.adapter, block),
         block=block,
@@ -162,7 +162,7 @@ def run_round(
     smaller rank (`ranks`, by id; None: all have the adapter's) has zeros beyond it here; one that moved too far beside
     the others is left out (`fedlr.rounds.outlying`). A round without a usable update keeps the adapter, and counts.
     """
-    task = task_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
+    task = request_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
 
     started = time.perf_counter()
@@ -207,7 +207,7 @@ class Answers:
     def __init__(
         self,
         pool: ClientPool,
-        task: RoundTask,
+        task: RoundRequest,
         cohort: Sequence[int],
         *,
         expected: Mapping[Slot, Tensor],
@@ -276,7 +276,7 @@ class Answers:
             self.train_s += time.perf_counter() - started
 
 
-def _total(clients: Sequence[int], task: RoundTask, size: Callable[[int | None], int]) -> int:
+def _total(clients: Sequence[int], task: RoundRequest, size: Callable[[int | None], int]) -> int:
     """Return the sizes of all clients together; those of one rank have one size, which is taken once."""
     return sum(n * size(rank) for rank, n in Counter(task.ranks.get(client) for client in clients).items())
 

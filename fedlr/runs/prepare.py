@@ -21,7 +21,7 @@ from fedlr.data.memory import free_memory
 from fedlr.data.partition import Partition
 from fedlr.data.placement import split_train_test, without_texts_of
 from fedlr.data.store import TableStore
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.chain import Chain
 from fedlr.methods.client_rules.rule import ClientRule
@@ -37,6 +37,8 @@ from fedlr.models.zero_head import check_head_trains
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.tasks.examples import Examples
+from fedlr.tasks.task import Task
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
@@ -45,7 +47,7 @@ from fedlr.training.supported import check_supported
 from fedlr.training.tuner_supported import check_tuner
 
 
-def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, LabelledText]:
+def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:
     """Return the examples that clients share out, and those the server holds out for evaluation.
 
     Raises:
@@ -54,7 +56,7 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
     section = experiment.data.section()
     if experiment.data.num_test is None:
         check_another_table(experiment.data)
-    data: LabelledText = build(section, "data", seed=seed)
+    data: Table = build(section, "data", seed=seed)
     named = section.get("labels") or section.get("label_groups")
     from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
     if experiment.privacy.epsilon is not None and not experiment.data.public and from_data:
@@ -69,7 +71,7 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[LabelledText, L
         return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
 
 
-def load_held_out(experiment: Experiment, *, seed: int) -> tuple[LabelledText, int | None]:
+def load_held_out(experiment: Experiment, *, seed: int) -> tuple[Table, int | None]:
     """Return the examples that a server scores, and how many rows there are with those that are not held out.
 
     Where the held-out rows are a table of their own nothing else is read, and nobody knows (None).
@@ -127,7 +129,7 @@ def _path_of(data: DataSection) -> str:
     return path
 
 
-def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[str] | None) -> LabelledText:
+def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[str] | None) -> Table:
     """Return the rows of the table that is held out, read as that of the clients is.
 
     Args:
@@ -147,7 +149,7 @@ def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[
         changed["labels"] = list(label_names)
     if "fetched_by" in section:
         changed["fetched_by"] = None
-    table: LabelledText = build({**section, **changed}, "data", seed=seed)
+    table: Table = build({**section, **changed}, "data", seed=seed)
     return table
 
 
@@ -182,7 +184,13 @@ def placement(experiment: Experiment, partition: Partition, *, num_shared: int) 
 
 
 def check_trainable(
-    model: AdaptedModel, roles: Iterable[str], trainer: TrainerSection, adapter: AdapterConfig, *, first: Block
+    model: AdaptedModel,
+    roles: Iterable[str],
+    trainer: TrainerSection,
+    adapter: AdapterConfig,
+    *,
+    first: Block,
+    task: Task,
 ) -> None:
     """Refuse a model of which the engine cannot train these roles, or the block of the first round.
 
@@ -193,7 +201,7 @@ def check_trainable(
     check_head_trains(model, head_trains=HEAD in block)
     mode = trainer.grad_sample_mode
     if adapter.system != LORA:
-        check_tuner(model, block, first=first, grad_sample_mode=mode)
+        check_tuner(model, block, first=first, grad_sample_mode=mode, task=task)
         return
     check_supported(model, block, grad_sample_mode=mode)
     if trainer.engine == "fused":
@@ -216,11 +224,11 @@ def reads_features(model: AdaptedModel, roles: Iterable[str], start: AdapterStat
 def working_model(
     runtime: RuntimeSection,
     model: AdaptedModel,
-    tables: list[TokenisedText],
+    tables: list[Examples],
     *,
     features: bool = False,
     say: Callable[[str], None],
-) -> tuple[nn.Module, list[TokenisedText]]:
+) -> tuple[nn.Module, list[Examples]]:
     """Return what trains and is evaluated, and the texts as it reads them: past its frozen layers if that is cached.
 
     With `features` (see `reads_features`) those are all layers.
@@ -232,7 +240,18 @@ def working_model(
     found = "" if store.folder is None else f", or come from {store.folder}"
     say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
     encode = encode_features if features else encode_prefix
-    return working, [encode(whole, t, num_threads=runtime.num_workers, store=store) for t in tables]
+    return working, [encode(whole, tokens_of(t), num_threads=runtime.num_workers, store=store) for t in tables]
+
+
+def tokens_of(table: Examples) -> TokenisedText:
+    """Return texts as texts.
+
+    Raises:
+        InputError: for examples of another kind, which pass no prefix.
+    """
+    if not isinstance(table, TokenisedText):
+        raise InputError("Expected runtime.cache_prefix=false for a task without texts, got true")
+    return table
 
 
 def whole_and_working(
@@ -254,8 +273,8 @@ def state_store(runtime: RuntimeSection, *, say: Callable[[str], None]) -> Table
     return TableStore(folder, max_bytes=memory // 2 or None, say=say)
 
 
-def local_training(trainer: TrainerSection, rule: ClientRule) -> LocalTraining:
-    """Return what each client does in a round; `rule` is the method's."""
+def local_training(trainer: TrainerSection, rule: ClientRule, task: Task | None = None) -> LocalTraining:
+    """Return what each client does in a round; `rule` is the method's, and the losses are the task's."""
     optimizer = build_optimizer(trainer)
     if trainer.engine == "fused":
         check_elementwise(optimizer)
@@ -275,6 +294,7 @@ def local_training(trainer: TrainerSection, rule: ClientRule) -> LocalTraining:
         divisor=trainer.number_divisor(),
         sampler=PoissonSampler(trainer.sample_rate),
         rule=rule,
+        **({} if task is None else {"loss": task.losses}),
     )
 
 
@@ -332,10 +352,10 @@ def frozen_head_note(experiment: Experiment, base: BaseModel, roles: Iterable[st
 
 def notes(
     experiment: Experiment,
-    data: LabelledText,
-    held_out: LabelledText,
-    tokenised: TokenisedText,
-    test: TokenisedText,
+    data: Table,
+    held_out: Table,
+    encoded: Examples,
+    test: Examples,
     *,
     placed_by: tuple[str, ...],
     num_shared: int,
@@ -358,7 +378,7 @@ def notes(
         found.append(
             f"{data.num_held_out} rows of {data.source} are left out of training, as their texts are in the test table"
         )
-    if cut := tokenised.num_truncated + test.num_truncated:
+    if cut := encoded.num_truncated + test.num_truncated:
         total = len(data) + len(held_out)
         found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")
     if experiment.runtime.base_dtype == "bfloat16" and experiment.privacy.epsilon is not None:

@@ -13,10 +13,10 @@ import numpy as np
 
 from fedlr.config.schema import Experiment
 from fedlr.methods.method import Method
-from fedlr.rounds.evaluate import Evaluation
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.outcome import finite, problem_of
 from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
+from fedlr.tasks.evaluation import Evaluation
 
 NEVER_ASKED = ("offline", "not_sent")
 

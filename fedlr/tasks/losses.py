@@ -8,7 +8,7 @@ Weights of labels are part of the loss, so they act before the clip: one example
 weight. They are declared, never counted in the data, whose label counts are private.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,16 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlr.errors import InputError
+from fedlr.tasks.batch import Batch
 
 IGNORED_LABEL = -100  # the label that Hugging Face collators give to tokens that are not scored
 
 
 class PerExampleLoss(Protocol):
-    """Maps the model's output and the labels to one loss an example, shape (N,)."""
+    """Runs a model on N examples and returns one loss per example, shape (N,); what every engine differentiates."""
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the losses; entry i depends on row i of `logits` and `labels` alone."""
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the losses; entry i depends on example i of the batch alone."""
         ...
+
+
+class LossOfLogits:
+    """The loss of a model that has one row of logits per example.
+
+    Args:
+        of_logits: maps logits (N, K) and targets (N,) to losses (N,), each row by itself.
+    """
+
+    def __init__(self, of_logits: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._of_logits = of_logits
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the losses, (N,)."""
+        return self._of_logits(model(**batch.inputs).logits, batch.targets)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -46,13 +62,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class LabelWeighted:
-    """A loss times the declared weight of the example's label; an example labelled -100 keeps loss 0.
+    """A loss of logits times the declared weight of the example's label; an example labelled -100 keeps loss 0.
 
     Guarantees:
         Entry i depends on row i alone, as that of the loss does. Public: the weights, of the configuration.
     """
 
-    def __init__(self, loss: PerExampleLoss, weights: Sequence[float]) -> None:
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], weights: Sequence[float]) -> None:
         """Take the weight of each class, in the order of the label indices."""
         self._loss, self._weights = loss, torch.tensor(list(weights), dtype=torch.float64)
 
@@ -62,8 +78,10 @@ class LabelWeighted:
         return losses * self._weights.to(losses)[labels.clamp(min=0)]
 
 
-def training_loss(label_weights: Mapping[str, float] | None, label_names: Sequence[str]) -> PerExampleLoss:
-    """Return what clients minimise: the cross-entropy, times the weights of labels if there are any.
+def weighted_cross_entropy(
+    label_weights: Mapping[str, float] | None, label_names: Sequence[str]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the cross-entropy, times the weights of labels if there are any.
 
     Args:
         label_weights: by label, those of `data.label_weights`; a label that is not named has weight 1.
@@ -73,7 +91,7 @@ def training_loss(label_weights: Mapping[str, float] | None, label_names: Sequen
         InputError: for a label that is none of the names.
 
     >>> import torch
-    >>> loss = training_loss({"spam": 3.0}, ["ham", "spam"])
+    >>> loss = weighted_cross_entropy({"spam": 3.0}, ["ham", "spam"])
     >>> [round(x, 4) for x in loss(torch.zeros(2, 2), torch.tensor([0, 1])).tolist()]
     [0.6931, 2.0794]
     """
@@ -110,10 +128,14 @@ def causal_lm(logits: Tensor, labels: Tensor) -> Tensor:
     return token_losses.sum(dim=1) / num_scored.clamp(min=1)
 
 
-def losses_of(model: nn.Module, loss: PerExampleLoss, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Run the model and return one loss an example, (N,)."""
-    losses = loss(model(**inputs).logits, labels)
-    if losses.shape != labels.shape[:1]:
+class_losses = LossOfLogits(cross_entropy)
+token_losses = LossOfLogits(causal_lm)
+
+
+def losses_of(model: nn.Module, loss: PerExampleLoss, batch: Batch) -> Tensor:
+    """Return one loss per example, (N,), after checking that it is one."""
+    losses = loss(model, batch)
+    if losses.shape != (batch.num_examples,):
         raise ValueError("Expected a loss of shape (N,), one entry an example, got another shape")
     return losses
 

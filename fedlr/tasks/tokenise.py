@@ -1,7 +1,7 @@
-"""Texts to tokens, and tokens to padded micro-batches.
+"""Texts to tokens, and tokens to padded batches.
 
 All tokens of a table lie in one flat array with offsets, a layout that can be memory-mapped and shared by
-many clients. Nothing is padded until a micro-batch is collated. Legend: N examples, T tokens.
+many clients. Nothing is padded until a batch is made. Legend: N examples, T tokens.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
+from fedlr.tasks.batch import Batch
 
 _TEXTS_A_CALL = 4096  # the tokenizer's own record of a text is a hundred times its ids
 
@@ -54,32 +55,31 @@ class TokenisedText:
         labels = self.labels[chosen]
         return replace(self, ids=self.ids[places], offsets=offsets, labels=labels, token_type_ids=types, hidden=hidden)
 
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """Return these examples padded on the right, to the longest of them.
 
-@dataclass(frozen=True)
-class Share:
-    """One client's examples: rows of a table that all clients share. Nothing is copied; an enrolled client costs its
-    row numbers."""
-
-    table: TokenisedText
-    rows: NDArray[np.int64]  # row numbers of the table, ascending
-
-    @classmethod
-    def whole(cls, table: TokenisedText) -> "Share":
-        """Return all rows of a table."""
-        return cls(table, np.arange(len(table), dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Return the number of tokens of each example, shape (N,)."""
-        return self.table.lengths[self.rows]
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Return the label of each example, shape (N,)."""
-        return self.table.labels[self.rows]
+        The inputs are `input_ids` (N, T) and `attention_mask` (N, T), the targets the labels (N,), all int64. Pairs
+        give `token_type_ids` (N, T) too, if their tokenizer does; padding is of type 0. No row gives shape (0, 0).
+        Texts that passed a frozen prefix give `inputs_embeds` (N, T, H) float32 or bfloat16 in place of both kinds of
+        ids.
+        """
+        chosen = self.subset(rows)
+        lengths = chosen.lengths
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        inputs: dict[str, NDArray[Any]] = {"attention_mask": mask.astype(np.int64)}
+        if chosen.hidden is None:
+            inputs["input_ids"] = np.full(mask.shape, self.pad_id, dtype=np.int64)
+            inputs["input_ids"][mask] = chosen.ids
+            if chosen.token_type_ids is not None:
+                inputs["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
+                inputs["token_type_ids"][mask] = chosen.token_type_ids
+        else:
+            inputs["inputs_embeds"] = np.zeros((*mask.shape, chosen.hidden.shape[1]), dtype=chosen.hidden.dtype)
+            inputs["inputs_embeds"][mask] = chosen.hidden
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        if chosen.hidden is not None and chosen.hidden.dtype == np.uint16:
+            tensors["inputs_embeds"] = tensors["inputs_embeds"].view(torch.bfloat16)
+        return Batch(tensors, torch.from_numpy(chosen.labels))
 
 
 def tokenise(data: LabelledText, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenisedText:
@@ -114,59 +114,6 @@ def tokenise(data: LabelledText, tokenizer: PreTrainedTokenizerBase, *, max_leng
     offsets = np.cumsum(lengths, dtype=np.int64)
     segments = np.concatenate(types) if types else None
     return TokenisedText(flat, offsets, data.labels, pad_id, num_truncated, segments)
-
-
-def collate(
-    data: TokenisedText, indices: Sequence[int] | NDArray[np.int64]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Pad the examples at `indices` on the right, to the longest of them.
-
-    Returns the inputs of the model, `input_ids` (N, T) and `attention_mask` (N, T), and the labels (N,), all
-    int64. Pairs give `token_type_ids` (N, T) too, if their tokenizer does; padding is of type 0. No index gives
-    shape (0, 0). Texts that passed a frozen prefix give `inputs_embeds` (N, T, H) float32 or bfloat16 in place of
-    both kinds of ids.
-    """
-    chosen = data.subset(indices)
-    lengths = chosen.lengths
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    inputs: dict[str, NDArray[Any]] = {"attention_mask": mask.astype(np.int64)}
-    if chosen.hidden is None:
-        inputs["input_ids"] = np.full(mask.shape, data.pad_id, dtype=np.int64)
-        inputs["input_ids"][mask] = chosen.ids
-        if chosen.token_type_ids is not None:
-            inputs["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
-            inputs["token_type_ids"][mask] = chosen.token_type_ids
-    else:
-        inputs["inputs_embeds"] = np.zeros((*mask.shape, chosen.hidden.shape[1]), dtype=chosen.hidden.dtype)
-        inputs["inputs_embeds"][mask] = chosen.hidden
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    if chosen.hidden is not None and chosen.hidden.dtype == np.uint16:
-        tensors["inputs_embeds"] = tensors["inputs_embeds"].view(torch.bfloat16)
-    return tensors, torch.from_numpy(chosen.labels)
-
-
-def micro_batches(
-    lengths: NDArray[np.int64], indices: Sequence[int] | NDArray[np.int64], token_budget: int
-) -> list[NDArray[np.int64]]:
-    """Cut `indices` into micro-batches of similar length, each with (examples * longest) <= `token_budget`.
-
-    `lengths` are those of the whole table. An example longer than the budget is a micro-batch of its own, so
-    every index is in exactly one of them, whatever the budget. Shortest first; equal lengths keep their
-    order.
-
-    Raises:
-        InputError: for a budget below 1.
-    """
-    if token_budget < 1:
-        raise InputError(f"Expected token_budget >= 1, got {token_budget}")
-    chosen = np.asarray(indices, dtype=np.int64)
-    chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
-    batches, start = [], 0
-    for end, length in enumerate(lengths[chosen].tolist()):
-        if end > start and (end + 1 - start) * length > token_budget:
-            batches.append(chosen[start:end])
-            start = end
-    return batches + ([chosen[start:]] if len(chosen) else [])
 
 
 def _check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, is_pair: bool) -> None:

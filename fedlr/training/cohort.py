@@ -32,7 +32,8 @@ from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import RuleInputs
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.streams import Randomness
-from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.examples import Examples, Share, micro_batches
 from fedlr.training.fused import ClippedSums
 from fedlr.training.local import LocalTraining, check_training
 
@@ -56,8 +57,7 @@ class FusedSums(Protocol):
 
     def __call__(
         self,
-        inputs: Mapping[str, Tensor],
-        labels: Tensor,
+        batch: Batch,
         *,
         owner: Tensor,
         stacks: Mapping[Slot, Tensor],
@@ -200,7 +200,7 @@ def sum_over_cohort(
     sums: FusedSums,
     threads: Executor,
     stack: Stack,
-    table: TokenisedText,
+    table: Examples,
     drawn: Sequence[NDArray[np.int64]],
     *,
     token_budget: int,
@@ -220,12 +220,10 @@ def sum_over_cohort(
     rows, owners = np.concatenate(drawn), np.repeat(np.arange(len(drawn)), [len(mine) for mine in drawn])
 
     def part(places: NDArray[np.int64]) -> ClippedSums:
-        inputs, labels = collate(table, rows[places])
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        batch = table.batch(rows[places]).to(device)
         owner = torch.from_numpy(owners[places]).to(device)
         return sums(
-            inputs,
-            labels.to(device),
+            batch.to(device),
             owner=owner,
             stacks=stacks,
             max_grad_norm=max_grad_norm,

@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.functorch import cannot_follow, places_of
 from fedlr.training.gradients import clipped_row_sums, sorted_trained
@@ -33,11 +34,11 @@ class CopiesGradients:
         self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
         self._layers = _layers_of(model, self._trained)
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `fedlr.training.gradients.Gradients.clipped_sum`."""
-        return clipped_row_sums(self.rows(inputs, labels), max_grad_norm=max_grad_norm)
+        return clipped_row_sums(self.rows(batch), max_grad_norm=max_grad_norm)
 
-    def rows(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[Slot, Tensor]:
+    def rows(self, batch: Batch) -> dict[Slot, Tensor]:
         """Return the gradient of each example, (N, ...) a slot.
 
         Guarantees:
@@ -48,11 +49,11 @@ class CopiesGradients:
             InputError: if a trained tensor does not reach the loss, a layer merges examples into one axis, or
                 torch.func cannot follow a layer (a random one included).
         """
-        if len(labels) == 0:
+        if batch.num_examples == 0:
             return {slot: p.new_zeros(0, *p.shape) for slot, p in self._trained.items()}
-        copies = {s: p.detach().expand(len(labels), *p.shape).requires_grad_() for s, p in self._trained.items()}
-        with self._reading(copies, num_examples=len(labels)):
-            losses = losses_of(self._model, self._loss, inputs, labels)
+        copies = {s: p.detach().expand(batch.num_examples, *p.shape).requires_grad_() for s, p in self._trained.items()}
+        with self._reading(copies, num_examples=batch.num_examples):
+            losses = losses_of(self._model, self._loss, batch)
         found = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=True)
         rows = {slot: gradient for slot, gradient in zip(copies, found, strict=True) if gradient is not None}
         missing = [slot for slot in copies if slot not in rows]

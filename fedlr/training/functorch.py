@@ -11,7 +11,6 @@ Legend: N examples.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -20,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.gradients import _attribute, _no_trace, _trained_layers, clipped_row_sums, sorted_trained
 
@@ -29,14 +29,14 @@ class FunctorchGradients:
 
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
         self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
-        self._places = places_of(model, self._trained)
+        self._places, self._losses = places_of(model, self._trained), _Losses(model, loss)
         self._reached = False
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `fedlr.training.gradients.Gradients.clipped_sum`."""
-        return clipped_row_sums(self.rows(inputs, labels), max_grad_norm=max_grad_norm)
+        return clipped_row_sums(self.rows(batch), max_grad_norm=max_grad_norm)
 
-    def rows(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[Slot, Tensor]:
+    def rows(self, batch: Batch) -> dict[Slot, Tensor]:
         """Return the gradient of each example, (N, ...) a slot.
 
         Guarantees:
@@ -46,14 +46,15 @@ class FunctorchGradients:
             InputError: if a trained tensor does not reach the loss through torch.func, or torch.func cannot follow
                 the model (a random forward pass included); `LoopGradients` is then the way.
         """
-        if len(labels) == 0:
+        if batch.num_examples == 0:
             return {slot: p.new_zeros(0, *p.shape) for slot, p in self._trained.items()}
         values = {slot: p.detach() for slot, p in self._trained.items()}
-        one = {name: rows[0] for name, rows in inputs.items()}
+        one = {name: rows[0] for name, rows in batch.inputs.items()}
         try:
             if not self._reached:
-                self._check_reached(values, one, labels[0])
-            found: dict[Slot, Tensor] = vmap(grad(self._loss_of_one), (None, 0, 0))(values, dict(inputs), labels)
+                self._check_reached(values, one, batch.targets[0])
+            rows_of = vmap(grad(self._loss_of_one), (None, 0, 0))
+            found: dict[Slot, Tensor] = rows_of(values, dict(batch.inputs), batch.targets)
         except (RuntimeError, NotImplementedError) as error:
             raise cannot_follow(error) from error
         self._reached = True
@@ -63,12 +64,9 @@ class FunctorchGradients:
         """Do nothing: there are no hooks."""
 
     def _loss_of_one(self, values: Mapping[Slot, Tensor], example: Mapping[str, Tensor], label: Tensor) -> Tensor:
-        batch = {name: tensor.unsqueeze(0) for name, tensor in example.items()}
-        places = {name: values[slot] for slot, names in self._places.items() for name in names}
-        output: Any = functional_call(self._model, places, (), batch, tie_weights=False)
-        losses = self._loss(output.logits, label.unsqueeze(0))
-        if losses.shape != (1,):
-            raise ValueError("Expected a loss of shape (N,), one entry an example, got another shape")
+        batch = Batch({name: tensor.unsqueeze(0) for name, tensor in example.items()}, label.unsqueeze(0))
+        places = {f"model.{name}": values[slot] for slot, names in self._places.items() for name in names}
+        losses: Tensor = functional_call(self._losses, places, (batch,), tie_weights=False)
         return losses[0]
 
     def _check_reached(self, values: Mapping[Slot, Tensor], example: Mapping[str, Tensor], label: Tensor) -> None:
@@ -84,11 +82,21 @@ class FunctorchGradients:
             )
 
 
+class _Losses(nn.Module):
+    """A model and its loss as one module, so that torch.func can give the model other tensors."""
+
+    def __init__(self, model: nn.Module, loss: PerExampleLoss) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return losses_of(self.model, self._loss, batch)
+
+
 def hook_rows(
     model: nn.Module,
     trained: Mapping[Slot, nn.Parameter],
-    inputs: Mapping[str, Tensor],
-    labels: Tensor,
+    batch: Batch,
     *,
     loss: PerExampleLoss,
 ) -> dict[Slot, Tensor]:
@@ -101,8 +109,8 @@ def hook_rows(
     hooks = GradSampleHooks(model, loss_reduction="sum")
     try:
         with _no_trace(_trained_layers(model), trained):
-            losses_of(model, loss, inputs, labels).sum().backward()
-            return {slot: _attribute(p, "grad_sample", labels, slot).clone() for slot, p in trained.items()}
+            losses_of(model, loss, batch).sum().backward()
+            return {slot: _attribute(p, "grad_sample", batch.num_examples, slot).clone() for slot, p in trained.items()}
     finally:
         hooks.cleanup()
 
@@ -110,17 +118,15 @@ def hook_rows(
 def loop_rows(
     model: nn.Module,
     trained: Mapping[Slot, nn.Parameter],
-    inputs: Mapping[str, Tensor],
-    labels: Tensor,
+    batch: Batch,
     *,
     loss: PerExampleLoss,
 ) -> dict[Slot, Tensor]:
     """Return the gradient of each example, (N, ...) a slot, from one pass an example through plain autograd."""
     trained = sorted_trained(model, trained)
     found: dict[Slot, list[Tensor]] = {slot: [] for slot in trained}
-    for row in range(len(labels)):
-        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-        total = losses_of(model, loss, one, labels[row : row + 1]).sum()
+    for row in range(batch.num_examples):
+        total = losses_of(model, loss, batch.one(row)).sum()
         for slot, gradient in zip(trained, torch.autograd.grad(total, list(trained.values())), strict=True):
             found[slot].append(gradient.to_dense() if gradient.is_sparse else gradient)
     return {slot: torch.stack(rows) for slot, rows in found.items()}

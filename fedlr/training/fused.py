@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fedlr.adapters.state import HEAD, Block, Slot
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapted_layers, head_parts
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.first_token import first_token_only
 from fedlr.training.gradients import LARGEST_GHOST_NORM, clip_weights, sorted_trained
@@ -65,18 +66,17 @@ class FusedGradients:
         self._replace()
         self._model.train()
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `fedlr.training.gradients.Gradients`."""
         stacks = {slot: parameter.detach()[None] for slot, parameter in self._trained.items()}
-        sums = self.clipped_sums(inputs, labels, owner=None, stacks=stacks, max_grad_norm=max_grad_norm)
+        sums = self.clipped_sums(batch, owner=None, stacks=stacks, max_grad_norm=max_grad_norm)
         sizes = [parameter.numel() for parameter in self._trained.values()]
         parts = sums.values[0].split(sizes)
         return {slot: part.view_as(p) for (slot, p), part in zip(self._trained.items(), parts, strict=True)}
 
     def clipped_sums(
         self,
-        inputs: Mapping[str, Tensor],
-        labels: Tensor,
+        batch: Batch,
         *,
         owner: Tensor | None,
         stacks: Mapping[Slot, Tensor],
@@ -87,8 +87,7 @@ class FusedGradients:
         """Return sum_i g_i * min(1, C / ||g_i||_2) of each client over its own rows i.
 
         Args:
-            inputs: what the model's forward takes, each with N rows first, of any clients in any order.
-            labels: N rows first.
+            batch: N rows, of any clients in any order.
             owner: (N,), the place in the cohort of the client that each row belongs to; None: all rows are client 0's.
             stacks: of each trained slot every client's tensor, (C, ...) float32.
             max_grad_norm: C > 0; infinity means no clipping.
@@ -100,7 +99,7 @@ class FusedGradients:
             whatever the row holds: a gradient that is not finite counts as zero. It moves no other client's sum by
             more than rounding. The result is *not* private.
         """
-        clients, local = torch.zeros(1, dtype=torch.long, device=labels.device), None
+        clients, local = torch.zeros(1, dtype=torch.long, device=batch.targets.device), None
         if owner is not None:
             clients, local = owner.unique(return_inverse=True)
         shared = self._shared
@@ -108,9 +107,9 @@ class FusedGradients:
         shared.values = {slot: stack.index_select(0, clients) for slot, stack in stacks.items()}
         shared.ranks = None if ranks is None else ranks[clients]
         try:
-            losses = losses_of(self._model, self._loss, inputs, labels)
+            losses = losses_of(self._model, self._loss, batch)
             torch.autograd.grad(losses.sum(), shared.anchor, allow_unused=True)
-            return ClippedSums(clients, self._sums(max_grad_norm, len(clients), len(labels), active))
+            return ClippedSums(clients, self._sums(max_grad_norm, len(clients), batch.num_examples, active))
         finally:
             shared.owner, shared.values, shared.ranks, shared.found = None, {}, None, {}
 

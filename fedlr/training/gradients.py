@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.ghost import Float64GhostHooks
 
@@ -45,12 +46,11 @@ LARGEST_GHOST_NORM = 1e35
 class Gradients(Protocol):
     """Where the clipped sum of a micro-batch comes from."""
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """Return sum_i g_i * min(1, C / ||g_i||_2), the norm being joint over all trained tensors.
 
         Args:
-            inputs: what the model's forward takes, each with N examples first.
-            labels: N examples first.
+            batch: N examples.
             max_grad_norm: C > 0; infinity means no clipping.
 
         Returns:
@@ -76,12 +76,12 @@ class HookGradients:
         self._layers = _trained_layers(model)
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `Gradients.clipped_sum`."""
         with _no_trace(self._layers, self._trained):
-            losses = losses_of(self._model, self._loss, inputs, labels)
+            losses = losses_of(self._model, self._loss, batch)
             losses.sum().backward()
-            samples = {s: _attribute(p, "grad_sample", labels, s) for s, p in self._trained.items()}
+            samples = {s: _attribute(p, "grad_sample", batch.num_examples, s) for s, p in self._trained.items()}
             return clipped_row_sums(samples, max_grad_norm=max_grad_norm)
 
     def close(self) -> None:
@@ -102,26 +102,25 @@ class GhostGradients:
         self._layers = _trained_layers(model)
         self._hooks = Float64GhostHooks(model, loss_reduction="sum", use_ghost_clipping=True)
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `Gradients.clipped_sum`."""
         with _no_trace(self._layers, self._trained):
-            losses = losses_of(self._model, self._loss, inputs, labels)
+            losses = losses_of(self._model, self._loss, batch)
             losses.sum().backward(retain_graph=True)
             norms = torch.stack(
-                [_attribute(p, "_norm_sample", labels, s).double() for s, p in self._trained.items()]
+                [_attribute(p, "_norm_sample", batch.num_examples, s).double() for s, p in self._trained.items()]
             ).norm(dim=0)
             weights = clip_weights(norms, max_grad_norm=max_grad_norm).to(losses.dtype)
             usable = norms < LARGEST_GHOST_NORM
             if not usable.all():
                 # 0 * nan is nan: the weight cannot silence such a row, so the second pass runs without it.
-                inputs = {name: tensor[usable] for name, tensor in inputs.items()}
-                weights, labels = weights[usable], labels[usable]
+                weights, batch = weights[usable], batch.rows(usable)
             if len(weights) == 0:
                 return {slot: torch.zeros_like(p, dtype=torch.float32) for slot, p in self._trained.items()}
             self._hooks.disable_hooks()
             try:
                 if not usable.all():
-                    losses = losses_of(self._model, self._loss, inputs, labels)
+                    losses = losses_of(self._model, self._loss, batch)
                 return _gradients((weights * losses).sum(), self._trained)
             finally:
                 self._hooks.enable_hooks()
@@ -137,12 +136,11 @@ class LoopGradients:
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
         self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `Gradients.clipped_sum`."""
         total = {slot: torch.zeros_like(p, dtype=torch.float64) for slot, p in self._trained.items()}
-        for row in range(len(labels)):
-            one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-            loss = losses_of(self._model, self._loss, one, labels[row : row + 1]).sum()
+        for row in range(batch.num_examples):
+            loss = losses_of(self._model, self._loss, batch.one(row)).sum()
             gradient = {slot: g.double() for slot, g in _gradients(loss, self._trained).items()}
             norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
             if math.isfinite(norm):
@@ -160,14 +158,14 @@ class SumGradients:
     def __init__(self, model: nn.Module, trained: Mapping[Slot, nn.Parameter], *, loss: PerExampleLoss) -> None:
         self._model, self._trained, self._loss = model, sorted_trained(model, trained), loss
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """Return sum_i g_i. Nothing bounds it, so any `max_grad_norm` but infinity is an InputError."""
         if max_grad_norm != math.inf:
             raise InputError(
                 f"Expected hooks, ghost or loop gradients for max_grad_norm={max_grad_norm}, got a plain "
                 "sum; it clips nothing and no epsilon would hold"
             )
-        return _gradients(losses_of(self._model, self._loss, inputs, labels).sum(), self._trained)
+        return _gradients(losses_of(self._model, self._loss, batch).sum(), self._trained)
 
     def close(self) -> None:
         """Do nothing: there are no hooks."""
@@ -220,10 +218,10 @@ def _gradients(loss: Tensor, trained: Mapping[Slot, nn.Parameter]) -> dict[Slot,
     return dict(zip(trained, (g.float() for g in torch.autograd.grad(loss, list(trained.values()))), strict=True))
 
 
-def _attribute(parameter: nn.Parameter, name: str, labels: Tensor, slot: Slot) -> Tensor:
+def _attribute(parameter: nn.Parameter, name: str, num_examples: int, slot: Slot) -> Tensor:
     """Return what Opacus hung on a parameter; without N rows the model merges examples."""
     value = getattr(parameter, name, None)
-    if not isinstance(value, Tensor) or len(value) != len(labels):
+    if not isinstance(value, Tensor) or len(value) != num_examples:
         # Says nothing of shapes: N is private.
         raise ValueError(
             f"Expected one gradient an example for {slot}, got none or another number; "

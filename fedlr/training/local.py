@@ -26,8 +26,8 @@ from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
 from fedlr.streams import Randomness
-from fedlr.tasks.losses import PerExampleLoss, cross_entropy
-from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches
+from fedlr.tasks.examples import Examples, Share, micro_batches
+from fedlr.tasks.losses import PerExampleLoss, class_losses
 from fedlr.training.gradients import Gradients
 
 
@@ -41,7 +41,7 @@ class LocalTraining:
     divisor: float  # the sum of a step is divided by this constant
     sampler: Sampler
     rule: ClientRule = ClientRule()
-    loss: PerExampleLoss = cross_entropy  # of one example, before its gradient is clipped
+    loss: PerExampleLoss = class_losses  # of one example, before its gradient is clipped
 
     def __post_init__(self) -> None:
         """Refuse numbers that no step could use."""
@@ -122,7 +122,7 @@ def train_client(
 
 def sum_over(
     gradients: Gradients,
-    table: TokenisedText,
+    table: Examples,
     rows: np.ndarray,
     *,
     training: LocalTraining,
@@ -137,9 +137,7 @@ def sum_over(
     total = {slot: torch.zeros_like(trained[slot], dtype=torch.float32) for slot in sorted(trained)}
     device = next(iter(total.values())).device
     for indices in micro_batches(table.lengths, rows, token_budget=training.token_budget):
-        inputs, labels = collate(table, indices)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        part = gradients.clipped_sum(inputs, labels.to(device), max_grad_norm=max_grad_norm)
+        part = gradients.clipped_sum(table.batch(indices).to(device), max_grad_norm=max_grad_norm)
         for slot, value in part.items():
             total[slot] += value
     return total

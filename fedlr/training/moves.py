@@ -9,31 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlr.adapters.state import SHIPPED, AdapterState, Block, roles_of
 from fedlr.errors import InputError
 from fedlr.models.peft_state import read_adapter, train_only, write_adapter
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.probe import in_training, probe_inputs
+from fedlr.tasks.probe import in_training
+from fedlr.tasks.task import Task
 
 FAINT = 0.01  # of the clip bound: of gradients below it noise leaves nothing to see
 
 
-def check_moves(model: nn.Module, start: AdapterState, block: Block, *, max_grad_norm: float | None) -> str | None:
+def check_moves(
+    model: nn.Module, start: AdapterState, block: Block, *, task: Task, max_grad_norm: float | None
+) -> str | None:
     """Refuse a first round whose block has no gradient at the start; return what to say where it is hardly any.
 
     Args:
         model: the whole model with its adapter. Left as it was.
         start: the adapter that the first round is sent.
         block: what the first round trains.
+        task: gives the constant examples and their losses.
         max_grad_norm: the clip bound of a private run; None without privacy.
 
     Raises:
         InputError: which names the block, and what to train instead.
     """
     named = ", ".join(sorted(roles_of(block)))
-    norm = largest_gradient(model, start, block)
+    norm = largest_gradient(model, start, block, task=task)
     if not math.isfinite(norm):
         raise InputError(f"Expected a model with finite gradients at the start, got {norm} in {named}")
     if norm == 0.0:
@@ -50,16 +53,14 @@ def check_moves(model: nn.Module, start: AdapterState, block: Block, *, max_grad
     )
 
 
-def largest_gradient(model: nn.Module, adapter: AdapterState, block: Block) -> float:
+def largest_gradient(model: nn.Module, adapter: AdapterState, block: Block, *, task: Task) -> float:
     """Return the largest norm of a constant example's gradient of the block, at an adapter; no private row is read."""
-    inputs = probe_inputs(model)
     norms = []
     with _holding(model, adapter), in_training(model):
         trained = list(train_only(model, block).values())
-        for row in range(len(next(iter(inputs.values())))):
-            logits: Tensor = model(**{name: rows[row : row + 1] for name, rows in inputs.items()}).logits.float()
-            # The least likely class: a loss whose gradient has not vanished.
-            loss = cross_entropy(logits, logits.argmin(dim=-1)).sum()
+        batch = task.probe(model)
+        for row in range(batch.num_examples):
+            loss = task.losses(model, batch.one(row)).sum()
             found = torch.autograd.grad(loss, trained, allow_unused=True)
             norms.append(math.sqrt(sum(float(g.to_dense().double().square().sum()) for g in found if g is not None)))
     return math.nan if any(map(math.isnan, norms)) else max(norms)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.models.peft_state import train_only, write_adapter
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss
 from fedlr.training.fused import ClippedSums
 from fedlr.training.gradients import HookGradients, LoopGradients
@@ -41,8 +42,7 @@ class ParityCheck:
     def compare(
         self,
         found: ClippedSums,
-        inputs: Mapping[str, Tensor],
-        labels: Tensor,
+        batch: Batch,
         *,
         owner: Tensor,
         adapter: Mapping[Slot, Tensor],
@@ -72,20 +72,19 @@ class ParityCheck:
             compared = frozenset(stacks) if active is None else active
             trained = train_only(self._model, compared)
             columns = torch.cat([torch.full((stacks[s][0].numel(),), s in compared) for s in sorted(stacks)])
-            values = found.values[:, columns.to(labels.device)]
+            values = found.values[:, columns.to(batch.targets.device)]
             gradients = _Reference(self._model, trained, loss=self._loss)
             try:
                 for client, got in list(zip(found.clients.tolist(), values, strict=True))[:CLIENTS_COMPARED]:
                     mine = owner == client
                     write_adapter(self._model, {**adapter, **{slot: stack[client] for slot, stack in stacks.items()}})
-                    rows = {name: tensor[mine] for name, tensor in inputs.items()}
-                    wanted = _sum(gradients, rows, labels[mine], max_grad_norm)
+                    rows = batch.rows(mine)
+                    wanted = _sum(gradients, rows, max_grad_norm)
                     distance = float((got - wanted).norm())
                     if distance <= self._tolerance * float(wanted.norm()):
                         continue
                     # Rows may cancel, as one text under two labels does; what is left of them is rounding.
-                    ones = [{name: tensor[[row]] for name, tensor in rows.items()} for row in range(int(mine.sum()))]
-                    parts = [_sum(gradients, one, labels[mine][[i]], max_grad_norm) for i, one in enumerate(ones)]
+                    parts = [_sum(gradients, rows.one(row), max_grad_norm) for row in range(rows.num_examples)]
                     if not distance <= self._tolerance * sum(float(part.norm()) for part in parts):
                         raise InputError(
                             "Expected the fused engine to compute the clipped sums that Opacus computes, got others on "
@@ -106,13 +105,13 @@ class _Reference:
         self._hooks: HookGradients | None = HookGradients(model, trained, loss=loss)
         self._loop = LoopGradients(model, trained, loss=loss)
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         if self._hooks is not None:
             try:
-                return self._hooks.clipped_sum(inputs, labels, max_grad_norm=max_grad_norm)
+                return self._hooks.clipped_sum(batch, max_grad_norm=max_grad_norm)
             except Exception:  # whatever a foreign library makes of a model that the fused engine has just passed
                 self.close()
-        return self._loop.clipped_sum(inputs, labels, max_grad_norm=max_grad_norm)
+        return self._loop.clipped_sum(batch, max_grad_norm=max_grad_norm)
 
     def close(self) -> None:
         if self._hooks is not None:
@@ -120,6 +119,6 @@ class _Reference:
             self._hooks = None
 
 
-def _sum(gradients: _Reference, rows: Mapping[str, Tensor], labels: Tensor, max_grad_norm: float) -> Tensor:
-    sums = gradients.clipped_sum(rows, labels, max_grad_norm=max_grad_norm)
+def _sum(gradients: _Reference, rows: Batch, max_grad_norm: float) -> Tensor:
+    sums = gradients.clipped_sum(rows, max_grad_norm=max_grad_norm)
     return torch.cat([sums[slot].flatten() for slot in sorted(sums)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedlr.adapters.state import Slot
 from fedlr.models.tuners.entry import Path, Tuner
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss
 from fedlr.training.copies import CopiesGradients, SplitGradients
 from fedlr.training.functorch import FunctorchGradients, hook_rows, loop_rows
@@ -46,15 +47,14 @@ def rows(
     tuner: Tuner,
     model: nn.Module,
     trained: Trained,
-    inputs: Mapping[str, Tensor],
-    labels: Tensor,
+    batch: Batch,
     *,
     loss: PerExampleLoss,
 ) -> list[dict[Slot, Tensor]]:
     """Return the gradient of each example, (N, ...) a slot, by each engine of the tuner's path; for checks only."""
     if tuner.path == "hooks":
-        return [hook_rows(model, trained, inputs, labels, loss=loss)]
+        return [hook_rows(model, trained, batch, loss=loss)]
     if tuner.path == "loop":
-        return [loop_rows(model, trained, inputs, labels, loss=loss)]
+        return [loop_rows(model, trained, batch, loss=loss)]
     kinds = (CopiesGradients, FunctorchGradients) if tuner.path == "vmap" else (SplitGradients,)
-    return [kind(model, trained, loss=loss).rows(inputs, labels) for kind in kinds]
+    return [kind(model, trained, loss=loss).rows(batch) for kind in kinds]

@@ -14,8 +14,8 @@ from fedlr.adapters.state import HEAD, Block, Slot, roles_of
 from fedlr.errors import InputError
 from fedlr.models.peft_state import LAYOUT, train_only
 from fedlr.models.zero_head import awake
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.probe import in_training, probe_inputs
+from fedlr.tasks.probe import in_training
+from fedlr.tasks.task import Task
 from fedlr.training.copies import _layers_of
 from fedlr.training.gradients import LoopGradients
 from fedlr.training.supported import _check_modules, _check_trained, _probe, _trained_layers
@@ -24,7 +24,7 @@ from fedlr.training.tuner_gradients import engine
 SAME_SUMS = 1e-3  # of the joint norm: far above the rounding of float32, far below one example that is missing
 
 
-def check_tuner(model: nn.Module, block: Block, *, first: Block, grad_sample_mode: str) -> None:
+def check_tuner(model: nn.Module, block: Block, *, first: Block, grad_sample_mode: str, task: Task) -> None:
     """Check that per-example gradients of the blocks exist, are right, are of one example each, and not all zero.
 
     Args:
@@ -32,6 +32,7 @@ def check_tuner(model: nn.Module, block: Block, *, first: Block, grad_sample_mod
         block: what any round trains.
         first: what the first round trains: a block without a gradient there would make every client send its start.
         grad_sample_mode: `hooks`, by which a run means the system's own way, or `loop`.
+        task: gives the constant examples and their losses.
 
     Raises:
         InputError: naming the first thing that is not supported, and what to change.
@@ -58,29 +59,28 @@ def check_tuner(model: nn.Module, block: Block, *, first: Block, grad_sample_mod
             layers[names[id(call.layer)]] = call.layer
     _probe(model, layers, "loop")
     for each in (first, block):
-        _compare(model, each, must_move=each is first)
+        _compare(model, each, must_move=each is first, task=task)
     train_only(own, block)
 
 
-def _compare(model: nn.Module, block: Block, *, must_move: bool) -> None:
+def _compare(model: nn.Module, block: Block, *, must_move: bool, task: Task) -> None:
     """Hold the system's clipped sums of the probe against those of a loop."""
     layout = getattr(model, LAYOUT)
-    inputs = probe_inputs(model)
-    labels = torch.arange(len(next(iter(inputs.values()))), device=next(model.parameters()).device) % 2
+    batch = task.probe(model)
     trained = train_only(model, block)
     with in_training(model):
-        loop = LoopGradients(model, trained, loss=cross_entropy)
-        norm = _norm(loop.clipped_sum(inputs, labels, max_grad_norm=math.inf))
+        loop = LoopGradients(model, trained, loss=task.losses)
+        norm = _norm(loop.clipped_sum(batch, max_grad_norm=math.inf))
         if norm == 0.0 and must_move:
             raise InputError(
                 f"Expected a trained block with a gradient at the start, got {', '.join(sorted(roles_of(block)))}: "
                 "another block of the system is zero there; train that one first"
             )
         bound = norm / 10 or 1.0  # so small that it clips
-        expected = loop.clipped_sum(inputs, labels, max_grad_norm=bound)
-        way = engine(layout.tuner, model, trained, loss=cross_entropy)
+        expected = loop.clipped_sum(batch, max_grad_norm=bound)
+        way = engine(layout.tuner, model, trained, loss=task.losses)
         try:
-            found = way.clipped_sum(inputs, labels, max_grad_norm=bound)
+            found = way.clipped_sum(batch, max_grad_norm=bound)
         finally:
             way.close()
     if not _norm({slot: found[slot] - expected[slot] for slot in expected}) <= SAME_SUMS * bound:

@@ -29,7 +29,7 @@ from fedlr.methods.aggregate.fair import LoraFairRidge
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.rank import svd_redistribution
 from fedlr.methods.method import Aggregator, Always, Method, full_adapter, keep
-from fedlr.rounds.round import RoundTask, ServerState, run_round
+from fedlr.rounds.round import RoundRequest, ServerState, run_round
 from fedlr.training.threads import torch_threads
 from simulations.bench.contestants import ENVIRONMENT
 from simulations.bench.memory_use import can_measure, peak_mb, reset_peak, resident_mb
@@ -69,7 +69,7 @@ class Streamed:
     adapter: AdapterState
     seed: int
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         """Yield the cohort's updates in order."""
         for client in cohort:
             yield self.update(client, task.round_index)

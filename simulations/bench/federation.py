@@ -143,7 +143,7 @@ def exchanged(words: Sequence[str]) -> dict[str, Tensor]:
     """Return what a client of the first round trains and sends, by name: the arrays of the rival."""
     federation = assemble(compose_experiment([*words, "runtime=local"]), seed=0)
     start: AdapterState = federation.start.adapter
-    return by_name(start.select(federation.task().block))
+    return by_name(start.select(federation.request().block))
 
 
 def ours(words: Sequence[str], folder: Path, *, num_rounds: int) -> Rounds:

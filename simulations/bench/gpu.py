@@ -24,8 +24,9 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.tasks.examples import Share
+from fedlr.tasks.losses import class_losses
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import Stack, train_cohort
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import HookGradients
@@ -120,11 +121,11 @@ class Contestants:
             "mechanism": mechanism,
             "randomness": SeededRandomness(seed),
         }
-        self._fused = FusedGradients(self._model, train_only(self._model, BLOCK), loss=cross_entropy)
+        self._fused = FusedGradients(self._model, train_only(self._model, BLOCK), loss=class_losses)
         self._start = {slot: p.detach().clone() for slot, p in train_only(self._model, BLOCK).items()}
         self._hooked = sharing_base(self._model)
         self._trained = train_only(self._hooked, BLOCK)
-        self._hooks = HookGradients(self._hooked, self._trained, loss=cross_entropy)
+        self._hooks = HookGradients(self._hooked, self._trained, loss=class_losses)
         self._threads = ThreadPoolExecutor(1)
 
     def together(self, turn: int) -> list[dict[Slot, Tensor]]:

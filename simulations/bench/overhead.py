@@ -17,7 +17,7 @@ from fedlr.config.schema import compose_experiment
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.local import Accounts
-from fedlr.rounds.round import Dropout, RoundTask, run_round
+from fedlr.rounds.round import Dropout, RoundRequest, run_round
 from fedlr.training.threads import torch_threads
 from simulations.bench.federations import overrides
 from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
@@ -42,7 +42,7 @@ class TrivialPool:
         self._steps = federation.training.num_steps
         self._adapter = federation.start.adapter
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Charge, answer, settle."""
         admitted, refused = self._accounts.reserve(task, cohort, Kept())
         yield from refused

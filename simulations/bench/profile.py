@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fedlr.config.schema import compose_experiment
 from fedlr.models.peft_state import adapted_layers, train_only
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses
 from fedlr.training.cohort import Stack as ClientStack
 from fedlr.training.cohort import train_cohort
 from fedlr.training.fused import FusedGradients
@@ -40,7 +41,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "norms, clipping, sums": ("vermillion", ("FusedGradients._sums",)),
     "layers with an adapter, backward": ("orange", ("_StackedLora.backward",)),
     "layers with an adapter, forward": ("green", ("_StackedLora.forward",)),
-    "drawing, sorting, padding": ("grey", ("collate", "micro_batches", "PoissonSampler.draw")),
+    "drawing, sorting, padding": ("grey", ("TokenisedText.batch", "micro_batches", "PoissonSampler.draw")),
     "frozen layers, backward": ("sky", ("grad", "_engine_run_backward")),
     "frozen layers, forward": ("blue", ("losses_of",)),
 }
@@ -79,8 +80,8 @@ def run(settings: Settings) -> Outcome:
 def sample_cohort_steps(f: Federation, stacks: Counter[Stack], *, rounds: int) -> None:
     """Train all clients for so many rounds, and sample all but the first."""
     model = sharing_base(f.working)
-    engine = FusedGradients(model, train_only(model, f.task().block), loss=cross_entropy)
-    start = f.start.adapter.select(f.task().block)
+    engine = FusedGradients(model, train_only(model, f.request().block), loss=class_losses)
+    start = f.start.adapter.select(f.request().block)
 
     def train(round_index: int) -> None:
         train_cohort(
@@ -141,12 +142,12 @@ def _starts_here(_layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.requires_grad_()
 
 
-def _step(step: Callable[[Mapping[str, Tensor], Tensor], None], network: Network, _turn: int) -> None:
-    step(network.inputs, network.labels)
+def _step(step: Callable[[Batch], None], network: Network, _turn: int) -> None:
+    step(network.batch)
 
 
 def _bare(model: nn.Module, network: Network, _turn: int, *, backward: bool) -> None:
-    loss = network.loss(model(**network.inputs).logits, network.labels).sum()
+    loss = network.loss(model, network.batch).sum()
     if backward:
         loss.backward()
 

@@ -20,6 +20,7 @@ from fedlr.adapters.state import LORA_B, Slot
 from fedlr.models.peft_state import train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.local import sharing_base
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import Gradients, LoopGradients
@@ -43,11 +44,11 @@ GradientsFactory = Callable[..., Gradients]
 class Step(Protocol):
     """A contestant: takes one step, and shows the sum that its step starts from."""
 
-    def step(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one training step."""
         ...
 
-    def sums(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[Slot, Tensor]:
+    def sums(self, batch: Batch) -> dict[Slot, Tensor]:
         """Return the sum of gradients before noise."""
         ...
 
@@ -73,21 +74,19 @@ class OurStep:
         )
         self._generator = np.random.default_rng(0)
 
-    def step(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one private step."""
-        total = self.sums(inputs, labels)
+        total = self.sums(batch)
         apply(
             self._optimizer,
             self._trained,
             privatise(total, mechanism=self._mechanism, generator=self._generator),
         )
 
-    def sums(
-        self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float | None = None
-    ) -> dict[Slot, Tensor]:
+    def sums(self, batch: Batch, *, max_grad_norm: float | None = None) -> dict[Slot, Tensor]:
         """Return the sum of clipped gradients, before any noise."""
         bound = self._mechanism.max_grad_norm if max_grad_norm is None else max_grad_norm
-        return self._gradients.clipped_sum(inputs, labels, max_grad_norm=bound)
+        return self._gradients.clipped_sum(batch, max_grad_norm=bound)
 
 
 def run(settings: Settings, *, gradients: GradientsFactory = FusedGradients) -> Outcome:
@@ -143,7 +142,7 @@ def measure(
 
     def several(contestant: Step, _turn: int) -> None:
         for _ in range(steps_a_turn(batch)):
-            contestant.step(network.inputs, network.labels)
+            contestant.step(network.batch)
 
     turn_of = {name: partial(several, contestant) for name, contestant in contestants.items()}
     return checks, alternate(turn_of, turns=turns, warmups=1, seed=seed)
@@ -174,9 +173,8 @@ def clip_bound(network: Network) -> float:
     model = sharing_base(network.model)
     loop = LoopGradients(model, train_only(model, frozenset({LORA_B})), loss=network.loss)
     norms = []
-    for row in range(len(network.labels)):
-        one = {name: tensor[row : row + 1] for name, tensor in network.inputs.items()}
-        norms.append(joint_norm(loop.clipped_sum(one, network.labels[row : row + 1], max_grad_norm=math.inf)))
+    for row in range(network.batch.num_examples):
+        norms.append(joint_norm(loop.clipped_sum(network.batch.one(row), max_grad_norm=math.inf)))
     return median(norms)
 
 
@@ -184,12 +182,12 @@ def check(contestants: Mapping[str, Step], network: Network, text: str) -> list[
     """Compare our clipped sum with that of each private rival, and our unclipped sum with the plain gradient."""
     ours = contestants[OURS]
     assert isinstance(ours, OurStep)
-    clipped = ours.sums(network.inputs, network.labels)
-    whole = ours.sums(network.inputs, network.labels, max_grad_norm=math.inf)
+    clipped = ours.sums(network.batch)
+    whole = ours.sums(network.batch, max_grad_norm=math.inf)
     checks = []
     for name, contestant in contestants.items():
         if name != OURS:
-            theirs = contestant.sums(network.inputs, network.labels)
+            theirs = contestant.sums(network.batch)
             mine, unit = (whole, joint_norm(whole)) if name == PLAIN else (clipped, joint_norm(clipped))
             checks.append(check_equal(f"{text}: ours and {name}", mine, theirs, unit=unit, tolerance=TOLERANCE))
     return checks

@@ -14,9 +14,9 @@ from fedlr.__main__ import main
 from fedlr.adapters.state import ClientUpdate
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import LocalPool
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 
-Train = Callable[[Any, RoundTask, Sequence[int]], Iterator[ClientUpdate | Dropout]]
+Train = Callable[[Any, RoundRequest, Sequence[int]], Iterator[ClientUpdate | Dropout]]
 TOOK = "trained in seconds: "
 
 
@@ -24,7 +24,7 @@ def timed(train: Train) -> Train:
     """Print how long it takes until all updates are there."""
 
     @wraps(train)
-    def train_and_tell(pool: Any, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train_and_tell(pool: Any, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         started = time.perf_counter()
         outcomes = list(train(pool, task, cohort))
         print(f"{TOOK}{time.perf_counter() - started:.6f}", flush=True)

@@ -58,7 +58,7 @@ class Session:
     def train(self, round_index: int, clients: Sequence[int], keep: str = "") -> dict[str, Any]:
         """Train clients from the start adapter; every one must come back with an update."""
         f = self.federation
-        task = f.task(round_index)
+        task = f.request(round_index)
         started = time.perf_counter()
         outcomes = list(self._pool.train(task, list(clients)))
         seconds = time.perf_counter() - started
@@ -77,7 +77,7 @@ class Session:
         if len(diagnostics.trained) != clients:
             raise RuntimeError(f"Expected {clients} clients to train, got {len(diagnostics.trained)}")
         if keep:
-            save_file(by_name(state.adapter.select(f.task().block)), keep)
+            save_file(by_name(state.adapter.select(f.request().block)), keep)
         return {"seconds": diagnostics.train_s + diagnostics.aggregate_s}
 
     def peak(self, reset: bool) -> dict[str, Any]:

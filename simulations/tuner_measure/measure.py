@@ -25,7 +25,8 @@ from fedlr.adapters.state import Slot
 from fedlr.models.starts.tuner_starts import PublicBatch
 from fedlr.models.tuners.build import build, load_parts, shipped_parts, trained_parameters
 from fedlr.models.tuners.entry import Tuner
-from fedlr.tasks.losses import cross_entropy, losses_of
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses, losses_of
 from fedlr.training.float64 import float32_as_float64, in_float64
 from fedlr.training.tuner_gradients import ENGINES, rows
 from simulations.tuner_measure.networks import NETWORKS, NUM_TASKS, examples, probe
@@ -58,8 +59,7 @@ class Subject:
     tuner: Tuner
     model: nn.Module
     trained: Mapping[Slot, nn.Parameter]
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
+    batch: Batch
     task: Mapping[str, Tensor]  # inputs besides x, of one probe
 
     def function(self) -> Tensor:
@@ -79,7 +79,7 @@ def subject(tuner: Tuner, *, seed: int = 0, client: bool = False) -> Subject:
     generator = torch.Generator().manual_seed(1)
     inputs, labels = examples(tuner.network, NUM_EXAMPLES, generator)
     narrow = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    public = PublicBatch(narrow, labels, cross_entropy)
+    public = PublicBatch(Batch(narrow, labels), class_losses)
     kind = NETWORKS[tuner.network]
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -92,7 +92,7 @@ def subject(tuner: Tuner, *, seed: int = 0, client: bool = False) -> Subject:
     if tuner.reads_task:
         inputs = {**inputs, "task_ids": torch.arange(NUM_EXAMPLES) % NUM_TASKS}
         task = {"task_ids": torch.zeros(1, dtype=torch.long)}
-    made = Subject(tuner, model, trained_parameters(model, tuner), inputs, labels, task)
+    made = Subject(tuner, model, trained_parameters(model, tuner), Batch(inputs, labels), task)
     write(made.trained, moved(read(made.trained), torch.Generator().manual_seed(2)))
     return made
 
@@ -151,10 +151,9 @@ def reference_rows(made: Subject) -> dict[Slot, Tensor]:
     """Return the gradient of each example, (N, ...) a slot, each from a model that sees nothing else."""
     found: dict[Slot, list[Tensor]] = {slot: [] for slot in made.trained}
     for row in range(NUM_EXAMPLES):
-        one = {name: tensor[row : row + 1] for name, tensor in made.inputs.items()}
         made.model.zero_grad(set_to_none=True)
         with float32_as_float64():
-            losses_of(made.model, cross_entropy, one, made.labels[row : row + 1]).sum().backward()
+            losses_of(made.model, class_losses, made.batch.one(row)).sum().backward()
         for slot, parameter in made.trained.items():
             if parameter.grad is None:
                 raise ValueError(f"Expected every trained tensor of {made.tuner.title} to have a gradient, got none")
@@ -166,7 +165,7 @@ def reference_rows(made: Subject) -> dict[Slot, Tensor]:
 def row_difference(made: Subject, expected: Values) -> float:
     """Return how far the per-example gradients of the tuner's path are from `expected`, relative to each tensor."""
     with float32_as_float64():
-        found = rows(made.tuner, made.model, made.trained, made.inputs, made.labels, loss=cross_entropy)
+        found = rows(made.tuner, made.model, made.trained, made.batch, loss=class_losses)
     return max(largest_difference(of_engine, expected) for of_engine in found)
 
 
@@ -184,7 +183,7 @@ def batch_difference(made: Subject, expected: Values) -> float:
     Where examples interact, in the forward pass or in a hook, the rows do not add up.
     """
     with float32_as_float64():
-        total = losses_of(made.model, cross_entropy, made.inputs, made.labels).sum()
+        total = losses_of(made.model, class_losses, made.batch).sum()
         found = torch.autograd.grad(total, list(made.trained.values()))
     sums = {slot: row.sum(dim=0) for slot, row in expected.items()}
     largest = {slot: expected[slot].abs().max() for slot in sums}  # a sum may cancel
@@ -203,9 +202,9 @@ def clipped_sum_difference(made: Subject, expected: Values) -> float:
     sums = {slot: torch.tensordot(weights, row, dims=1) for slot, row in expected.items()}
     largest = 0.0
     for kind in ENGINES[made.tuner.path]:
-        way = kind(made.model, made.trained, loss=cross_entropy)
+        way = kind(made.model, made.trained, loss=class_losses)
         try:
-            found = way.clipped_sum(made.inputs, made.labels, max_grad_norm=bound)
+            found = way.clipped_sum(made.batch, max_grad_norm=bound)
         finally:
             way.close()
         largest = max(largest, *(float((found[slot] - sums[slot]).abs().max()) / bound for slot in sums))

@@ -18,7 +18,7 @@ from fedlr.methods.aggregate.pruning import SelfPruning
 from fedlr.methods.aggregate.rank import norm_weighted_mean
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.methods.method import Always, Method, full_adapter, keep
-from fedlr.rounds.round import RoundTask, ServerState, run_round
+from fedlr.rounds.round import RoundRequest, ServerState, run_round
 from tests.training.small_models import mutant
 
 BOTH = (LORA_A, LORA_B)
@@ -86,7 +86,7 @@ class Shrinking:
     adapter: AdapterState
     asked: list[dict[int, int]]
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         self.asked.append(dict(task.ranks))
         sent = self.adapter.with_tensors(task.broadcast).select(task.shared)
         for client in cohort:

@@ -12,7 +12,7 @@ from fedlr.adapters.state import HEAD, LORA_A, LORA_B, SIDE_A, SIDE_B, AdapterSt
 from fedlr.flower.messages import Request
 from fedlr.flower.records import RecordDict, facts_of, from_record, to_record
 from fedlr.flower.terms import Terms
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from tests.client.device_files import PATH, enrolled, terms_tree
 
 NAN, INF = math.nan, math.inf
@@ -250,6 +250,6 @@ def sane_request(adapter: AdapterState | None = None, terms: Mapping[str, Any] |
     """Return the first round, the adapter's last block to be trained."""
     adapter = adapter or enrolled()
     block = frozenset({LORA_B if Slot(PATH, LORA_B) in adapter.tensors else max(adapter.tensors).role})
-    task = RoundTask(0, adapter.select(block), block)
+    task = RoundRequest(0, adapter.select(block), block)
     read = Terms.read(json.dumps(terms_tree(terms)))
     return Request(read, 0, task, adapter.fingerprint(), adapter.scale, adapter)

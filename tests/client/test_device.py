@@ -23,7 +23,7 @@ from fedlr.flower.terms import Terms
 from fedlr.models.network import BaseModel
 from fedlr.models.peft_state import read_adapter
 from fedlr.models.tuners.attach import attach
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from fedlr.training.fused import FusedGradients
 from tests.client.device_files import device_settings, terms_tree, tiny
 
@@ -42,7 +42,7 @@ def request(client_id: int = 0, round_index: int = 0, **changes: Any) -> Request
     terms = Terms.read(json.dumps(tree))
     adapter = given(terms)
     block = frozenset({LORA_B})
-    task = RoundTask(round_index, adapter.select(block), block)
+    task = RoundRequest(round_index, adapter.select(block), block)
     return Request(terms, client_id, task, adapter.fingerprint(), adapter.scale, adapter)
 
 

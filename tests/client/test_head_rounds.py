@@ -17,7 +17,7 @@ from fedlr.flower.messages import Reply, Request
 from fedlr.flower.terms import Terms
 from fedlr.models.network import BaseModel, attach_lora, pretrained
 from fedlr.models.peft_state import read_adapter
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from tests.client.device_files import LABELS, device_settings, terms_tree
 from tests.families import save_family
 
@@ -40,7 +40,7 @@ def asked(folder: Path, round_index: int, block: frozenset[str], *, far: bool = 
     adapter = read_adapter(attach_lora(base, terms.adapter, seed=0))
     if far:
         adapter = adapter.with_tensors({s: torch.ones_like(t) for s, t in adapter.tensors.items() if s.role == LORA_B})
-    task = RoundTask(round_index, adapter.select(block), block)
+    task = RoundRequest(round_index, adapter.select(block), block)
     return Request(terms, 0, task, adapter.fingerprint(), adapter.scale, adapter)
 
 

@@ -13,7 +13,7 @@ from fedlr.methods.client_rules.alternation import LocalAlternation
 from fedlr.methods.client_rules.personal import SharedBlock
 from fedlr.methods.client_rules.proximal import FedProx
 from fedlr.methods.client_rules.scaffold import ScaffoldClient, ScaffoldServer
-from fedlr.rounds.round import ServerState, task_of
+from fedlr.rounds.round import ServerState, request_of
 from tests.client_rules.points import ROLES, SHAPES, draw, same
 from tests.methods_of_files import method_of as load
 
@@ -53,7 +53,7 @@ def test_scaffold_refuses_what_is_not_plain_sgd(override):
 
 def test_fedsa_sends_and_receives_lora_A_alone():
     adapter = initial()
-    task = task_of(ServerState(adapter), load("fedsa_lora"))
+    task = request_of(ServerState(adapter), load("fedsa_lora"))
     down, up = task.broadcast, adapter.select(task.shared)
     assert same(down, adapter.select(frozenset({LORA_A})))
     assert down.keys() == up.keys()
@@ -63,17 +63,17 @@ def test_fedsa_sends_and_receives_lora_A_alone():
 
 def test_fedsa_shares_a_head_unless_it_is_personal():
     state = ServerState(initial())
-    task = task_of(state, load("fedsa_lora"), train_head=True)
+    task = request_of(state, load("fedsa_lora"), train_head=True)
     assert {slot.role for slot in task.broadcast} == task.shared == {LORA_A, HEAD}
     own_head = load("fedsa_lora", "method.block_schedule.roles=[lora_A,lora_B,head]", "method.personal=[lora_B,head]")
-    task = task_of(state, own_head)
+    task = request_of(state, own_head)
     assert task.block == frozenset(ROLES)
     assert {slot.role for slot in task.broadcast} == task.shared == {LORA_A}
 
 
 def test_fedsa_leaves_what_the_server_holds_of_lora_B_at_its_initial_value():
     method, adapter = load("fedsa_lora"), initial()
-    shared = task_of(ServerState(adapter), method).shared
+    shared = request_of(ServerState(adapter), method).shared
     updates = [ClientUpdate(k, {slot: t + k for slot, t in adapter.select(shared).items()}, 1.0, 0) for k in range(3)]
     after = method.finalise(method.aggregate(adapter, iter(updates)))
     for slot, tensor in adapter.tensors.items():

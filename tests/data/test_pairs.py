@@ -24,10 +24,10 @@ from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
 from fedlr.models.network import tiny_random
 from fedlr.models.prefix import encode_prefix, without_prefix
-from fedlr.models.reading import check_reading
 from fedlr.models.tuners.attach import attach
 from fedlr.models.usage import code_of_card
-from fedlr.tasks.tokenise import collate, tokenise
+from fedlr.tasks.reading import check_reading
+from fedlr.tasks.tokenise import tokenise
 from fedlr.training.threads import torch_threads
 from simulations.devices import write_devices
 from simulations.federation import assemble, prepare
@@ -88,7 +88,7 @@ def test_both_texts_are_read_together_and_the_longer_is_cut_first() -> None:
 def test_segment_ids_follow_their_rows_and_reach_the_model() -> None:
     data = made_up()
     found = tokenise(data, base().tokenizer, max_length=24)
-    inputs, _ = collate(found, [7, 3])
+    inputs, _ = found.batch([7, 3])
     assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids"}
     for place, row in enumerate((7, 3)):
         expected = base().tokenizer(
@@ -104,7 +104,7 @@ def test_segment_ids_follow_their_rows_and_reach_the_model() -> None:
 def test_single_texts_have_no_segment_ids() -> None:
     data = LabelledText(made_up().texts, made_up().labels, LABELS, None, "here")
     found = tokenise(data, base().tokenizer, max_length=24)
-    assert found.token_type_ids is None and set(collate(found, [0])[0]) == {"input_ids", "attention_mask"}
+    assert found.token_type_ids is None and set(found.batch([0])[0]) == {"input_ids", "attention_mask"}
 
 
 def test_both_texts_decide_where_a_row_lies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +129,8 @@ def test_a_cached_prefix_gives_the_logits_of_pairs_and_its_key_knows_segment_ids
     rows = np.arange(6)
     cached = encode_prefix(model, data.subset(rows), token_budget=10_000)
     with torch.no_grad():
-        whole = model(**collate(data, rows)[0]).logits
-        upper = without_prefix(model)(**collate(cached, rows)[0]).logits
+        whole = model(**data.batch(rows)[0]).logits
+        upper = without_prefix(model)(**cached.batch(rows)[0]).logits
     assert torch.equal(whole, upper)
 
     blind = mutant(fedlr.models.prefix, ('"token_types": _digest(data.token_type_ids)', '"token_types": ""'))

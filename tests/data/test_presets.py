@@ -11,8 +11,8 @@ import pytest
 
 from fedlr.config.schema import compose_experiment
 from fedlr.models.network import tiny_random
-from fedlr.models.reading import check_reading, read_texts
 from fedlr.runs.prepare import load_examples
+from fedlr.tasks.reading import check_reading, read_texts
 
 NLI = ("entailment", "neutral", "contradiction")
 QUESTIONS = ("not_duplicate", "duplicate")

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
+from fedlr.tasks.examples import Share, micro_batches
 from fedlr.tasks.synthetic import VOCABULARY, synthetic_text
-from fedlr.tasks.tokenise import Share, TokenisedText, collate, micro_batches, tokenise
+from fedlr.tasks.tokenise import TokenisedText, tokenise
 
 
 def word_tokenizer(*, special: bool = True, **tokens: str) -> PreTrainedTokenizerFast:
@@ -74,7 +75,7 @@ def test_tables_longer_than_one_call_keep_their_order() -> None:
 def test_a_text_without_tokens_becomes_one_token() -> None:
     tokens = tokenise(texts("\u200b", "good"), word_tokenizer(special=False), max_length=8)
     assert tokens.lengths.min() == 1
-    assert collate(tokens, [0, 1])[0]["attention_mask"].sum(1).min() == 1
+    assert tokens.batch([0, 1])[0]["attention_mask"].sum(1).min() == 1
     special_only = tokenise(texts(" \u3000", "good"), word_tokenizer(), max_length=8)
     assert special_only.lengths.tolist() == [2, 3]
 
@@ -119,7 +120,7 @@ def test_lengths_are_computed_once(tokenised: TokenisedText) -> None:
 
 def test_collating_pads_to_the_longest_of_the_micro_batch_only(tokenised: TokenisedText) -> None:
     indices = np.array([7, 2, 11])
-    inputs, labels = collate(tokenised, indices)
+    inputs, labels = tokenised.batch(indices)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (3, tokenised.lengths[indices].max())
     assert {t.dtype for t in (*inputs.values(), labels)} == {torch.int64}
     assert inputs["attention_mask"].sum(1).tolist() == tokenised.lengths[indices].tolist()
@@ -128,7 +129,7 @@ def test_collating_pads_to_the_longest_of_the_micro_batch_only(tokenised: Tokeni
 
 
 def test_an_empty_poisson_batch_collates_to_nothing(tokenised: TokenisedText) -> None:
-    inputs, labels = collate(tokenised, [])
+    inputs, labels = tokenised.batch([])
     assert inputs["input_ids"].shape == (0, 0) and labels.shape == (0,)
     assert micro_batches(tokenised.lengths, [], 64) == []
 
@@ -142,7 +143,7 @@ def test_tokens_can_lie_in_a_file(tokenised: TokenisedText, tmp_path: Path) -> N
         tokenised.pad_id,
         0,
     )
-    assert torch.equal(collate(mapped, [4, 9])[0]["input_ids"], collate(tokenised, [4, 9])[0]["input_ids"])
+    assert torch.equal(mapped.batch([4, 9])[0]["input_ids"], tokenised.batch([4, 9])[0]["input_ids"])
 
 
 @given(

@@ -25,7 +25,7 @@ from fedlr.flower import FedIT, FedSVD, FfaLora, LoraFair, lora_strategy, strate
 from fedlr.flower.lora_strategy import LoraStrategy, method_named, needs_more_of_clients
 from fedlr.methods.method import Always, Method, full_adapter, keep
 from fedlr.rounds.cohorts import sample_cohort
-from fedlr.rounds.round import RoundTask, initial_state, run_round
+from fedlr.rounds.round import RoundRequest, initial_state, run_round
 from tests.flower.in_process_grid import InProcessGrid, inside_a_run
 from tests.flower.strategy_clients import (
     KEYS,
@@ -61,7 +61,7 @@ def _inside_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 class SameClients:
     """The pool of a simulation whose clients train as `trained` does."""
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         for node in cohort:
             tensors = {
                 slot: task.broadcast[slot] + 0.3 * draw(node, task.round_index + 1, key, shape=tuple(shape))

@@ -71,9 +71,9 @@ def pool_of(module: ModuleType, f: Federation, ledger: object, **changes: object
 
 def groups_of(f: Federation, number: int) -> float:
     """Return the memory in which that many clients train at once."""
-    values = sum(tensor.numel() for tensor in f.start.adapter.select(f.task().block).values())
+    values = sum(tensor.numel() for tensor in f.start.adapter.select(f.request().block).values())
     memory_gb = 4 * pool_module.ROWS_A_CLIENT * values * (number + 0.5) / 1e9
-    assert group_size(f.start.adapter.select(f.task().block), memory_gb) == number
+    assert group_size(f.start.adapter.select(f.request().block), memory_gb) == number
     return memory_gb
 
 

@@ -9,7 +9,7 @@ from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slo
 from fedlr.flower.terms import Terms
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep
-from fedlr.rounds.round import ClientPool, Dropout, RoundDiagnostics, RoundTask
+from fedlr.rounds.round import ClientPool, Dropout, RoundDiagnostics, RoundRequest
 from tests.client.device_files import terms_tree
 
 FEDIT = Method("fedit", Always([LORA_A, LORA_B]), weighted_mean, keep, full_adapter)
@@ -37,7 +37,7 @@ class Outcomes:
     def __init__(self, outcomes: Sequence[ClientUpdate | Dropout]) -> None:
         self.outcomes = outcomes
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         yield from self.outcomes
 
 
@@ -47,7 +47,7 @@ class Listening:
     def __init__(self, pool: ClientPool) -> None:
         self.pool, self.outcomes = pool, list[ClientUpdate | Dropout]()
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         for outcome in self.pool.train(task, cohort):
             self.outcomes.append(outcome)
             yield outcome

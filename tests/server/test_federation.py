@@ -26,7 +26,7 @@ from fedlr.flower.messages import Reply, Request
 from fedlr.flower.records import RecordDict
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.reported import reported_statement
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from fedlr.runs.directory import LEDGER
 from fedlr.training.threads import torch_threads
 from server.run import Run
@@ -467,11 +467,11 @@ def test_what_goes_wrong_on_a_device_is_one_word_to_the_server(tmp_path: Path, m
 
 def test_a_task_has_one_fingerprint_and_any_change_another(tmp_path: Path) -> None:
     run = Federation(experiment(), tmp_path).start()
-    from fedlr.rounds.round import task_of
+    from fedlr.rounds.round import request_of
 
-    task = task_of(run.progress.state, run.served.method)
+    task = request_of(run.progress.state, run.served.method)
     moved = {slot: tensor + 1 for slot, tensor in task.broadcast.items()}
-    others: list[RoundTask] = [
+    others: list[RoundRequest] = [
         replace(task, round_index=1),
         replace(task, broadcast=moved),
         replace(task, control=moved),

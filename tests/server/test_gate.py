@@ -30,7 +30,7 @@ from fedlr.errors import InputError
 from fedlr.flower.messages import Request
 from fedlr.flower.records import RecordDict, facts_of
 from fedlr.methods.method import Method
-from fedlr.rounds.round import Dropout, RoundDiagnostics, RoundTask, ServerState, run_round
+from fedlr.rounds.round import Dropout, RoundDiagnostics, RoundRequest, ServerState, run_round
 from fedlr.rounds.validate import rejection
 from fedlr.runs.checkpoint import save_checkpoint
 from server.gate import Asked, answer_of
@@ -68,7 +68,7 @@ def hostile(name: str, seed: int) -> Callable[[RecordDict], RecordDict]:
 
 def asked_of(client: int = 5, round_index: int = 1) -> tuple[Honest, Asked]:
     """Return one honest answer and what was asked."""
-    task = RoundTask(round_index, dict(adapter().tensors), frozenset({LORA_A, LORA_B}))
+    task = RoundRequest(round_index, dict(adapter().tensors), frozenset({LORA_A, LORA_B}))
     request = Request(TERMS, client, task, adapter().fingerprint(), 1.0, None)
     asked = Asked(TERMS.experiment_id, client, round_index, task.fingerprint(), adapter().select(task.shared))
     return Honest.to(request.record()), asked
@@ -375,6 +375,6 @@ def test_an_answer_that_nobody_asked_for_is_not_taken() -> None:
 def test_two_requests_for_one_thing_have_names_that_no_other_device_can_guess() -> None:
     nonces = set()
     for _ in range(100):
-        task = RoundTask(0, {}, frozenset({LORA_B}))
+        task = RoundRequest(0, {}, frozenset({LORA_B}))
         nonces.add(facts_of(Request(TERMS, 0, task, "ab" * 32, 1.0, None).record())["nonce"])
     assert len(nonces) == 100 and {len(nonce) for nonce in nonces} == {32}

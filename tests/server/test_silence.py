@@ -23,7 +23,7 @@ from fedlr.flower.messages import Reply, ReplyFacts, Request
 from fedlr.flower.records import ARRAYS, FACTS, LAYOUT, RecordDict
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.pools.fused import FusedPool
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 from fedlr.tasks.synthetic import synthetic_text
 from server.pool import GridPool
 from tests.client.device_files import device_settings, enrolled
@@ -47,7 +47,7 @@ def device_of(folder: Path, *, num_rows: int = 40, said: list[str] | None = None
 
 def request_to(client: int = 0) -> RecordDict:
     shared = enrolled()
-    task = RoundTask(0, dict(shared.tensors), frozenset({LORA_B}))
+    task = RoundRequest(0, dict(shared.tensors), frozenset({LORA_B}))
     return through_bytes(Request(TERMS, client, task, shared.fingerprint(), shared.scale, shared).record())
 
 
@@ -100,7 +100,7 @@ def test_no_word_of_what_goes_wrong_on_a_device_leaves_it(
         shared = enrolled()
         grid = DirectGrid({0: lambda record, sent=sent: sent})
         pool = GridPool(grid, grid, terms=TERMS, enrolled=shared, deadline_s=60, quorum=1, poll_s=0.01, say=print)
-        task = RoundTask(0, dict(shared.tensors), frozenset({LORA_B}))
+        task = RoundRequest(0, dict(shared.tensors), frozenset({LORA_B}))
         (dropout,) = pool.train(task, [0])
         assert isinstance(dropout, Dropout) and dropout.status == "refused"
     assert sum(CANARY in line for line in said) == len(WITH_WORDS)  # the device's own log says it

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from fedlr.runs.directory import LEDGER
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
@@ -53,8 +53,8 @@ def quiet(e: Experiment) -> Progress:
     return Progress(e, say=lambda line: None)
 
 
-def first_task(f: Federation, *, round_index: int = 0) -> RoundTask:
-    return f.task(round_index)
+def first_task(f: Federation, *, round_index: int = 0) -> RoundRequest:
+    return f.request(round_index)
 
 
 def rounds(f: Federation, folder: Path) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:

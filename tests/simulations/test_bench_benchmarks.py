@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlr.adapters.state import LoraFactors, Slot
+from fedlr.tasks.batch import Batch
 from fedlr.training.fused import FusedGradients
 from fedlr.training.threads import torch_threads
 from simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
@@ -42,16 +42,16 @@ def tiny(folder: Path) -> Settings:
 class TenthTooMuch(FusedGradients):
     """The fused engine with a sum that is a tenth too large."""
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
-        found = super().clipped_sum(inputs, labels, max_grad_norm=max_grad_norm)
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+        found = super().clipped_sum(batch, max_grad_norm=max_grad_norm)
         return {slot: 1.1 * tensor for slot, tensor in found.items()}
 
 
 class Unclipped(FusedGradients):
     """The fused engine without clipping: as a plain sum it is right."""
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
-        return super().clipped_sum(inputs, labels, max_grad_norm=math.inf)
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+        return super().clipped_sum(batch, max_grad_norm=math.inf)
 
 
 def test_step_measures_every_family_against_every_rival(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from fedlr.models.peft_state import read_adapter
 from fedlr.rounds.evaluate import evaluate
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.rounds.round import RoundDiagnostics, ServerState, run_round, task_of
+from fedlr.rounds.round import RoundDiagnostics, ServerState, request_of, run_round
 from fedlr.runs.checkpoint import checkpoint_path
 from fedlr.runs.directory import CHECKPOINTS, LEDGER, METRICS
 from fedlr.runs.verified_folder import remove_sealed
+from fedlr.tasks.text_classification import TextClassification
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
@@ -98,7 +99,7 @@ def test_together_and_one_by_one_give_the_same_numbers(tmp_path: Path, name: str
         for path, product in functions(one.adapter).items():
             torch.testing.assert_close(functions(other.adapter)[path], product, rtol=0, atol=5e-6)
     for state, diagnostics in zip(together, said, strict=False):
-        task = task_of(state, build_method(experiment(*overrides)))
+        task = request_of(state, build_method(experiment(*overrides)))
         assert diagnostics.bytes_up == 3 * num_bytes(state.adapter.select(task.shared).values())
         assert diagnostics.bytes_down == 3 * task.num_bytes()
 
@@ -159,8 +160,8 @@ def test_the_check_against_opacus_is_made_over_the_ranks_of_the_moment(tmp_path:
         with closing(make_pool(f, ledger)) as pool:
             if forgets:
                 worker = pool._workers.get()
-                adapter = f.start.adapter.overlaid(task_of(state, f.method).broadcast)
-                engine = worker.engine(adapter, task_of(state, f.method).block)
+                adapter = f.start.adapter.overlaid(request_of(state, f.method).broadcast)
+                engine = worker.engine(adapter, request_of(state, f.method).block)
                 for module in engine._model.modules():
                     if hasattr(module, "scale") and hasattr(module, "slots"):
                         module.scale *= 1.0 if len(module.factors[LORA_A]) == 4 else 1.5
@@ -231,7 +232,7 @@ def test_factors_that_disagree_on_the_rank_are_refused_before_anybody_is_charged
     tmp_path: Path, ranks: tuple[int, int | None]
 ) -> None:
     f = federation(*METHODS["rank_growth"])
-    task = task_of(f.start, f.method)
+    task = request_of(f.start, f.method)
     path = next(iter(f.start.adapter.factors()))
     layer = f.start.adapter.factors()[path]
     wrong = {**task.broadcast, Slot(path, LORA_A): torch.ones(ranks[0], layer.lora_A.shape[1])}
@@ -256,7 +257,7 @@ def test_what_is_evaluated_has_the_ranks_of_its_round() -> None:
         score, _ = evaluator.score(ServerState(adapter))
         adapter_module.write_adapter(model, adapter.tensors)
         with torch_threads(1):
-            assert score.loss == pytest.approx(evaluate(model, f.test).loss, rel=1e-5)
+            assert score.loss == pytest.approx(evaluate(model, f.test, task=TextClassification()).loss, rel=1e-5)
 
 
 # The disk.

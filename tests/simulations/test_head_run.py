@@ -33,8 +33,8 @@ def test_a_head_on_cached_features_learns_what_it_learns_on_the_whole_model(base
     cached, whole = both
     assert cached.caches_features and not whole.caches_features
     assert cached.test.hidden.shape == (len(whole.test), 17) and set(cached.test.lengths) == {1}
-    assert {slot.role for slot in cached.start.adapter.select(cached.task().block)} == {HEAD}
-    assert {slot.role for slot in cached.task().broadcast} == {HEAD}
+    assert {slot.role for slot in cached.start.adapter.select(cached.request().block)} == {HEAD}
+    assert {slot.role for slot in cached.request().broadcast} == {HEAD}
     metrics = []
     for f, name in zip(both, ("cached", "whole"), strict=True):
         _, found, _ = rounds(f, tmp_path / name)

@@ -83,7 +83,7 @@ def test_a_private_run_of_every_other_system_is_exported_as_what_it_computes(sys
 
 def moved(f: Federation, adapter: AdapterState, seed: int) -> Mapping[Slot, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    start = adapter.select(f.task().shared)
+    start = adapter.select(f.request().shared)
     return {slot: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for slot, tensor in start.items()}
 
 
@@ -99,7 +99,7 @@ def test_what_an_evaluator_has_merged_does_not_change_the_mean() -> None:
 
 def trained(f: Federation, side: Mapping[str, LoraFactors]) -> Mapping[Slot, Tensor]:
     with torch_threads(1), closing(make_pool(f.without_privacy(), None)) as pool:
-        (update,) = pool.train(replace(f.task(), side=side), [0])
+        (update,) = pool.train(replace(f.request(), side=side), [0])
     f.side.merge(f.start.adapter)
     assert isinstance(update, ClientUpdate)
     return update.tensors

@@ -25,7 +25,7 @@ from fedlr.config.runtime_rules import check_method
 from fedlr.errors import InputError
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import LocalPool
-from fedlr.rounds.round import ClientPool, Dropout, RoundTask, ServerState, run_round
+from fedlr.rounds.round import ClientPool, Dropout, RoundRequest, ServerState, run_round
 from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.training.threads import torch_threads
 from simulations.alone import train_alone
@@ -108,7 +108,7 @@ def sent_by_a_pool(kept: ModuleType, f: Federation, folder: Path) -> tuple[list[
     module.Kept = kept.Kept
     with closing(make_pool(f, create_ledger(f, folder / "ledger.jsonl"))) as pool:
         pool.kept = kept.Kept()
-        updates = sorted(pool.train(f.task(), [0, 1, 2]), key=lambda update: update.client_id)
+        updates = sorted(pool.train(f.request(), [0, 1, 2]), key=lambda update: update.client_id)
         return [update.tensors for update in updates], pool.kept
 
 
@@ -119,7 +119,7 @@ def test_a_personal_tensor_never_leaves_and_is_there_in_the_next_round(tmp_path:
     assert all({slot.role for slot in tensors} == {LORA_A} for tensors in sent)
     assert all({slot.role for slot in kept.personal[client]} == {LORA_B} for client in (0, 1, 2))
     assert 3 not in kept.personal
-    start = kept.start(1, f.task(), f.start.adapter)
+    start = kept.start(1, f.request(), f.start.adapter)
     assert all(torch.equal(start[slot], tensor) for slot, tensor in kept.personal[1].items())
     assert all(tensor.abs().max() > 0 for tensor in kept.personal[1].values())
 
@@ -175,7 +175,7 @@ def trained_beside(pools: ModuleType, engine: str) -> bool:
     pool_here = mutant(runtime)
     pool_here.FusedPool, pool_here.LocalPool = pools.FusedPool, pools.LocalPool
     with closing(pool_here.make_pool(f, None)) as pool:
-        for task in (f.task(), replace(f.task(), side=side)):
+        for task in (f.request(), replace(f.request(), side=side)):
             (update,) = pool.train(task, [1])
             found.append(ServerState(f.start.adapter.with_tensors(update.tensors)))
     return far(*found)
@@ -206,7 +206,7 @@ def test_clients_of_smaller_rank_send_smaller_tensors_and_train_them_alone(tmp_p
     f = federation(*MIXED)
     assert f.ranks == (1, 2, 4, 1)
     with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
-        asked = replace(f.task(), ranks=dict(enumerate(f.ranks)))
+        asked = replace(f.request(), ranks=dict(enumerate(f.ranks)))
         updates = {update.client_id: update for update in pool.train(asked, [0, 1, 2])}
         for client, update in updates.items():
             for slot, tensor in update.tensors.items():
@@ -269,7 +269,7 @@ class OfRankOne:
 
     pool: ClientPool
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         return self.pool.train(replace(task, ranks=dict.fromkeys(cohort, 1)), cohort)
 
 

@@ -10,7 +10,7 @@ import torch
 from fedlr.adapters.state import Slot
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.rounds.round import ClientPool, Dropout, RoundTask
+from fedlr.rounds.round import ClientPool, Dropout, RoundRequest
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger
@@ -20,8 +20,8 @@ TINY = ("experiment=tiny", "cohort_size=6", "runtime.memory_gb=0.00003")
 
 
 def train(federation: Federation, pool: ClientPool) -> dict[int, dict[Slot, torch.Tensor]]:
-    block = federation.task().block
-    task = RoundTask(0, federation.method.broadcast(federation.start.adapter, block), block)
+    block = federation.request().block
+    task = RoundRequest(0, federation.method.broadcast(federation.start.adapter, block), block)
     outcomes = list(pool.train(task, range(6)))
     assert [outcome.client_id for outcome in outcomes] == list(range(6)), "in the order of the clients"
     assert not any(isinstance(outcome, Dropout) for outcome in outcomes)

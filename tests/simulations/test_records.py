@@ -11,10 +11,10 @@ import pytest
 from fedlr.adapters.state import LORA_B, num_values
 from fedlr.errors import InputError
 from fedlr.flower.records import num_bytes, to_record
-from fedlr.rounds.evaluate import Evaluation
 from fedlr.rounds.round import Dropout, RoundDiagnostics
 from fedlr.runs.directory import append_lines, create_run_dir, json_text, read_json, write_json
 from fedlr.runs.recorder import client_rows, metrics_row
+from fedlr.tasks.evaluation import Evaluation
 from simulations.simulate import create_ledger, summary
 from tests.simulations.small_runs import experiment, federation, rounds
 
@@ -95,7 +95,7 @@ def test_epsilon_is_the_ledgers_over_all_enrolled_clients(tmp_path: Path) -> Non
 def test_bytes_are_those_of_the_records_on_the_wire(tmp_path: Path, method: str) -> None:
     f = federation(f"method={method}")
     _, metrics, _ = rounds(f, tmp_path / "run")
-    block = f.task().block
+    block = f.request().block
     up = num_bytes(f.start.adapter.select(block).values())
     down = num_bytes(f.method.broadcast(f.start.adapter, block).values())
     (array,) = to_record(f.start.adapter.select(block)).array_records["arrays"].values()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlr.tasks.tokenise import Share
+from fedlr.tasks.examples import Share
 from simulations.federation import Federation, describe
 from tests.simulations.small_runs import federation, open_ledger, rounds
 

@@ -28,7 +28,7 @@ from fedlr.models.peft_state import read_adapter, write_adapter
 from fedlr.models.tuners.attach import NOT_IN_RUNS, run_tuner
 from fedlr.privacy.statement import recompute
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.rounds.round import ServerState, task_of
+from fedlr.rounds.round import ServerState, request_of
 from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS
 from fedlr.tasks.probe import probe_inputs
@@ -179,7 +179,7 @@ def test_behind_a_cached_prefix_clients_train_to_the_same_values() -> None:
     def trained(*more: str) -> Any:
         f = federation(*words("pissa", "adapter.layers=[1]", "privacy=none", *more))
         with torch_threads(1), closing(make_pool(f, None)) as pool:
-            (update,) = pool.train(f.task(), [0])
+            (update,) = pool.train(f.request(), [0])
         return update
 
     whole, upper = trained(), trained("runtime.cache_prefix=true")
@@ -193,7 +193,7 @@ def test_a_method_that_folds_goes_on_from_the_side_of_the_start(method: str) -> 
     f = federation(*words("pissa", f"method={method}"))
     state = f.start
     for number in range(2):
-        task = task_of(state, f.method)
+        task = request_of(state, f.method)
         sent = dict(state.adapter.select(task.shared))
         updates = [ClientUpdate(client, sent, 1.0, number) for client in range(3)]
         state = ServerState(f.method.finalise(f.method.aggregate(state.adapter, updates)), number + 1)

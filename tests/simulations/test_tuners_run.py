@@ -92,7 +92,7 @@ def finished(folder: Path, *overrides: str) -> tuple[Federation, Path]:
 def test_a_run_completes_and_leaves_an_adapter_that_plain_peft_opens(system: str, privacy: str, tmp_path: Path) -> None:
     f, run = finished(tmp_path, *words(system, f"privacy={privacy}"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    trained = f.start.adapter.select(f.task().block)
+    trained = f.start.adapter.select(f.request().block)
     metrics = lines(run / "metrics.jsonl")
     assert all(row["num_trained"] == 3 for row in metrics[1:])
     assert {row["bytes_up"] for row in metrics[1:]} == {3 * num_bytes(trained.values())}
@@ -123,7 +123,7 @@ def check_export(system: str, folder: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     moved = {
         slot: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
-        for slot, tensor in f.start.adapter.select(f.task().block).items()
+        for slot, tensor in f.start.adapter.select(f.request().block).items()
     }
     state = replace(f.start, adapter=f.start.adapter.with_tensors(moved))
     leave_behind(f, folder, state)
@@ -154,7 +154,7 @@ def test_behind_a_cached_prefix_a_system_trains_to_the_same_values(system: str) 
         f = federation(*words(system, "adapter.layers=[1]", *more))
         public = f.without_privacy()
         with torch_threads(1), closing(make_pool(public, None)) as pool:
-            (update,) = pool.train(f.task(), [0])
+            (update,) = pool.train(f.request(), [0])
         assert isinstance(update, ClientUpdate)
         return dict(update.tensors)
 
@@ -168,7 +168,7 @@ def largest_sum(f: Federation, *, mode: str = "hooks", max_grad_norm: float) -> 
     """The largest norm of a clipped sum over one row, of a client at a start that is no special point."""
     worker = Worker(sharing_base(f.model), mode)
     generator = torch.Generator().manual_seed(2)
-    block = f.task().block
+    block = f.request().block
     moved = {
         slot: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         for slot, tensor in f.start.adapter.select(block).items()
@@ -236,7 +236,7 @@ def test_the_blocks_that_do_not_train_stay_as_they_were(system: str, rotating: b
     }
     roles = list(f.method.block_schedule.roles)
     assert moved == set(roles[:2]) and len(moved) == (2 if rotating else 1)
-    assert [roles_of(f.task(index).block) for index in (0, 1)] == [{roles[0]}, {roles[rotating]}]
+    assert [roles_of(f.request(index).block) for index in (0, 1)] == [{roles[0]}, {roles[rotating]}]
     down = lines(run / "metrics.jsonl")[1]["bytes_down"] / 3
     all_bytes = num_bytes(t for slot, t in f.start.adapter.tensors.items() if slot.role != HEAD)
     assert (down == all_bytes) is rotating
@@ -260,7 +260,7 @@ def test_which_blocks_train_follows_from_the_form() -> None:
 @pytest.mark.parametrize("name", [n for n, t in TUNERS.items() if n not in NOT_IN_RUNS and t.form == "multilinear"])
 def test_the_default_block_of_every_multilinear_system_has_a_gradient(name: str) -> None:
     f = federation(*words(name))
-    assert f.task().block == frozenset(f.method.block_schedule.roles)
+    assert f.request().block == frozenset(f.method.block_schedule.roles)
 
 
 def test_with_fedavg_lora_is_ffa_lora_bit_for_bit(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_bases_of_a_decomposition_are_given_once_and_are_the_same_in_every_copy(
     f = federation(*words("lora_xs"))
     shipped = f.start.adapter.select(frozenset({SHIPPED}))
     assert num_bytes(shipped.values()) == 4 * 4 * 4 * (32 + 32), "A and B of rank 4 on four layers"
-    assert not set(shipped) & (set(f.task().broadcast) | set(f.start.adapter.select(f.task().shared)))
+    assert not set(shipped) & (set(f.request().broadcast) | set(f.start.adapter.select(f.request().shared)))
     model = sharing_base(f.model)
     write_adapter(model, f.start.adapter.tensors)
     turned = f.start.adapter.with_tensors({slot: -tensor for slot, tensor in shipped.items()})

@@ -21,8 +21,9 @@ from fedlr.models.peft_state import read_adapter, train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.tasks.examples import Share
+from fedlr.tasks.losses import class_losses
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import cohort as shipped
 from fedlr.training import fused, stacked
 from fedlr.training.fused import ClippedSums, FusedGradients
@@ -87,7 +88,7 @@ class CohortBench:
 
     block: Block = A_AND_B
     architecture: str = "bert"
-    loss: Callable = cross_entropy
+    loss: Callable = class_losses
     engine: type[FusedGradients] = FusedGradients
     num_workers: int = 1
     model: nn.Module = field(init=False)

@@ -16,7 +16,8 @@ from fedlr.models.peft_state import read_adapter, train_only, write_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.gradients import Gradients, HookGradients
 from fedlr.training.local import LocalTraining
@@ -45,7 +46,7 @@ class Bench:
     block: Block = A_AND_B
     make_engine: Callable[..., Gradients] = HookGradients
     architecture: str = "bert"
-    loss: Callable = cross_entropy
+    loss: Callable = class_losses
     model: nn.Module = field(init=False)
     engine: Gradients = field(init=False)
     trained: dict[Slot, nn.Parameter] = field(init=False)
@@ -114,8 +115,8 @@ class RowCounts:
     def __init__(self, slot: Slot, num_rows: int) -> None:
         self.slot, self.num_rows = slot, num_rows
 
-    def clipped_sum(self, inputs: dict[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
-        return {self.slot: torch.bincount(inputs["input_ids"][:, 0], minlength=self.num_rows).float()}
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+        return {self.slot: torch.bincount(batch.inputs["input_ids"][:, 0], minlength=self.num_rows).float()}
 
     def close(self) -> None:
         pass

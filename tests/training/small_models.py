@@ -30,7 +30,8 @@ from transformers import (
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
 from fedlr.models.peft_state import adapter_parameters
-from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.tasks.examples import Share
+from fedlr.tasks.tokenise import TokenisedText
 
 VOCABULARY, PADDING, NUM_LABELS, MAX_TOKENS = 40, 1, 3, 9
 

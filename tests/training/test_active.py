@@ -17,8 +17,9 @@ from fedlr.models.peft_state import train_only, write_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.tokenise import Share
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.examples import Share
+from fedlr.tasks.losses import class_losses
 from fedlr.training import cohort as shipped_cohort
 from fedlr.training import fused as shipped_fused
 from fedlr.training.cohort import Stack
@@ -38,11 +39,11 @@ def check_only_the_active_part_is_clipped(fused: ModuleType, active_role: str) -
     stack = Stack.of(starts)
     active = frozenset(slot for slot in stack.shapes if slot.role == active_role)
     call = {"owner": OWNER, "max_grad_norm": BOUND}
-    both = fused.FusedGradients(model, train_only(model, A_AND_B), loss=cross_entropy)
-    got = both.clipped_sums(inputs, labels, stacks=stack.by_slot(), active=active, **call)
+    both = fused.FusedGradients(model, train_only(model, A_AND_B), loss=class_losses)
+    got = both.clipped_sums(Batch(inputs, labels), stacks=stack.by_slot(), active=active, **call)
     alone_stack = Stack.of([{slot: start[slot] for slot in active} for start in starts])
-    alone = fused.FusedGradients(model, train_only(model, frozenset({active_role})), loss=cross_entropy)
-    wanted = alone.clipped_sums(inputs, labels, stacks=alone_stack.by_slot(), **call)
+    alone = fused.FusedGradients(model, train_only(model, frozenset({active_role})), loss=class_losses)
+    wanted = alone.clipped_sums(Batch(inputs, labels), stacks=alone_stack.by_slot(), **call)
     found, expected = stack.by_slot(spread(got, stack)), alone_stack.by_slot(spread(wanted, alone_stack))
     for slot, rows in found.items():
         if slot in active:

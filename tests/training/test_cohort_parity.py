@@ -17,7 +17,7 @@ from fedlr.models.peft_state import adapter_parameters, train_only, write_adapte
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.losses import class_losses
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import cohort as shipped
 from fedlr.training.gradients import HookGradients, SumGradients
@@ -46,7 +46,7 @@ def one_by_one(
     """Return where each client starts, and where `train_client` and Opacus' hooks take it, (C, V) each."""
     model = small_model(architecture)
     trained = train_only(model, block)
-    gradients = (HookGradients if private else SumGradients)(model, trained, loss=cross_entropy)
+    gradients = (HookGradients if private else SumGradients)(model, trained, loss=class_losses)
     start = {slot: p.detach().clone() for slot, p in trained.items()}
     ends = []
     for share, client_id in zip(dealt(clients), CLIENT_IDS, strict=True):
@@ -172,7 +172,7 @@ def test_a_client_of_lower_rank_trains_as_a_model_of_that_rank_and_is_noised_wit
         trained = train_only(narrow.model, block)
         train_client(
             narrow.model,
-            HookGradients(narrow.model, trained, loss=cross_entropy),
+            HookGradients(narrow.model, trained, loss=class_losses),
             dealt(CLIENTS)[client],
             training=LocalTraining(5, SGD, 64, DIVISOR, PoissonSampler(0.3)),
             mechanism=Mechanism(SIGMA, BOUND, 0.3, DIVISOR),

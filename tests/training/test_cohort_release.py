@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.losses import LossOfLogits, cross_entropy
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import cohort as shipped
 from fedlr.training.fused import ClippedSums
@@ -334,7 +334,7 @@ def check_only_the_release_depends_on_the_data(
 
 @pytest.fixture(scope="module")
 def nan_bench() -> CohortBench:
-    return CohortBench(loss=sometimes_nan)
+    return CohortBench(loss=LossOfLogits(sometimes_nan))
 
 
 def test_only_the_release_depends_on_the_data(nan_bench: CohortBench, capfd: pytest.CaptureFixture[str]) -> None:
@@ -382,7 +382,7 @@ BROKEN_LAYERS = {
 
 @pytest.mark.parametrize("name", BROKEN_LAYERS)
 def test_an_engine_whose_rows_meet_is_caught(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    broken = CohortBench(loss=sometimes_nan, engine=engine_over(BROKEN_LAYERS[name]))
+    broken = CohortBench(loss=LossOfLogits(sometimes_nan), engine=engine_over(BROKEN_LAYERS[name]))
     with pytest.raises(AssertionError):
         check_only_the_release_depends_on_the_data(shipped, broken, capfd, num_pairs=10)
 
@@ -393,4 +393,6 @@ def batch_mean(logits: Tensor, labels: Tensor) -> Tensor:
 
 def test_a_mean_over_the_micro_batch_is_caught(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError):
-        check_only_the_release_depends_on_the_data(shipped, CohortBench(loss=batch_mean), capfd, num_pairs=10)
+        check_only_the_release_depends_on_the_data(
+            shipped, CohortBench(loss=LossOfLogits(batch_mean)), capfd, num_pairs=10
+        )

@@ -22,6 +22,7 @@ from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler, ShuffledSampler, UnsupportedSampling
 from fedlr.streams import OsRandomness, SeededRandomness
+from fedlr.tasks.batch import Batch
 from fedlr.training import cohort as shipped
 from fedlr.training.fused import ClippedSums
 from fedlr.training.local import LocalTraining
@@ -80,8 +81,8 @@ def test_each_sum_is_divided_by_the_configured_constant(bench: CohortBench) -> N
     quiet = Mechanism(0.0, BOUND, 1.0, DIVISOR)
     (got,) = bench.releases(shipped, clients, mechanism=quiet)
     for release, data in zip(got, clients, strict=True):
-        inputs, labels = shipped.collate(data, range(len(data)))
-        total = bench.engines[0].clipped_sum(inputs, labels, max_grad_norm=BOUND)
+        inputs, labels = data.batch(range(len(data)))
+        total = bench.engines[0].clipped_sum(Batch(inputs, labels), max_grad_norm=BOUND)
         torch.testing.assert_close(release, flat(total) / DIVISOR, rtol=1e-4, atol=1e-6)
 
 

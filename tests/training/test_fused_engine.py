@@ -17,7 +17,8 @@ from fedlr.adapters.state import LORA_A, LORA_B, Block
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters, train_only
 from fedlr.models.precision import with_bfloat16_base
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses, cross_entropy, token_losses
 from fedlr.training import fused as shipped
 from fedlr.training.fused import FusedGradients, check_fused
 from fedlr.training.gradients import HookGradients, LoopGradients
@@ -39,7 +40,7 @@ from tests.training.small_models import (
 
 
 def loss_of(architecture: str) -> Callable:
-    return causal_lm if architecture == "llama_lm" else cross_entropy
+    return token_losses if architecture == "llama_lm" else class_losses
 
 
 def sum_of(engine: type, model: nn.Module, block: Block, architecture: str, *, bound: float = 0.5) -> dict:
@@ -47,7 +48,7 @@ def sum_of(engine: type, model: nn.Module, block: Block, architecture: str, *, b
     inputs, labels = examples_of(architecture, 6)
     if next(model.parameters()).dtype == torch.float64:
         inputs = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    total = gradients.clipped_sum(inputs, labels, max_grad_norm=bound)
+    total = gradients.clipped_sum(Batch(inputs, labels), max_grad_norm=bound)
     gradients.close()
     return total
 
@@ -82,7 +83,7 @@ def check_bound_over_bfloat16(make_engine: Callable, architecture: str, block: B
     engine = make_engine(low, train_only(low, block), loss=loss_of(architecture))
     for row in range(len(labels)):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-        norm = joint_norm(engine.clipped_sum(one, labels[row : row + 1], max_grad_norm=bound))
+        norm = joint_norm(engine.clipped_sum(Batch(one, labels[row : row + 1]), max_grad_norm=bound))
         assert 0.999 * bound < norm <= bound * (1 + 1e-6)
 
 
@@ -124,12 +125,12 @@ def check_it_copies_no_tensor(make_engine: Callable) -> None:
     trained = train_only(model, EVERYTHING)
     modules, own = dict(model.named_modules()), {id(t) for t in [*model.parameters(), *model.buffers()]}
     flags = [p.requires_grad for p in model.parameters()]
-    engine = make_engine(model, trained, loss=cross_entropy)
+    engine = make_engine(model, trained, loss=class_losses)
     held = [*engine._model.parameters(), *engine._model.buffers()]
     assert held
     assert all(id(tensor) in own for tensor in held)
     inputs, labels = examples_of("bert", 4)
-    engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     assert {name: id(m) for name, m in model.named_modules()} == {name: id(m) for name, m in modules.items()}
     assert not any(m.training for m in model.modules())
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -151,8 +152,8 @@ def check_it_uses_the_values_of_the_moment(make_engine: Callable) -> None:
     """Change, in place, what is frozen and what trains: the next sum is that of the new values."""
     model = small_model()
     trained = train_only(model, B_ONLY)
-    engine = make_engine(model, trained, loss=cross_entropy)
-    oracle = LoopGradients(model, trained, loss=cross_entropy)
+    engine = make_engine(model, trained, loss=class_losses)
+    oracle = LoopGradients(model, trained, loss=class_losses)
     inputs, labels = examples_of("bert", 5)
     parameters, sums = adapter_parameters(model), []
     factors = {role: next(p for slot, p in parameters.items() if slot.role == role) for role in (LORA_A, LORA_B)}
@@ -160,7 +161,7 @@ def check_it_uses_the_values_of_the_moment(make_engine: Callable) -> None:
     for changed in (*factors.values(), base, model.base_model.model.classifier.modules_to_save.default.weight):
         with torch.no_grad():
             changed.mul_(1.3)
-        got, wanted = (e.clipped_sum(inputs, labels, max_grad_norm=0.5) for e in (engine, oracle))
+        got, wanted = (e.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5) for e in (engine, oracle))
         assert joint_norm(difference(got, wanted)) <= 1e-5 * joint_norm(wanted)
         assert all(joint_norm(difference(got, earlier)) > 1e-3 * joint_norm(wanted) for earlier in sums)
         sums.append(wanted)
@@ -202,7 +203,7 @@ def test_no_activation_outlives_a_call(fails: bool) -> None:
             module.register_forward_hook(lambda _module, _inputs, output: seen.append(weakref.ref(output)))
     inputs, labels = examples_of("bert", 4)
     try:
-        engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+        engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     except Abort:
         assert fails
     assert len(seen) >= 4
@@ -238,7 +239,7 @@ def test_a_head_that_is_not_linear_is_refused_by_name_and_served_by_opacus(monke
     with pytest.raises(InputError, match=place):
         check_fused(model, B_AND_HEAD)
     with pytest.raises(InputError, match=place):
-        FusedGradients(model, train_only(model, B_AND_HEAD), loss=cross_entropy)
+        FusedGradients(model, train_only(model, B_AND_HEAD), loss=class_losses)
     got, wanted = (sum_of(engine, model, B_AND_HEAD, "roberta") for engine in (HookGradients, LoopGradients))
     assert any(slot.path.endswith("norm.weight") for slot in got)
     assert joint_norm(difference(got, wanted)) <= 1e-5 * joint_norm(wanted)
@@ -325,21 +326,21 @@ def test_what_is_supported_is_served(architecture: str) -> None:
 def test_a_gradient_that_never_came_is_an_error() -> None:
     model = small_model("gpt2")
     model.base_model.model.transformer.h[1].forward = lambda hidden, *_, **__: hidden
-    engine = FusedGradients(model, train_only(model, B_ONLY), loss=cross_entropy)
+    engine = FusedGradients(model, train_only(model, B_ONLY), loss=class_losses)
     inputs, labels = examples_of("gpt2", 3)
     with pytest.raises(ValueError, match=r"Expected a gradient for Slot.*h\.1"):
-        engine.clipped_sum(inputs, labels, max_grad_norm=1.0)
+        engine.clipped_sum(Batch(inputs, labels), max_grad_norm=1.0)
 
 
 def test_examples_merged_into_one_axis_are_an_error() -> None:
     model = small_model("gpt2")
-    engine = FusedGradients(model, train_only(model, B_ONLY), loss=cross_entropy)
+    engine = FusedGradients(model, train_only(model, B_ONLY), loss=class_losses)
     for module in engine._model.modules():
         if type(module).__name__ == "StackedLora":
             module.forward = merged(module.forward)
     inputs, labels = examples_of("gpt2", 3)
     with pytest.raises(ValueError, match="one gradient an example"):
-        engine.clipped_sum(inputs, labels, max_grad_norm=1.0)
+        engine.clipped_sum(Batch(inputs, labels), max_grad_norm=1.0)
 
 
 def merged(forward: Callable) -> Callable:

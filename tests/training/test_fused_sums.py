@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedlr.adapters.state import HEAD, LORA_A, Block, Slot
 from fedlr.models.peft_state import adapter_parameters, train_only, write_adapter
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import LossOfLogits, class_losses, cross_entropy, token_losses
 from fedlr.training.cohort import Stack
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.gradients import LoopGradients
@@ -54,7 +55,7 @@ def one_by_one(
     for client in owner.unique().tolist():
         write_adapter(model, starts[client])
         mine = {name: tensor[owner == client] for name, tensor in inputs.items()}
-        sums[client] = flat(oracle.clipped_sum(mine, labels[owner == client], **call))
+        sums[client] = flat(oracle.clipped_sum(Batch(mine, labels[owner == client]), **call))
     return sums
 
 
@@ -62,14 +63,14 @@ def together(
     engine: FusedGradients, starts: list, inputs: dict, labels: Tensor, owner: Tensor, *, max_grad_norm: float
 ) -> ClippedSums:
     return engine.clipped_sums(
-        inputs, labels, owner=owner, stacks=Stack.of(starts).by_slot(), max_grad_norm=max_grad_norm
+        Batch(inputs, labels), owner=owner, stacks=Stack.of(starts).by_slot(), max_grad_norm=max_grad_norm
     )
 
 
 def check_each_client_gets_its_own_sum(
     make_engine: Callable, architecture: str, block: Block, *, targets: str = "query_value"
 ) -> None:
-    loss = causal_lm if architecture == "llama_lm" else cross_entropy
+    loss = token_losses if architecture == "llama_lm" else class_losses
     model = small_model(architecture, targets=targets)
     starts = starts_of(model, block)
     inputs, labels = examples_of(architecture, len(OWNER))
@@ -132,7 +133,7 @@ def test_an_engine_that_mixes_clients_or_is_wrong_is_caught(name: str) -> None:
 def test_where_the_rows_lie_and_what_the_clients_are_called_changes_nothing() -> None:
     model = small_model()
     starts = starts_of(model, EVERYTHING)
-    engine = FusedGradients(model, train_only(model, EVERYTHING), loss=cross_entropy)
+    engine = FusedGradients(model, train_only(model, EVERYTHING), loss=class_losses)
     inputs, labels = examples_of("bert", len(OWNER))
     straight = together(engine, starts, inputs, labels, OWNER, max_grad_norm=0.5)
     order = torch.randperm(len(OWNER), generator=torch.Generator().manual_seed(1))
@@ -151,9 +152,9 @@ def test_where_the_rows_lie_and_what_the_clients_are_called_changes_nothing() ->
 def test_a_cohort_of_one_is_a_client_by_itself() -> None:
     model = small_model()
     trained = train_only(model, EVERYTHING)
-    engine = FusedGradients(model, trained, loss=cross_entropy)
+    engine = FusedGradients(model, trained, loss=class_losses)
     inputs, labels = examples_of("bert", 6)
-    alone = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    alone = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     start = {slot: p.detach() for slot, p in trained.items()}
     (only,) = together(engine, [start], inputs, labels, torch.zeros(6, dtype=torch.long), max_grad_norm=0.5).values
     third = together(engine, [start] * 4, inputs, labels, torch.full((6,), 3), max_grad_norm=0.5)
@@ -166,7 +167,7 @@ def test_a_cohort_of_one_is_a_client_by_itself() -> None:
 def test_another_clients_rows_change_no_bit_where_the_lengths_stay(block: Block) -> None:
     model = small_model()
     starts = starts_of(model, block)
-    engine = FusedGradients(model, train_only(model, block), loss=cross_entropy)
+    engine = FusedGradients(model, train_only(model, block), loss=class_losses)
     rows = random_rows(len(OWNER), seed=1)
     labels = torch.arange(len(OWNER)) % 3
     other_rows, other_labels = [list(row) for row in rows], labels.clone()
@@ -185,7 +186,9 @@ POISON_LABEL = 2
 
 
 def poisoned(value: float) -> Callable:
-    return lambda logits, labels: cross_entropy(logits, labels) * torch.where(labels == POISON_LABEL, value, 1.0)
+    return LossOfLogits(
+        lambda logits, labels: cross_entropy(logits, labels) * torch.where(labels == POISON_LABEL, value, 1.0)
+    )
 
 
 def check_bad_rows_stay_with_their_client(make_engine: Callable, value: float, block: Block) -> None:
@@ -239,18 +242,18 @@ def check_a_rank_is_a_model_of_that_rank(make_engine: Callable, block: Block) ->
     starts = starts_of(wide, block)
     stack = Stack.of(starts, ranks=RANKS)
     inputs, labels = examples_of("bert", len(OWNER))
-    engine = make_engine(wide, train_only(wide, block), loss=cross_entropy)
+    engine = make_engine(wide, train_only(wide, block), loss=class_losses)
     got = engine.clipped_sums(
-        inputs, labels, owner=OWNER, stacks=stack.by_slot(), max_grad_norm=0.5, ranks=torch.tensor(RANKS)
+        Batch(inputs, labels), owner=OWNER, stacks=stack.by_slot(), max_grad_norm=0.5, ranks=torch.tensor(RANKS)
     )
     for client, values in zip(got.clients.tolist(), got.values, strict=True):
         rank = RANKS[client]
         narrow = small_model(targets="all-linear", rank=rank)
         everything = {slot: p.detach() for slot, p in adapter_parameters(wide).items()} | starts[client]
         write_adapter(narrow, {slot: inside(value, slot, rank) for slot, value in everything.items()})
-        oracle = LoopGradients(narrow, train_only(narrow, block), loss=cross_entropy)
+        oracle = LoopGradients(narrow, train_only(narrow, block), loss=class_losses)
         mine = {name: tensor[OWNER == client] for name, tensor in inputs.items()}
-        wanted = oracle.clipped_sum(mine, labels[OWNER == client], max_grad_norm=0.5)
+        wanted = oracle.clipped_sum(Batch(mine, labels[OWNER == client]), max_grad_norm=0.5)
         parts = Stack(values[None], stack.shapes).by_slot()
         for slot, part in parts.items():
             own = inside(part[0], slot, rank)

@@ -16,7 +16,8 @@ from torch import nn
 from fedlr.adapters.state import HEAD, LORA_A
 from fedlr.errors import InputError
 from fedlr.models.peft_state import train_only
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import LossOfLogits, class_losses, cross_entropy, token_losses
 from fedlr.training import fused
 from fedlr.training import gradients as shipped
 from fedlr.training.ghost import linear_norms
@@ -63,9 +64,9 @@ def test_hooks_ghost_loop_and_fused_agree(architecture: str, targets: str, block
     for name in ENGINES:
         if (architecture, name) == ("albert", "GhostGradients"):
             continue  # it is refused where a layer is used twice
-        engine = getattr(MODULES[name], name)(model, trained, loss=causal_lm if labels.dim() > 1 else cross_entropy)
+        engine = getattr(MODULES[name], name)(model, trained, loss=token_losses if labels.dim() > 1 else class_losses)
         for bound in (0.5, 1e6):
-            sums[name, bound] = engine.clipped_sum(inputs, labels, max_grad_norm=bound)
+            sums[name, bound] = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=bound)
         engine.close()
     for (_, bound), got in sums.items():
         expected = sums["LoopGradients", bound]
@@ -80,12 +81,12 @@ def test_sum_gradients_is_the_sum_without_clipping_and_refuses_to_clip() -> None
     model = small_model()
     trained = train_only(model, B_AND_HEAD)
     inputs, labels = batch(random_rows(4, seed=2)), torch.tensor([0, 1, 2, 0])
-    plain = SumGradients(model, trained, loss=cross_entropy)
-    oracle = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=math.inf)
-    got = plain.clipped_sum(inputs, labels, max_grad_norm=math.inf)
+    plain = SumGradients(model, trained, loss=class_losses)
+    oracle = LoopGradients(model, trained, loss=class_losses).clipped_sum(Batch(inputs, labels), max_grad_norm=math.inf)
+    got = plain.clipped_sum(Batch(inputs, labels), max_grad_norm=math.inf)
     assert joint_norm(difference(got, oracle)) <= 1e-5 * joint_norm(oracle)
     with pytest.raises(InputError, match="no epsilon would hold"):
-        plain.clipped_sum(inputs, labels, max_grad_norm=1.0)
+        plain.clipped_sum(Batch(inputs, labels), max_grad_norm=1.0)
 
 
 def test_an_engine_refuses_a_model_that_trains_something_else() -> None:
@@ -94,7 +95,7 @@ def test_an_engine_refuses_a_model_that_trains_something_else() -> None:
     train_only(model, A_AND_B)
     for name in (*ENGINES, "SumGradients"):
         with pytest.raises(ValueError, match="train_only"):
-            getattr(MODULES.get(name, shipped), name)(model, trained, loss=cross_entropy)
+            getattr(MODULES.get(name, shipped), name)(model, trained, loss=class_losses)
 
 
 POISON_LABEL, POISON_TOKEN = 2, 39
@@ -102,7 +103,9 @@ POISON_LABEL, POISON_TOKEN = 2, 39
 
 def poisoned_loss(value: float) -> Callable:
     """Multiply the loss of every example of one class: its gradient is huge, infinite or nan."""
-    return lambda logits, labels: cross_entropy(logits, labels) * torch.where(labels == POISON_LABEL, value, 1.0)
+    return LossOfLogits(
+        lambda logits, labels: cross_entropy(logits, labels) * torch.where(labels == POISON_LABEL, value, 1.0)
+    )
 
 
 def check_bad_rows_count_at_most_once(
@@ -122,8 +125,8 @@ def check_bad_rows_count_at_most_once(
     rows = [[5, 6, 7], [8, 9], [POISON_TOKEN, 10, 11], [12], [13, 14, 15, 16]]
     inputs, labels = batch(rows), torch.tensor([0, 1, POISON_LABEL, 1, 0])
     keep = torch.tensor([0, 1, 3, 4])
-    with_bad = engine.clipped_sum(inputs, labels, max_grad_norm=0.3)
-    without = engine.clipped_sum({k: v[keep] for k, v in inputs.items()}, labels[keep], max_grad_norm=0.3)
+    with_bad = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.3)
+    without = engine.clipped_sum(Batch({k: v[keep] for k, v in inputs.items()}, labels[keep]), max_grad_norm=0.3)
     moved = joint_norm(difference(with_bad, without))
     assert moved <= 0.3 * (1 + 1e-5)
     if not math.isfinite(loss_value):
@@ -171,7 +174,7 @@ def check_huge_gradients_are_clipped_to_the_bound(make_engine: Callable, size: f
     model = small_model()
     for block in (A_AND_B, B_AND_HEAD):
         engine = make_engine(model, train_only(model, block), loss=poisoned_loss(size))
-        total = engine.clipped_sum(batch([[5, 6, 7]]), torch.tensor([POISON_LABEL]), max_grad_norm=0.3)
+        total = engine.clipped_sum(Batch(batch([[5, 6, 7]]), torch.tensor([POISON_LABEL])), max_grad_norm=0.3)
         engine.close()
         assert joint_norm(total) == pytest.approx(0.3, rel=1e-6)
 
@@ -201,7 +204,7 @@ def check_norms_at_the_end_of_float32_add_at_most_the_bound(make_engine: Callabl
     trained = train_only(model, A_AND_B)
     for exponent in torch.linspace(33, 38, 21).tolist():
         engine = make_engine(model, trained, loss=poisoned_loss(10**exponent))
-        total = engine.clipped_sum(batch([[5, 6, 7]]), torch.tensor([POISON_LABEL]), max_grad_norm=bound)
+        total = engine.clipped_sum(Batch(batch([[5, 6, 7]]), torch.tensor([POISON_LABEL])), max_grad_norm=bound)
         engine.close()
         norms.append(joint_norm(total))
     assert max(norms) <= bound * (1 + 1e-6)
@@ -224,7 +227,7 @@ def test_a_batch_of_bad_rows_alone_is_zero() -> None:
     trained = train_only(model, A_AND_B)
     for name in ENGINES:
         engine = getattr(MODULES[name], name)(model, trained, loss=poisoned_loss(math.nan))
-        total = engine.clipped_sum(batch([[5, 6], [7]]), torch.tensor([2, 2]), max_grad_norm=1.0)
+        total = engine.clipped_sum(Batch(batch([[5, 6], [7]]), torch.tensor([2, 2])), max_grad_norm=1.0)
         engine.close()
         assert list(total) == list(trained)
         assert joint_norm(total) == 0.0
@@ -301,12 +304,12 @@ def fail_in_backward(model: nn.Module, engine: object) -> Callable[[], None]:
 def check_no_trace_after_abort(engines: ModuleType, name: str, fail: Callable) -> None:
     model = small_model()
     trained = train_only(model, EVERYTHING)
-    engine = getattr(engines, name)(model, trained, loss=cross_entropy)
+    engine = getattr(engines, name)(model, trained, loss=class_losses)
     inputs, labels = batch(random_rows(4, seed=5)), torch.tensor([0, 1, 2, 0])
-    fresh = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    fresh = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     repair = fail(model, engine)
     with pytest.raises(Abort):
-        engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+        engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     repair()
     for parameter in trained.values():
         assert parameter.grad is None
@@ -315,7 +318,7 @@ def check_no_trace_after_abort(engines: ModuleType, name: str, fail: Callable) -
     if name == "FusedGradients":
         shared = engine._shared
         assert (shared.owner, shared.ranks, dict(shared.values), shared.found) == (None, None, {}, {})
-    again = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    again = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     assert all(torch.equal(again[slot], fresh[slot]) for slot in trained)
 
 
@@ -348,13 +351,13 @@ def check_others_passes_do_not_count(engines: ModuleType, name: str) -> None:
     """Run the model outside the engine, with and without a backward pass, as a careless caller might."""
     model = small_model()
     trained = train_only(model, EVERYTHING)
-    engine = getattr(engines, name)(model, trained, loss=cross_entropy)
+    engine = getattr(engines, name)(model, trained, loss=class_losses)
     inputs, labels = batch(random_rows(4, seed=5)), torch.tensor([0, 1, 2, 0])
-    fresh = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    fresh = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     others = batch(random_rows(4, seed=6))
     cross_entropy(model(**others).logits, labels).sum().backward()
     model(**others)
-    again = engine.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    again = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     assert all(torch.equal(again[slot], fresh[slot]) for slot in trained)
 
 
@@ -375,8 +378,8 @@ def test_close_removes_every_hook_and_attribute(name: str) -> None:
     hooks_before = sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
     for block in (B_ONLY, A_AND_B, B_AND_HEAD):
         trained = train_only(model, block)
-        engine = getattr(MODULES[name], name)(model, trained, loss=cross_entropy)
-        engine.clipped_sum(batch([[5, 6]]), torch.tensor([1]), max_grad_norm=1.0)
+        engine = getattr(MODULES[name], name)(model, trained, loss=class_losses)
+        engine.clipped_sum(Batch(batch([[5, 6]]), torch.tensor([1])), max_grad_norm=1.0)
         engine.close()
     assert sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()) == hooks_before
     assert not any("grad_sample" in vars(p) for p in model.parameters())

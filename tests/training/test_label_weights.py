@@ -17,7 +17,8 @@ from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
 from fedlr.models.peft_state import train_only
 from fedlr.models.tuners import TUNERS
-from fedlr.tasks.losses import LabelWeighted, PerExampleLoss, cross_entropy, training_loss
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import LabelWeighted, PerExampleLoss, class_losses, cross_entropy, weighted_cross_entropy
 from fedlr.training.functorch import FunctorchGradients
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
@@ -60,11 +61,10 @@ class AfterTheClip:
     def __init__(self, kind: type, weights: tuple[float, ...]) -> None:
         self._engine, self._weights = weighted(kind, (1.0,) * len(weights)), weights
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         total: dict[Slot, Tensor] = {}
-        for row, label in enumerate(labels.tolist()):
-            one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-            part = self._engine.clipped_sum(one, labels[row : row + 1], max_grad_norm=max_grad_norm)
+        for row, label in enumerate(batch.targets.tolist()):
+            part = self._engine.clipped_sum(batch.one(row), max_grad_norm=max_grad_norm)
             for slot, value in part.items():
                 total[slot] = total.get(slot, torch.zeros(())) + self._weights[max(label, 0)] * value
         return total
@@ -87,14 +87,14 @@ def check_bound(make: Weighted, kind: type) -> None:
         engine = make(kind, weights)
         one = {name: tensor[:1] for name, tensor in inputs.items()}
         bound = 0.1
-        assert joint_norm(engine.clipped_sum(one, labels[:1], max_grad_norm=bound)) <= bound * (1 + 1e-5)
+        assert joint_norm(engine.clipped_sum(Batch(one, labels[:1]), max_grad_norm=bound)) <= bound * (1 + 1e-5)
         # Also bounds as large as gradients are: far below them rows are clipped whatever their weights.
         for bound in (0.1, 2.0, 20.0):
-            with_all = engine.clipped_sum(inputs, labels, max_grad_norm=bound)
+            with_all = engine.clipped_sum(Batch(inputs, labels), max_grad_norm=bound)
             for row in range(len(labels)):
                 others = torch.arange(len(labels)) != row
                 rest = {name: tensor[others] for name, tensor in inputs.items()}
-                without = engine.clipped_sum(rest, labels[others], max_grad_norm=bound)
+                without = engine.clipped_sum(Batch(rest, labels[others]), max_grad_norm=bound)
                 moved = joint_norm(difference(with_all, without))
                 assert moved <= bound * (1 + 1e-4) + 1e-6 * joint_norm(with_all)
 
@@ -114,24 +114,24 @@ def test_a_weight_at_the_wrong_place_is_caught(kind: type, mutant: Weighted) -> 
 @pytest.mark.parametrize("kind", [*ENGINES, SumGradients])
 def test_without_a_clip_every_gradient_is_multiplied_by_its_weight(kind: type) -> None:
     inputs, labels = rows_for(kind)
-    plain, total = made(kind, cross_entropy), {}
-    for row, label in enumerate(labels.tolist()):
+    plain, total = made(kind, class_losses), {}
+    for row, label in enumerate(batch.targets.tolist()):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-        for slot, value in plain.clipped_sum(one, labels[row : row + 1], max_grad_norm=math.inf).items():
+        for slot, value in plain.clipped_sum(Batch(one, labels[row : row + 1]), max_grad_norm=math.inf).items():
             total[slot] = total.get(slot, 0.0) + WEIGHTS[max(label, 0)] * value.double()
-    found = weighted(kind, WEIGHTS).clipped_sum(inputs, labels, max_grad_norm=math.inf)
+    found = weighted(kind, WEIGHTS).clipped_sum(Batch(inputs, labels), max_grad_norm=math.inf)
     assert joint_norm(difference(found, total)) <= 1e-5 * joint_norm(total)
 
 
 def test_without_weights_the_loss_is_the_very_one_of_before() -> None:
-    assert training_loss(None, ["a", "b"]) is training_loss({}, ["a", "b"]) is cross_entropy
+    assert weighted_cross_entropy(None, ["a", "b"]) is weighted_cross_entropy({}, ["a", "b"]) is cross_entropy
     assert federation().training.loss is cross_entropy
 
 
 def first_updates(*overrides: str) -> dict[Slot, Tensor]:
     f = federation("privacy=none", *overrides)
     with closing(make_pool(f, None)) as pool:
-        (update,) = pool.train(f.task(), [0])
+        (update,) = pool.train(f.request(), [0])
     return {slot: value - f.start.adapter.tensors[slot] for slot, value in update.tensors.items()}
 
 
@@ -149,7 +149,7 @@ def test_a_private_round_with_weights_passes_the_parity_check(tmp_path: object) 
     f = federation("data.label_weights={negative:3}")
     assert f.experiment.trainer.check_parity and f.experiment.trainer.engine == "fused"
     with closing(make_pool(f, create_ledger(f, tmp_path / "ledger.jsonl"))) as pool:
-        assert len(list(pool.train(f.task(), [0, 1]))) == 2
+        assert len(list(pool.train(f.request(), [0, 1]))) == 2
 
 
 @pytest.mark.parametrize("value", ["0", "-1", ".nan", ".inf", "heavy", "1e12"])

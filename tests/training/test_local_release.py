@@ -21,7 +21,7 @@ from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.losses import LossOfLogits, cross_entropy
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training import gradients as shipped_engines
 from fedlr.training import local as shipped
@@ -375,7 +375,7 @@ def check_only_the_release_depends_on_the_data(
 
 @pytest.fixture(scope="module")
 def nan_bench() -> Bench:
-    return Bench(loss=sometimes_nan)
+    return Bench(loss=LossOfLogits(sometimes_nan))
 
 
 def test_only_the_release_depends_on_the_data(nan_bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:

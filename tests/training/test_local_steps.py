@@ -23,6 +23,7 @@ from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler, ShuffledSampler, UnsupportedSampling
 from fedlr.streams import OsRandomness, SeededRandomness
+from fedlr.tasks.batch import Batch
 from fedlr.training import local as shipped
 from fedlr.training.gradients import SumGradients
 from tests.training.local_runs import BOUND, DIVISOR, SIGMA, Bench, KeepingSGD, RowCounts, silent_data
@@ -73,8 +74,8 @@ def test_the_sum_is_divided_by_the_configured_constant(bench: Bench) -> None:
     data = client_data(random_rows(9, seed=1))
     quiet = Mechanism(0.0, BOUND, 1.0, DIVISOR)
     (got,) = bench.releases(shipped, data, mechanism=quiet)
-    inputs, labels = shipped.collate(data, range(9))
-    total = bench.engine.clipped_sum(inputs, labels, max_grad_norm=BOUND)
+    inputs, labels = data.batch(range(9))
+    total = bench.engine.clipped_sum(Batch(inputs, labels), max_grad_norm=BOUND)
     expected = torch.cat([value.flatten() for value in total.values()]) / DIVISOR
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 

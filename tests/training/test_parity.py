@@ -19,7 +19,8 @@ from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters, read_adapter, train_only
 from fedlr.models.precision import with_bfloat16_base
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import LossOfLogits, class_losses, cross_entropy, token_losses
 from fedlr.training.cohort import Stack
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.gradients import HookGradients
@@ -50,7 +51,7 @@ class Scene:
         parity: ModuleType = shipped,
         halved: bool = False,
     ) -> None:
-        self.loss = causal_lm if architecture == "llama_lm" else cross_entropy
+        self.loss = token_losses if architecture == "llama_lm" else class_losses
         model = small_model(architecture, targets="all-linear")
         self.model = with_bfloat16_base(model).train() if halved else model
         self.inputs, self.labels = examples_of(architecture, len(OWNER))
@@ -62,7 +63,9 @@ class Scene:
         self.engine = engine(self.model, train_only(self.model, block), loss=self.loss)
 
     def found(self, *, bound: float = 0.5) -> ClippedSums:
-        return self.engine.clipped_sums(self.inputs, self.labels, owner=OWNER, stacks=self.stacks, max_grad_norm=bound)
+        return self.engine.clipped_sums(
+            Batch(self.inputs, self.labels), owner=OWNER, stacks=self.stacks, max_grad_norm=bound
+        )
 
     def compare(self, *, bound: float = 0.5, found: ClippedSums | None = None) -> None:
         self.check.compare(
@@ -202,13 +205,13 @@ def check_rows_that_cancel_are_no_alarm(parity: ModuleType) -> None:
     model = small_model()
     adapter, own = read_adapter(model), read_adapter(model).select(B_ONLY)
     stacks = Stack.of([own]).by_slot()
-    engine = FusedGradients(model, train_only(model, B_ONLY), loss=two_classes)
+    engine = FusedGradients(model, train_only(model, B_ONLY), loss=LossOfLogits(two_classes))
     inputs, labels = batch([[5, 6, 7]] * 2), torch.tensor([0, 1])
     call = {"owner": torch.zeros(2, dtype=torch.long), "stacks": stacks, "max_grad_norm": 0.1}
-    found = engine.clipped_sums(inputs, labels, **call)
+    found = engine.clipped_sums(Batch(inputs, labels), **call)
     assert 0 < float(found.values.norm()) < 1e-6
-    check = parity.ParityCheck(sharing_base(model), loss=two_classes)
-    check.compare(found, inputs, labels, adapter=adapter.tensors, **call)
+    check = parity.ParityCheck(sharing_base(model), loss=LossOfLogits(two_classes))
+    check.compare(found, Batch(inputs, labels), adapter=adapter.tensors, **call)
 
 
 def test_rows_that_cancel_are_no_alarm() -> None:
@@ -222,7 +225,7 @@ def test_a_check_of_the_sum_alone_would_be_alarmed() -> None:
 
 def test_it_works_while_engines_of_other_blocks_are_in_use() -> None:
     scene = Scene(block=B_ONLY)
-    other = HookGradients(scene.model, train_only(scene.model, A_AND_B), loss=cross_entropy)
+    other = HookGradients(scene.model, train_only(scene.model, A_AND_B), loss=class_losses)
     scene.compare()
     assert {slot.role for slot, p in adapter_parameters(scene.model).items() if p.requires_grad} == A_AND_B
     other.close()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from fedlr.models.peft_state import train_only
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses, cross_entropy, token_losses
 from fedlr.training import fused
 from fedlr.training import gradients as shipped
 from tests.training.small_models import (
@@ -73,7 +74,7 @@ class Case:
         model = small_model(architecture)
         trained = train_only(model, block)
         self.causal = architecture == "llama_lm"
-        true_loss = causal_lm if self.causal else cross_entropy
+        true_loss = token_losses if self.causal else class_losses
         self.oracle = shipped.LoopGradients(model, trained, loss=true_loss)
         self.engine = getattr(engines, name)(model, trained, loss=loss)
 
@@ -82,7 +83,7 @@ class Case:
         labels = torch.tensor([label for _, label in rows])
         if self.causal:
             labels = language_labels(inputs).masked_fill(labels[:, None] == -100, -100)
-        return engine.clipped_sum(inputs, labels, max_grad_norm=bound)
+        return engine.clipped_sum(Batch(inputs, labels), max_grad_norm=bound)
 
     def ratio(self, before: list[Row], after: list[Row], bound: float) -> float:
         """Return by how many times its permitted distance the sum moves."""
@@ -131,7 +132,7 @@ MODULES = {"HookGradients": shipped, "GhostGradients": shipped, "LoopGradients":
 def test_one_example_moves_the_clipped_sum_by_at_most_c(
     name: str, architecture: str, block: frozenset[str], num_pairs: int
 ) -> None:
-    loss = causal_lm if architecture == "llama_lm" else cross_entropy
+    loss = token_losses if architecture == "llama_lm" else class_losses
     check_sensitivity(Case(MODULES[name], name, architecture, block, loss), num_pairs=num_pairs)
 
 
@@ -181,7 +182,7 @@ WRONG_CLIPS = {
 
 @pytest.mark.parametrize("name", WRONG_CLIPS)
 def test_a_wrong_clip_is_caught(name: str) -> None:
-    case = Case(mutant(shipped, WRONG_CLIPS[name]), "HookGradients", "bert", A_AND_B, cross_entropy)
+    case = Case(mutant(shipped, WRONG_CLIPS[name]), "HookGradients", "bert", A_AND_B, class_losses)
     with pytest.raises(AssertionError):
         check_sensitivity(case, num_pairs=20)
 
@@ -189,7 +190,7 @@ def test_a_wrong_clip_is_caught(name: str) -> None:
 def test_ghost_with_a_wrong_bound_is_caught() -> None:
     engines = mutant(shipped, ("max_grad_norm / norms", "1.01 * max_grad_norm / norms"))
     with pytest.raises(AssertionError):
-        check_sensitivity(Case(engines, "GhostGradients", "bert", A_AND_B, cross_entropy), num_pairs=20)
+        check_sensitivity(Case(engines, "GhostGradients", "bert", A_AND_B, class_losses), num_pairs=20)
 
 
 FOUND = "torch.stack([gradients.squared_norms() for gradients in found]).sum(dim=0).sqrt()"
@@ -203,22 +204,22 @@ WRONG_FUSED_CLIPS = {
 
 @pytest.mark.parametrize("name", WRONG_FUSED_CLIPS)
 def test_a_wrong_clip_of_the_fused_engine_is_caught(name: str) -> None:
-    case = Case(mutant(fused, WRONG_FUSED_CLIPS[name]), "FusedGradients", "bert", A_AND_B, cross_entropy)
+    case = Case(mutant(fused, WRONG_FUSED_CLIPS[name]), "FusedGradients", "bert", A_AND_B, class_losses)
     with pytest.raises(AssertionError):
         check_sensitivity(case, num_pairs=20)
 
 
 @pytest.mark.parametrize("name", ["HookGradients", "FusedGradients"])
 def test_padding_and_micro_batches_do_not_change_the_sum(name: str) -> None:
-    from fedlr.tasks.tokenise import collate, micro_batches
+    from fedlr.tasks.examples import micro_batches
 
     model = small_model("roberta")
-    engine = getattr(MODULES[name], name)(model, train_only(model, A_AND_B), loss=cross_entropy)
+    engine = getattr(MODULES[name], name)(model, train_only(model, A_AND_B), loss=class_losses)
     data = client_data(random_rows(9, seed=6))
     sums = []
     for budget in (1, 20, 1000):
         parts = [
-            engine.clipped_sum(*collate(data, indices), max_grad_norm=0.3)
+            engine.clipped_sum(data.batch(indices), max_grad_norm=0.3)
             for indices in micro_batches(data.lengths, range(9), token_budget=budget)
         ]
         sums.append({slot: torch.stack([part[slot] for part in parts]).sum(dim=0) for slot in parts[0]})

@@ -16,7 +16,8 @@ from fedlr.adapters.state import HEAD, LORA_B
 from fedlr.errors import InputError
 from fedlr.models.peft_state import train_only
 from fedlr.models.precision import with_bfloat16_base
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses
 from fedlr.training import supported as shipped
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
 from fedlr.training.supported import check_supported
@@ -66,10 +67,10 @@ def test_a_fused_layer_has_the_gradients_of_one_example_after_the_other() -> Non
     model = small_model("gpt2")
     trained = train_only(model, B_ONLY)
     inputs, labels = batch([[5, 6, 7], [8], [9, 10]]), torch.tensor([0, 1, 2])
-    hooks = HookGradients(model, trained, loss=cross_entropy)
-    got = hooks.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    hooks = HookGradients(model, trained, loss=class_losses)
+    got = hooks.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     hooks.close()
-    oracle = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=0.5)
+    oracle = LoopGradients(model, trained, loss=class_losses).clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     assert {slot.path.rpartition(".")[2] for slot in got} == {"c_attn"}
     assert joint_norm(difference(got, oracle)) <= 1e-5 * joint_norm(oracle)
 
@@ -274,10 +275,10 @@ def test_hooks_are_right_where_ghost_is_refused(build: Callable) -> None:
     check_supported(model, frozenset({LORA_B}))
     trained = train_only(model, B_ONLY)
     inputs, labels = batch([[5, 6, 7], [8], [9, 10]]), torch.tensor([0, 1, 2])
-    hooks = HookGradients(model, trained, loss=cross_entropy)
-    got = hooks.clipped_sum(inputs, labels, max_grad_norm=0.5)
+    hooks = HookGradients(model, trained, loss=class_losses)
+    got = hooks.clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     hooks.close()
-    oracle = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=0.5)
+    oracle = LoopGradients(model, trained, loss=class_losses).clipped_sum(Batch(inputs, labels), max_grad_norm=0.5)
     assert joint_norm(difference(got, oracle)) <= 1e-5 * joint_norm(oracle)
 
 
@@ -286,4 +287,4 @@ def test_tied_factors_are_refused_by_the_engines_too() -> None:
     trained = train_only(model, B_ONLY)
     for engine in (HookGradients, GhostGradients, LoopGradients):
         with pytest.raises(InputError, match="tied"):
-            engine(model, trained, loss=cross_entropy)
+            engine(model, trained, loss=class_losses)

@@ -100,8 +100,8 @@ def test_a_gradient_path_that_is_not_of_single_examples_is_caught(
 class ClipsTheSum(LoopGradients):
     """The bug: the bound holds of the sum, so one example can move it by all of it and more."""
 
-    def clipped_sum(self, inputs, labels, *, max_grad_norm):  # type: ignore[no-untyped-def]
-        total = super().clipped_sum(inputs, labels, max_grad_norm=math.inf)
+    def clipped_sum(self, batch, *, max_grad_norm):  # type: ignore[no-untyped-def]
+        total = super().clipped_sum(batch, max_grad_norm=math.inf)
         norm = math.sqrt(sum(float(g.square().sum()) for g in total.values()))
         return {slot: g * min(1.0, max_grad_norm / norm) for slot, g in total.items()}
 

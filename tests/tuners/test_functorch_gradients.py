@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.models.tuners import TUNERS
-from fedlr.tasks.losses import cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses
 from fedlr.training.functorch import FunctorchGradients, hook_rows, loop_rows
 from fedlr.training.gradients import LoopGradients
 from simulations.tuner_measure.measure import subject
@@ -24,7 +25,7 @@ from simulations.tuner_measure.measure import subject
 def engines(name: str) -> tuple[FunctorchGradients, LoopGradients, dict[str, Tensor], Tensor]:
     made = subject(TUNERS[name])
     given = made.model, made.trained
-    both = FunctorchGradients(*given, loss=cross_entropy), LoopGradients(*given, loss=cross_entropy)
+    both = FunctorchGradients(*given, loss=class_losses), LoopGradients(*given, loss=class_losses)
     return *both, dict(made.inputs), made.labels
 
 
@@ -36,8 +37,8 @@ def joint_norm(tensors: dict[Slot, Tensor]) -> float:
 @pytest.mark.parametrize("bound", [1e-3, 0.3, math.inf])
 def test_clipped_sums_are_those_of_the_loop(name: str, bound: float) -> None:
     functorch, loop, inputs, labels = engines(name)
-    found = functorch.clipped_sum(inputs, labels, max_grad_norm=bound)
-    expected = loop.clipped_sum(inputs, labels, max_grad_norm=bound)
+    found = functorch.clipped_sum(Batch(inputs, labels), max_grad_norm=bound)
+    expected = loop.clipped_sum(Batch(inputs, labels), max_grad_norm=bound)
     assert list(found) == list(expected) == sorted(found)
     for slot, tensor in expected.items():
         assert found[slot].dtype == torch.float32
@@ -46,7 +47,7 @@ def test_clipped_sums_are_those_of_the_loop(name: str, bound: float) -> None:
 
 def test_one_example_moves_the_sum_by_no_more_than_the_bound_in_joint_norm() -> None:
     functorch, _, inputs, labels = engines("dora")
-    one = functorch.clipped_sum({name: t[:1] for name, t in inputs.items()}, labels[:1], max_grad_norm=1e-3)
+    one = functorch.clipped_sum(Batch({name: t[:1] for name, t in inputs.items()}, labels[:1]), max_grad_norm=1e-3)
     assert joint_norm(one) == pytest.approx(1e-3, rel=1e-5)
 
 
@@ -54,16 +55,16 @@ def test_a_row_that_is_not_finite_counts_as_zero() -> None:
     functorch, loop, inputs, labels = engines("vera")
     spoiled = {"x": inputs["x"].clone()}
     spoiled["x"][1] = math.nan
-    found = functorch.clipped_sum(spoiled, labels, max_grad_norm=0.3)
+    found = functorch.clipped_sum(Batch(spoiled, labels), max_grad_norm=0.3)
     kept = [0, 2, 3]
-    expected = loop.clipped_sum({"x": inputs["x"][kept]}, labels[kept], max_grad_norm=0.3)
+    expected = loop.clipped_sum(Batch({"x": inputs["x"][kept]}, labels[kept]), max_grad_norm=0.3)
     for slot, tensor in expected.items():
         torch.testing.assert_close(found[slot], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_an_empty_micro_batch_gives_zeros() -> None:
     functorch, _, inputs, labels = engines("vera")
-    found = functorch.clipped_sum({"x": inputs["x"][:0]}, labels[:0], max_grad_norm=1.0)
+    found = functorch.clipped_sum(Batch({"x": inputs["x"][:0]}, labels[:0]), max_grad_norm=1.0)
     assert found and all(not tensor.any() for tensor in found.values())
 
 
@@ -71,9 +72,9 @@ def test_an_empty_micro_batch_gives_zeros() -> None:
 def test_a_bank_that_layers_share_is_the_same_parameter_afterwards(name: str) -> None:
     made = subject(TUNERS[name])
     before = {path: id(p) for path, p in made.model.named_parameters(remove_duplicate=False)}
-    rows = FunctorchGradients(made.model, made.trained, loss=cross_entropy).rows(made.inputs, made.labels)
+    rows = FunctorchGradients(made.model, made.trained, loss=class_losses).rows(made.inputs, made.labels)
     assert {path: id(p) for path, p in made.model.named_parameters(remove_duplicate=False)} == before
-    expected = loop_rows(made.model, made.trained, made.inputs, made.labels, loss=cross_entropy)
+    expected = loop_rows(made.model, made.trained, made.inputs, made.labels, loss=class_losses)
     for slot, row in expected.items():
         torch.testing.assert_close(rows[slot], row)
 
@@ -104,7 +105,7 @@ class Outside(nn.Module):
 
 def head_engine(model: nn.Module) -> FunctorchGradients:
     trained = {Slot(name, "head"): parameter for name, parameter in model.named_parameters()}
-    return FunctorchGradients(model, trained, loss=cross_entropy)
+    return FunctorchGradients(model, trained, loss=class_losses)
 
 
 def test_a_gradient_that_is_silently_missing_is_refused() -> None:
@@ -126,13 +127,13 @@ def test_a_random_forward_pass_is_refused() -> None:
 def test_code_that_torch_func_cannot_follow_is_refused_and_not_wrong(name: str) -> None:
     made = subject(replace(TUNERS[name], path="vmap"))
     with pytest.raises(InputError, match="use gradients by a loop"):
-        FunctorchGradients(made.model, made.trained, loss=cross_entropy).rows(made.inputs, made.labels)
+        FunctorchGradients(made.model, made.trained, loss=class_losses).rows(made.inputs, made.labels)
 
 
 @pytest.mark.parametrize("name", ["vera", "c3a", "dora"])
 def test_opacus_says_so_where_its_hooks_see_nothing(name: str) -> None:
     made = subject(TUNERS[name])
     with pytest.raises((ValueError, TypeError)):
-        hook_rows(made.model, made.trained, made.inputs, made.labels, loss=cross_entropy)
+        hook_rows(made.model, made.trained, made.inputs, made.labels, loss=class_losses)
     # and leaves nothing behind that would stop the right path
-    assert loop_rows(made.model, made.trained, made.inputs, made.labels, loss=cross_entropy)
+    assert loop_rows(made.model, made.trained, made.inputs, made.labels, loss=class_losses)

@@ -19,7 +19,8 @@ from fedlr.errors import InputError
 from fedlr.models.starts.tuner_starts import PublicBatch
 from fedlr.models.tuners import TUNERS
 from fedlr.models.tuners.build import build, trained_parameters
-from fedlr.tasks.losses import causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import class_losses, token_losses
 from fedlr.training import copies
 from fedlr.training.copies import CopiesGradients, SplitGradients
 from fedlr.training.functorch import FunctorchGradients, loop_rows
@@ -44,7 +45,7 @@ def adapted(architecture: str, name: str) -> tuple[nn.Module, dict[Slot, nn.Para
     with torch.random.fork_rng():
         torch.manual_seed(7)
         network = BUILDERS[architecture]()
-        model = build(network, TUNERS[name], public=PublicBatch(inputs, labels, cross_entropy), **arguments)
+        model = build(network, TUNERS[name], public=PublicBatch(Batch(inputs, labels), class_losses), **arguments)
         trained = trained_parameters(model, TUNERS[name])
         with torch.no_grad():
             for parameter in trained.values():
@@ -55,9 +56,9 @@ def adapted(architecture: str, name: str) -> tuple[nn.Module, dict[Slot, nn.Para
 @pytest.mark.parametrize("name", IN_TEXT)
 def test_every_tuner_gets_the_sums_of_the_loop_in_an_encoder(name: str) -> None:
     model, trained, inputs, labels = adapted("bert", name)
-    expected = LoopGradients(model, trained, loss=cross_entropy).clipped_sum(inputs, labels, max_grad_norm=BOUND)
-    way = engine(TUNERS[name], model, trained, loss=cross_entropy)
-    found = way.clipped_sum(inputs, labels, max_grad_norm=BOUND)
+    expected = LoopGradients(model, trained, loss=class_losses).clipped_sum(Batch(inputs, labels), max_grad_norm=BOUND)
+    way = engine(TUNERS[name], model, trained, loss=class_losses)
+    found = way.clipped_sum(Batch(inputs, labels), max_grad_norm=BOUND)
     way.close()
     assert joint_norm(difference(found, expected)) < 1e-5 * BOUND * 4
     assert not any("forward" in vars(module) for module in model.modules())
@@ -73,9 +74,9 @@ def test_copies_find_each_examples_gradient_in_every_architecture(
     architecture: str, kind: type[CopiesGradients]
 ) -> None:
     model, trained, inputs, labels = adapted(architecture, "vera")
-    loss = causal_lm if architecture == "llama_lm" else cross_entropy
-    expected = loop_rows(model, trained, inputs, labels, loss=loss)
-    assert largest_error(kind(model, trained, loss=loss).rows(inputs, labels), expected) < 1e-5
+    loss = token_losses if architecture == "llama_lm" else class_losses
+    expected = loop_rows(model, trained, Batch(inputs, labels), loss=loss)
+    assert largest_error(kind(model, trained, loss=loss).rows(Batch(inputs, labels)), expected) < 1e-5
 
 
 def fault(module: ModuleType) -> float:
@@ -83,9 +84,9 @@ def fault(module: ModuleType) -> float:
     errors = []
     for architecture in ("bert", "albert"):
         model, trained, inputs, labels = adapted(architecture, "vera")
-        expected = loop_rows(model, trained, inputs, labels, loss=cross_entropy)
+        expected = loop_rows(model, trained, Batch(inputs, labels), loss=class_losses)
         for kind in (module.CopiesGradients, module.SplitGradients):
-            errors.append(largest_error(kind(model, trained, loss=cross_entropy).rows(inputs, labels), expected))
+            errors.append(largest_error(kind(model, trained, loss=class_losses).rows(Batch(inputs, labels)), expected))
             left = [part for part in model.modules() if vars(part).pop("forward", None)]
             errors.append(float("inf") if left else 0.0)
     return max(errors)
@@ -108,7 +109,7 @@ def test_each_mutant_of_the_copies_is_caught(change: tuple[str, str]) -> None:
 def test_a_text_model_cannot_be_followed_as_a_whole() -> None:
     model, trained, inputs, labels = adapted("bert", "vera")
     with pytest.raises(InputError, match="torch.func can follow"):
-        FunctorchGradients(model, trained, loss=cross_entropy).rows(inputs, labels)
+        FunctorchGradients(model, trained, loss=class_losses).rows(Batch(inputs, labels))
 
 
 class Output:
@@ -138,7 +139,7 @@ class Noisy(nn.Linear):
 def rows_of(model: nn.Module) -> dict[Slot, Tensor]:
     trained = {Slot(name, "head"): parameter for name, parameter in model.named_parameters()}
     inputs, labels = {"x": torch.randn(2, 5, 4)}, torch.tensor([0, 2])
-    return CopiesGradients(model, trained, loss=cross_entropy).rows(inputs, labels)
+    return CopiesGradients(model, trained, loss=class_losses).rows(Batch(inputs, labels))
 
 
 def test_what_would_be_wrong_is_refused() -> None:
@@ -160,14 +161,14 @@ def test_a_pass_that_raises_leaves_the_model_as_it_was() -> None:
         raise RuntimeError("a loss that fails")
 
     with pytest.raises(RuntimeError, match="a loss that fails"):
-        CopiesGradients(model, trained, loss=broken).rows(inputs, labels)
+        CopiesGradients(model, trained, loss=broken).rows(Batch(inputs, labels))
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_an_empty_micro_batch_gives_zeros() -> None:
     model, trained, inputs, labels = adapted("bert", "vera")
     nobody = {name: rows[:0] for name, rows in inputs.items()}
-    found = CopiesGradients(model, trained, loss=cross_entropy).clipped_sum(nobody, labels[:0], max_grad_norm=1.0)
+    found = CopiesGradients(model, trained, loss=class_losses).clipped_sum(nobody, labels[:0], max_grad_norm=1.0)
     assert found.keys() == trained.keys() and not any(tensor.any() for tensor in found.values())
 
 
@@ -176,4 +177,4 @@ def test_a_layer_that_reads_a_second_tensor_is_refused() -> None:
 
     made = subject(TUNERS["mhr"])
     with pytest.raises(InputError, match="use gradients by a loop"):
-        SplitGradients(made.model, made.trained, loss=cross_entropy).rows(made.inputs, made.labels)
+        SplitGradients(made.model, made.trained, loss=class_losses).rows(made.inputs, made.labels)

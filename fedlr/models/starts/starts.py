@@ -23,13 +23,12 @@ from fedlr.errors import InputError
 from fedlr.models.adapter_config import FROM_LABELS, FROM_PUBLIC, FROM_WEIGHTS, WITH_SIDE, AdapterConfig
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import adapted_layers, read_adapter
-from fedlr.models.reading import read_texts
 from fedlr.models.starts.factors import corda_factors, eva_factors, lora_ga_factors, olora_factors, pissa_factors
 from fedlr.models.starts.from_base import watching, weight_of
 from fedlr.models.starts.silver_bullet import core_layers, write_bases
 from fedlr.models.zero_head import zero_layers
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.tokenise import TokenisedText, collate, micro_batches
+from fedlr.tasks.examples import Examples, micro_batches
+from fedlr.tasks.task import Task
 
 TOKEN_BUDGET = 1024  # of one pass over public texts
 Factors = Callable[[str, Tensor], LoraFactors]  # of a layer, by its path and weight (D, K)
@@ -48,6 +47,7 @@ def start_of(
     base: BaseModel,
     model: AdaptedModel,
     *,
+    task: Task,
     private: Mapping[str, Any],
     max_length: int,
     seed: int,
@@ -59,6 +59,7 @@ def start_of(
         config: where the factors go, and how they start.
         base: the model's, for its tokenizer.
         model: as `fedlr.models.tuners.attach` made it, on the CPU; only bases of lora_sb are written into it.
+        task: reads public examples, and says how wrong the model is on them.
         private: the configuration's section `data`, which names no public table.
         max_length: tokens of a text, at most.
         seed: of the public randomness: it draws the public examples.
@@ -74,6 +75,11 @@ def start_of(
         return Start(with_start(model, drawn, name, lambda _, weight: formulas[name](weight)))
     if name not in FROM_PUBLIC or config.public is None:
         return Start(drawn)
+    if task.name != "text_classification":
+        raise InputError(
+            f"Expected adapter.init_lora_weights to read no public texts for task={task.name}, got {name}; set "
+            "adapter.init_lora_weights=orthonormal"
+        )
     if name in FROM_LABELS and zero_layers(model):
         raise InputError(
             f"Expected model.head_std above 0 for adapter.init_lora_weights={name}, which reads gradients through the "
@@ -81,13 +87,15 @@ def start_of(
         )
     num_classes = len(base.network.config.id2label or {})
     public = read_public(config.public, private, num_classes=num_classes, seed=seed, private_texts=private_texts)
-    texts = read_texts(public.data, base, max_length=max_length)
+    texts = task.encode(base, public.data, max_length=max_length)
     origin = public.origin(f"adapter.init_lora_weights={name}")
     if name == "lora_sb":
-        gradients = weight_gradients(model, core_layers(model), texts)
+        gradients = weight_gradients(model, core_layers(model), texts, task=task)
         write_bases(model, gradients, rank=config.rank, learning_rate=config.public.learning_rate)
         return Start(read_adapter(model), origin)
-    return Start(with_start(model, drawn, name, _from_texts(name, model, texts, config.rank, drawn.scale)), origin)
+    return Start(
+        with_start(model, drawn, name, _from_texts(name, model, texts, config.rank, drawn.scale, task=task)), origin
+    )
 
 
 def with_start(model: nn.Module, drawn: AdapterState, name: str, factors: Factors) -> AdapterState:
@@ -108,11 +116,11 @@ def with_start(model: nn.Module, drawn: AdapterState, name: str, factors: Factor
     return replace(adapter, side={path: LoraFactors(f.lora_A, -f.lora_B) for path, f in adapter.factors().items()})
 
 
-def _from_texts(name: str, model: AdaptedModel, texts: TokenisedText, rank: int, scale: float) -> Factors:
+def _from_texts(name: str, model: AdaptedModel, texts: Examples, rank: int, scale: float, *, task: Task) -> Factors:
     """Return the formula of a start that reads public texts, after it has read them."""
     if name == "lora_ga":
         layers = {path: layer.get_base_layer() for path, layer in adapted_layers(model).items()}
-        gradients = weight_gradients(model, layers, texts)
+        gradients = weight_gradients(model, layers, texts, task=task)
         return lambda path, _: lora_ga_factors(_finite(name, path, gradients[path]), rank)
     if name == "eva":
         centred = centred_moments(model, texts)
@@ -124,21 +132,21 @@ def _from_texts(name: str, model: AdaptedModel, texts: TokenisedText, rank: int,
 
 
 @torch.no_grad()
-def entering(model: AdaptedModel, texts: TokenisedText) -> Iterator[tuple[str, Tensor]]:
+def entering(model: AdaptedModel, texts: Examples) -> Iterator[tuple[str, Tensor]]:
     """Yield what enters each adapted layer, text by text: a path and (T, K) float64, without padding.
 
     A layer behind the choice of one token sees one row a text.
     """
     with watching(model) as entered:
         for rows in micro_batches(texts.lengths, range(len(texts)), TOKEN_BUDGET):
-            inputs, _ = collate(texts, rows)
+            inputs = texts.batch(rows).inputs
             model(**inputs)
             for path, x in entered.items():
                 for text, is_token in zip(x, inputs["attention_mask"].bool(), strict=True):
                     yield path, (text[is_token] if text.dim() == 2 else text[None]).double()
 
 
-def centred_moments(model: AdaptedModel, texts: TokenisedText) -> dict[str, Tensor]:
+def centred_moments(model: AdaptedModel, texts: Examples) -> dict[str, Tensor]:
     """Return sum (x - mean) (x - mean)^T over all tokens that enter each layer, (K, K) float64 by path."""
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     for path, x_TK in entering(model, texts):
@@ -147,7 +155,7 @@ def centred_moments(model: AdaptedModel, texts: TokenisedText) -> dict[str, Tens
     return {path: moment - torch.outer(total, total) / count for path, (count, total, moment) in sums.items()}
 
 
-def mean_moments(model: AdaptedModel, texts: TokenisedText) -> dict[str, Tensor]:
+def mean_moments(model: AdaptedModel, texts: Examples) -> dict[str, Tensor]:
     """Return the mean over texts of sum x x^T over a text's tokens, divided by its largest entry, (K, K) by path.
 
     Divided as CorDA's code and PEFT do, so that no text outweighs the others. Float64.
@@ -159,7 +167,9 @@ def mean_moments(model: AdaptedModel, texts: TokenisedText) -> dict[str, Tensor]
     return moments
 
 
-def weight_gradients(model: AdaptedModel, layers: Mapping[str, nn.Module], texts: TokenisedText) -> dict[str, Tensor]:
+def weight_gradients(
+    model: AdaptedModel, layers: Mapping[str, nn.Module], texts: Examples, *, task: Task
+) -> dict[str, Tensor]:
     """Return the gradient of the mean loss of labelled texts by the frozen weight of each layer, (D, K) float64.
 
     The weights are as frozen after as before.
@@ -172,8 +182,7 @@ def weight_gradients(model: AdaptedModel, layers: Mapping[str, nn.Module], texts
         for weight in weights.values():
             weight.requires_grad_(True)
         for rows in micro_batches(texts.lengths, range(len(texts)), TOKEN_BUDGET):
-            inputs, labels = collate(texts, rows)
-            loss = cross_entropy(model(**inputs).logits, labels).sum()
+            loss = task.losses(model, texts.batch(rows)).sum()
             for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
                 sums[path] += gradient / len(texts)
     finally:

@@ -15,6 +15,7 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss, losses_of
 
 
@@ -22,8 +23,7 @@ from fedlr.tasks.losses import PerExampleLoss, losses_of
 class PublicBatch:
     """Examples that are nobody's secret, N first, and how a model is wrong on them."""
 
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
+    batch: Batch
     loss: PerExampleLoss
 
 
@@ -48,7 +48,7 @@ def eva(model: nn.Module, config: PeftConfig, public: PublicBatch) -> Any:
 
     initialize_lora_eva_weights(
         adapted,
-        dataloader=[dict(public.inputs)],
+        dataloader=[dict(public.batch.inputs)],
         forward_fn=run,
         prepare_model_inputs_fn=None,
         prepare_layer_inputs_fn=as_rows,
@@ -65,8 +65,8 @@ def corda(model: nn.Module, config: PeftConfig, public: PublicBatch) -> Any:
 
     def run() -> None:
         with torch.no_grad():
-            for row in range(len(public.labels)):
-                model(**{name: tensor[row : row + 1] for name, tensor in public.inputs.items()})
+            for row in range(public.batch.num_examples):
+                model(**public.batch.one(row).inputs)
 
     preprocess_corda(model, cast(LoraConfig, config), run_model=run)
     return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -76,7 +76,7 @@ def lora_ga(model: nn.Module, config: PeftConfig, public: PublicBatch) -> Any:
     """Return a model started from the singular vectors of the first gradient (Wang et al. 2024)."""
 
     def run() -> None:
-        losses_of(model, public.loss, public.inputs, public.labels).mean().backward()
+        losses_of(model, public.loss, public.batch).mean().backward()
 
     preprocess_loraga(model, cast(LoraConfig, config), run)
     return get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlr.adapters.state import AdapterState, Slot, in_block
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 
 
 class Kept:
@@ -23,7 +23,7 @@ class Kept:
         self.personal: dict[int, dict[Slot, Tensor]] = {}
         self._memory: dict[int, dict[Slot, Tensor]] = {}
 
-    def check(self, clients: Sequence[int], task: RoundTask, adapter: AdapterState) -> None:
+    def check(self, clients: Sequence[int], task: RoundRequest, adapter: AdapterState) -> None:
         """Compare a task with the adapter and with what these clients keep: before anybody is charged.
 
         Raises:
@@ -41,11 +41,11 @@ class Kept:
             _require_same("memories of tensors of the adapter", memory, every)
         _require_same("controls of tensors of the adapter", task.control, every)
 
-    def start(self, client: int, task: RoundTask, adapter: AdapterState) -> dict[Slot, Tensor]:
+    def start(self, client: int, task: RoundRequest, adapter: AdapterState) -> dict[Slot, Tensor]:
         """Return the values that a client starts to train from."""
         return {**adapter.select(task.block), **self.personal.get(client, {})}
 
-    def keep(self, client: int, task: RoundTask, trained: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
+    def keep(self, client: int, task: RoundRequest, trained: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
         """Keep what is personal of what a client trained, and return the rest, which it sends."""
         mine = {slot: tensor for slot, tensor in trained.items() if not in_block(slot, task.shared)}
         if mine:
@@ -53,7 +53,13 @@ class Kept:
         return {slot: tensor for slot, tensor in trained.items() if slot not in mine}
 
     def inputs(
-        self, clients: Sequence[int], task: RoundTask, adapter: AdapterState, *, rule: ClientRule, device: torch.device
+        self,
+        clients: Sequence[int],
+        task: RoundRequest,
+        adapter: AdapterState,
+        *,
+        rule: ClientRule,
+        device: torch.device,
     ) -> RuleInputs:
         """Return what the rule reads of these clients; a client that remembers nothing yet remembers zeros."""
         if not rule.changes:

@@ -22,10 +22,11 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.local import Accounts, ByClient, Charges, sharing_base
 from fedlr.rounds.pools.rehearsal import Rehearsal, SafeSums
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 from fedlr.streams import Randomness
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.examples import Share
 from fedlr.tasks.losses import PerExampleLoss
-from fedlr.tasks.tokenise import Share
 from fedlr.training.cohort import FusedSums, Stack, train_cohort
 from fedlr.training.fused import ClippedSums, FusedGradients
 from fedlr.training.local import LocalTraining
@@ -90,7 +91,7 @@ class FusedPool:
         self._rehearsed: Block | None = None  # with long rows too
         self.seconds: dict[int, float] = {}  # by client, of its latest round: its part of its group's time
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay, group by group; yield in their order."""
         # What does not fit is an error here, before anybody is charged.
         adapter = replace(self._enrolled.overlaid(task.broadcast), side=task.side)
@@ -107,7 +108,7 @@ class FusedPool:
         """Wait for the threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _rehearse(self, task: RoundTask, adapter: AdapterState, cohort: Sequence[int]) -> None:
+    def _rehearse(self, task: RoundRequest, adapter: AdapterState, cohort: Sequence[int]) -> None:
         """Try the round on constant rows; the first of a block on the longest there may be."""
         if (rehearsal := self._rehearsal) is None:
             return
@@ -118,7 +119,7 @@ class FusedPool:
             self._steps(sums, [rows], task, adapter, [client], training=training, mechanism=mechanism)
         self._rehearsed = task.block
 
-    def _train_group(self, task: RoundTask, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:
+    def _train_group(self, task: RoundRequest, adapter: AdapterState, group: Sequence[int]) -> Iterator[ClientUpdate]:
         started = time.perf_counter()
         sums: FusedSums = GroupSums(self._workers, adapter, task.block, self._parity)
         if self._rehearsal is not None:
@@ -138,7 +139,7 @@ class FusedPool:
         self,
         sums: FusedSums,
         shares: Sequence[Share],
-        task: RoundTask,
+        task: RoundRequest,
         adapter: AdapterState,
         group: Sequence[int],
         *,
@@ -195,8 +196,7 @@ class GroupSums:
 
     def __call__(
         self,
-        inputs: Mapping[str, Tensor],
-        labels: Tensor,
+        batch: Batch,
         *,
         owner: Tensor,
         stacks: Mapping[Slot, Tensor],
@@ -209,15 +209,14 @@ class GroupSums:
         try:
             engine = worker.engine(self._adapter, self._block)
             found = engine.clipped_sums(
-                inputs, labels, owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks, active=active
+                batch, owner=owner, stacks=stacks, max_grad_norm=max_grad_norm, ranks=ranks, active=active
             )
         finally:
             self._workers.put(worker)
         if self._parity is not None and ranks is None:  # the reference has one rank
             self._parity.compare(
                 found,
-                inputs,
-                labels,
+                batch,
                 owner=owner,
                 adapter=self._adapter.tensors,
                 stacks=stacks,

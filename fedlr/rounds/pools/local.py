@@ -27,10 +27,10 @@ from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.rehearsal import Rehearsal, SafeGradients
-from fedlr.rounds.round import Dropout, RoundTask
+from fedlr.rounds.round import Dropout, RoundRequest
 from fedlr.streams import Randomness
-from fedlr.tasks.losses import PerExampleLoss, cross_entropy
-from fedlr.tasks.tokenise import Share
+from fedlr.tasks.examples import Share
+from fedlr.tasks.losses import PerExampleLoss, class_losses
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
 from fedlr.training.local import LocalTraining, train_client
 from fedlr.training.tuner_gradients import engine
@@ -92,7 +92,7 @@ class Accounts:
         self._given = "" if ledger is None else f"{enrolled.fingerprint()} {randomness!r}"
         self._lock = threading.Lock()
 
-    def reserve(self, task: RoundTask, cohort: Sequence[int], kept: Kept) -> tuple[list[int], list[Dropout]]:
+    def reserve(self, task: RoundRequest, cohort: Sequence[int], kept: Kept) -> tuple[list[int], list[Dropout]]:
         """Charge a round to those who can pay: return them, and the others.
 
         The ledger is told all that decides what they compute, but for their data and the configuration: what they are
@@ -161,7 +161,7 @@ class LocalPool:
         self._rehearsed: Block | None = None  # with long rows too
         self.seconds: dict[int, float] = {}  # by client, of its latest round
 
-    def train(self, task: RoundTask, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+    def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Reserve each client's spending, then train those that can still pay; yield as they finish."""
         # What does not fit is an error here, before anybody is charged.
         adapter = replace(self._enrolled.overlaid(task.broadcast), side=task.side)
@@ -179,7 +179,7 @@ class LocalPool:
         while not self._workers.empty():
             self._workers.get().close()
 
-    def _rehearse(self, task: RoundTask, adapter: AdapterState, cohort: Sequence[int]) -> None:
+    def _rehearse(self, task: RoundRequest, adapter: AdapterState, cohort: Sequence[int]) -> None:
         """Try the round on constant rows; the first of a block on the longest there may be."""
         if (rehearsal := self._rehearsal) is None:
             return
@@ -190,7 +190,7 @@ class LocalPool:
             self._threads.submit(steps, rows, task, adapter, client).result()
         self._rehearsed = task.block
 
-    def _train_one(self, task: RoundTask, adapter: AdapterState, client: int) -> ClientUpdate:
+    def _train_one(self, task: RoundRequest, adapter: AdapterState, client: int) -> ClientUpdate:
         started = time.perf_counter()
         tensors, inputs, steps = self._steps(
             self._clients[client],
@@ -209,7 +209,7 @@ class LocalPool:
     def _steps(
         self,
         share: Share,
-        task: RoundTask,
+        task: RoundRequest,
         adapter: AdapterState,
         client: int,
         *,
@@ -248,7 +248,7 @@ class LocalPool:
 class Worker:
     """One model with its gradient hooks; reused from client to client."""
 
-    def __init__(self, model: nn.Module, mode: str, *, loss: PerExampleLoss = cross_entropy) -> None:
+    def __init__(self, model: nn.Module, mode: str, *, loss: PerExampleLoss = class_losses) -> None:
         self.model = model
         self._mode, self._loss = mode, loss
         self._block: Block | None = None

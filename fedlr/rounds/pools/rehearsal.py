@@ -20,7 +20,9 @@ from torch import Tensor
 from fedlr.adapters.state import Slot
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.tasks.tokenise import Share
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.examples import Share
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import FusedSums
 from fedlr.training.fused import ClippedSums
 from fedlr.training.gradients import Gradients
@@ -78,8 +80,7 @@ class SafeSums:
 
     def __call__(
         self,
-        inputs: Mapping[str, Tensor],
-        labels: Tensor,
+        batch: Batch,
         *,
         owner: Tensor,
         stacks: Mapping[Slot, Tensor],
@@ -87,9 +88,9 @@ class SafeSums:
     ) -> ClippedSums:
         """See `fedlr.training.cohort.FusedSums`."""
         try:
-            return self.sums(inputs, labels, owner=owner, stacks=stacks, **passed_on)
+            return self.sums(batch, owner=owner, stacks=stacks, **passed_on)
         except Exception as error:  # whatever a foreign forward makes of a row
-            self.rehearsal.failed(error, len(labels))
+            self.rehearsal.failed(error, batch.num_examples)
         num_values = sum(stack[0].numel() for stack in stacks.values())
         return ClippedSums(owner, torch.zeros(1, num_values, device=owner.device))
 
@@ -102,12 +103,12 @@ class SafeGradients:
     trained: Mapping[Slot, Tensor]
     rehearsal: Rehearsal
 
-    def clipped_sum(self, inputs: Mapping[str, Tensor], labels: Tensor, *, max_grad_norm: float) -> dict[Slot, Tensor]:
+    def clipped_sum(self, batch: Batch, *, max_grad_norm: float) -> dict[Slot, Tensor]:
         """See `fedlr.training.gradients.Gradients`."""
         try:
-            return self.gradients.clipped_sum(inputs, labels, max_grad_norm=max_grad_norm)
+            return self.gradients.clipped_sum(batch, max_grad_norm=max_grad_norm)
         except Exception as error:  # whatever a foreign forward makes of a row
-            self.rehearsal.failed(error, len(labels))
+            self.rehearsal.failed(error, batch.num_examples)
         return {slot: torch.zeros_like(self.trained[slot], dtype=torch.float32) for slot in sorted(self.trained)}
 
     def close(self) -> None:
@@ -117,6 +118,7 @@ class SafeGradients:
 def with_largest_id(share: Share, largest: int) -> Share:
     """Return constant rows whose long ones hold a token id in their middle: the largest that a tokenizer gives."""
     table = share.table
+    assert isinstance(table, TokenisedText)
     ids = table.ids.copy()
     long = np.flatnonzero(table.lengths[1:] > 2) + 1
     ids[table.offsets[long] + table.lengths[long] // 2] = largest

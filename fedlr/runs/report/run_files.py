@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlr.errors import InputError
-from fedlr.rounds.scores import MOST_CLASSES
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
+from fedlr.tasks.scores import MOST_CLASSES
 
 SCORES = ("balanced_accuracy", "macro_f1", "mcc", "auc", "ece")  # of a state, beside accuracy and loss
 

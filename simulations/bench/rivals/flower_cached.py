@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.config.schema import compose_experiment
-from fedlr.rounds.round import RoundTask
+from fedlr.rounds.round import RoundRequest
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
 from simulations.simulate import create_ledger
@@ -30,8 +30,8 @@ def train(message: Message, context: Context) -> Message:
     """Train one client on the federation that this actor keeps."""
     overrides, arrays, scratch = content(message)
     federation, pool = kept(overrides, scratch)
-    block = federation.task().block
-    task = RoundTask(0, unpacked(arrays["block"], federation.start.adapter.select(block)), block)
+    block = federation.request().block
+    task = RoundRequest(0, unpacked(arrays["block"], federation.start.adapter.select(block)), block)
     (update,) = pool.train(task, [int(context.node_config["partition-id"])])
     if not isinstance(update, ClientUpdate):
         raise RuntimeError(f"Expected an update, got {update}")

@@ -24,14 +24,16 @@ from fedlr.adapters.state import LORA_B, Slot
 from fedlr.config.build import build, build_optimizer
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.data.partition import Partition
+from fedlr.data.table import LabelledText
 from fedlr.models.network import resolve
 from fedlr.models.peft_state import train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.prepare import load_examples, private_mechanism
 from fedlr.streams import SeededRandomness
-from fedlr.tasks.losses import cross_entropy
-from fedlr.tasks.tokenise import Share, TokenisedText
+from fedlr.tasks.examples import Share
+from fedlr.tasks.losses import class_losses
+from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.gradients import HookGradients
 from fedlr.training.local import LocalTraining, train_client
 from simulations.bench.rivals.flower_cached import content, reply
@@ -98,7 +100,7 @@ def train_privately(model: PeftModel, share: Share, data: RawData, *, client: in
     """Take the client's private steps with Opacus hooks."""
     e = data.experiment
     trained = train_only(model, BLOCK)
-    gradients = HookGradients(model, trained, loss=cross_entropy)
+    gradients = HookGradients(model, trained, loss=class_losses)
     training = LocalTraining(
         num_steps=e.trainer.num_steps,
         optimizer=build_optimizer(e.trainer),
@@ -126,6 +128,7 @@ def raw_data(overrides: tuple[str, ...]) -> RawData:
     e = compose_experiment(overrides)
     seed = e.seed or 0
     texts, _ = load_examples(e, seed=seed)
+    assert isinstance(texts, LabelledText)
     partition = build(e.partition.section(), "partition", data=texts, num_clients=e.num_clients, seed=seed)
     datasets.disable_progress_bars()
     table = datasets.Dataset.from_dict({"text": list(texts.texts), "label": texts.labels.tolist()})

@@ -3,7 +3,6 @@
 Sizes are MiniLM's (6 layers, 384 wide, 12 heads, Wang et al. 2020): encoder, vision transformer and decoder.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,8 @@ from transformers import (
 
 from fedlr.adapters.state import LORA_B
 from fedlr.models.peft_state import adapter_parameters
-from fedlr.tasks.losses import PerExampleLoss, causal_lm, cross_entropy
+from fedlr.tasks.batch import Batch
+from fedlr.tasks.losses import PerExampleLoss, class_losses, token_losses
 
 FAMILIES = ("encoder", "vit", "decoder")
 NUM_LABELS, PATCH = 2, 16
@@ -50,8 +50,7 @@ class Network:
 
     model: PeftModel
     loss: PerExampleLoss
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
+    batch: Batch
 
 
 def build_network(family: str, shape: Shape, *, batch: int, seed: int) -> Network:
@@ -68,7 +67,7 @@ def build_network(family: str, shape: Shape, *, batch: int, seed: int) -> Networ
         model = get_peft_model(network, LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=targets))
         for slot, parameter in adapter_parameters(model).items():
             parameter.data.normal_(std=0.02 if slot.role == LORA_B else shape.spread)
-    return Network(model.train(), loss, inputs, labels)
+    return Network(model.train(), loss, Batch(inputs, labels))
 
 
 def _encoder(shape: Shape, batch: int) -> tuple[torch.nn.Module, list[str], PerExampleLoss, dict[str, Tensor], Tensor]:
@@ -86,7 +85,7 @@ def _encoder(shape: Shape, batch: int) -> tuple[torch.nn.Module, list[str], PerE
     ids = torch.randint(5, shape.vocabulary, (batch, shape.tokens))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     labels = torch.randint(NUM_LABELS, (batch,))
-    return BertForSequenceClassification(config), ["query", "value"], cross_entropy, inputs, labels
+    return BertForSequenceClassification(config), ["query", "value"], class_losses, inputs, labels
 
 
 def _vit(shape: Shape, batch: int) -> tuple[torch.nn.Module, list[str], PerExampleLoss, dict[str, Tensor], Tensor]:
@@ -107,7 +106,7 @@ def _vit(shape: Shape, batch: int) -> tuple[torch.nn.Module, list[str], PerExamp
     inputs = {"pixel_values": torch.randn(batch, 3, side, side)}
     names = {path.rsplit(".", 1)[-1] for path, _ in network.named_modules()}
     targets = ["query", "value"] if "query" in names else ["q_proj", "v_proj"]
-    return network, targets, cross_entropy, inputs, torch.randint(NUM_LABELS, (batch,))
+    return network, targets, class_losses, inputs, torch.randint(NUM_LABELS, (batch,))
 
 
 def _decoder(shape: Shape, batch: int) -> tuple[torch.nn.Module, list[str], PerExampleLoss, dict[str, Tensor], Tensor]:
@@ -123,4 +122,4 @@ def _decoder(shape: Shape, batch: int) -> tuple[torch.nn.Module, list[str], PerE
     )
     ids = torch.randint(5, shape.decoder_vocabulary, (batch, shape.tokens))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return LlamaForCausalLM(config), ["q_proj", "v_proj"], causal_lm, inputs, ids
+    return LlamaForCausalLM(config), ["q_proj", "v_proj"], token_losses, inputs, ids

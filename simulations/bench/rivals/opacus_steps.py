@@ -14,6 +14,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 
 from fedlr.adapters.state import Slot
+from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -33,16 +34,16 @@ class PlainStep:
         self._model, self._trained, self._loss = model, trained, loss
         self._optimizer = optimizer(list(trained.values()))
 
-    def step(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one step on the summed loss."""
         self._optimizer.zero_grad()
-        self._loss(self._model(**inputs).logits, labels).sum().backward()
+        self._loss(self._model, batch).sum().backward()
         self._optimizer.step()
 
-    def sums(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[Slot, Tensor]:
+    def sums(self, batch: Batch) -> dict[Slot, Tensor]:
         """Return the gradient of the summed loss."""
         self._optimizer.zero_grad()
-        self._loss(self._model(**inputs).logits, labels).sum().backward()
+        self._loss(self._model, batch).sum().backward()
         found = {
             slot: parameter.grad.clone() for slot, parameter in self._trained.items() if parameter.grad is not None
         }
@@ -74,16 +75,16 @@ class OpacusStep:
             loss_reduction="sum",
         )
 
-    def step(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one private step."""
         self._optimizer.zero_grad()
-        self._loss(self._model(**inputs).logits, labels).sum().backward()
+        self._loss(self._model, batch).sum().backward()
         self._optimizer.step()
 
-    def sums(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[Slot, Tensor]:
+    def sums(self, batch: Batch) -> dict[Slot, Tensor]:
         """Return the sum of clipped gradients, before any noise."""
         self._optimizer.zero_grad()
-        self._loss(self._model(**inputs).logits, labels).sum().backward()
+        self._loss(self._model, batch).sum().backward()
         self._optimizer.clip_and_accumulate()
         found = {slot: parameter.summed_grad.clone() for slot, parameter in self._trained.items()}  # type: ignore[attr-defined]
         self._optimizer.zero_grad()
@@ -115,21 +116,21 @@ class OpacusGhostStep:
             loss_reduction="sum",
         )
 
-    def step(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one private step."""
-        self._backward(inputs, labels)
+        self._backward(batch)
         self._optimizer.step()
 
-    def sums(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[Slot, Tensor]:
+    def sums(self, batch: Batch) -> dict[Slot, Tensor]:
         """Return the sum of clipped gradients, before any noise."""
-        self._backward(inputs, labels)
+        self._backward(batch)
         found = {
             slot: parameter.grad.clone() for slot, parameter in self._trained.items() if parameter.grad is not None
         }
         self._optimizer.zero_grad()
         return found
 
-    def _backward(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def _backward(self, batch: Batch) -> None:
         self._optimizer.zero_grad()
-        losses = self._loss(self._model(**inputs).logits, labels)
+        losses = self._loss(self._model, batch)
         DPTensorFastGradientClipping(self._hooks, self._optimizer, losses, "sum").backward()

@@ -15,15 +15,15 @@ from torch import nn
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
-from fedlr.models.network import BaseModel
 from fedlr.tasks.probe import end_token, probe_inputs
+from fedlr.tasks.task import Base
 from fedlr.tasks.tokenise import TokenisedText, tokenise
 
 # What models call their table of absolute positions; those of pixels and of pages have other names.
 _TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 
 
-def read_texts(data: LabelledText, base: BaseModel, *, max_length: int) -> TokenisedText:
+def read_texts(data: LabelledText, base: Base, *, max_length: int) -> TokenisedText:
     """Tokenise texts for a base model that passed `check_reading`, as `fedlr.tasks.tokenise.tokenise` does.
 
     Where the model reads a text at its end token, each text has that token once, at its end, also if the text itself
@@ -37,7 +37,7 @@ def read_texts(data: LabelledText, base: BaseModel, *, max_length: int) -> Token
     return texts if end is None else _ending(texts, end)
 
 
-def check_reading(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> None:
+def check_reading(base: Base, *, max_length: int, has_pairs: bool = False) -> None:
     """Check that a model reads whatever its tokenizer makes of a text of up to `max_length` tokens.
 
     Args:
@@ -99,7 +99,7 @@ def _is_scaled_by_length(rope: dict[str, Any]) -> bool:
     return rope.get("rope_type") in ("dynamic", "longrope")
 
 
-def _check_tokens(base: BaseModel) -> None:
+def _check_tokens(base: Base) -> None:
     tokenizer, table = base.tokenizer, base.network.get_input_embeddings()
     if tokenizer.pad_token_id is None:
         raise InputError(
@@ -115,7 +115,7 @@ def _check_tokens(base: BaseModel) -> None:
         )
 
 
-def _check_end(base: BaseModel) -> None:
+def _check_end(base: Base) -> None:
     end = end_token(base.network)
     if end is not None and base.tokenizer("a")["input_ids"][-1:] != [end]:
         raise InputError(
@@ -124,7 +124,7 @@ def _check_end(base: BaseModel) -> None:
         )
 
 
-def _check_pairs(base: BaseModel) -> None:
+def _check_pairs(base: Base) -> None:
     """Refuse a tokenizer that does not keep two texts apart, and a model that cannot read them."""
     one = " set data.text_pair_column=null and give both texts in one column"
     if end_token(base.network) is not None:

@@ -1,0 +1,65 @@
+"""How good a model is on held-out rows, whatever the task."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from fedlr.tasks.scores import Scores, mean_scores
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number of a task that stands first in every table.
+
+    Args:
+        name: of a field of `Evaluation`, or of one of its measures.
+        higher_is_better: which way is better.
+        is_share: whether it lies in [0, 1] and is written in percent.
+    """
+
+    name: str
+    higher_is_better: bool
+    is_share: bool
+
+
+ACCURACY = Metric("accuracy", higher_is_better=True, is_share=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of held-out examples.
+
+    Args:
+        accuracy: in [0, 1], of classes the share that is named right, of texts the share of next tokens.
+        loss: in nats, the mean over examples.
+        scores: of classes, what else is told of the answers.
+        measures: further numbers of a task, by name.
+    """
+
+    accuracy: float
+    loss: float
+    scores: Scores | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    def headline(self, metric: Metric) -> float:
+        """Return the number that a task names first.
+
+        >>> Evaluation(0.5, 0.7).headline(ACCURACY)
+        0.5
+        """
+        return self.measures[metric.name] if metric.name in self.measures else float(getattr(self, metric.name))
+
+
+def mean_evaluation(found: Sequence[Evaluation]) -> Evaluation:
+    """Return the mean over several models.
+
+    >>> mean_evaluation([Evaluation(0.5, 1.0), Evaluation(1.0, 0.0)])
+    Evaluation(accuracy=0.75, loss=0.5, scores=None, measures={})
+    """
+    told = [one.scores for one in found if one.scores is not None]
+    return Evaluation(
+        fmean(one.accuracy for one in found),
+        fmean(one.loss for one in found),
+        mean_scores(told) if len(told) == len(found) else None,
+        {name: fmean(one.measures[name] for one in found) for name in found[0].measures},
+    )
