@@ -28,7 +28,7 @@ def test_evaluation_is_the_plain_mean_over_examples(architecture: str, token_bud
 def test_evaluation_leaves_the_model_as_it_was(training: bool) -> None:
     model = small_model("bert").train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, client_data(random_rows(3, seed=1)))
+    evaluate(model, client_data(random_rows(3, seed=1)), task=TextClassification())
     assert model.training is training
     assert all(module.training is training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -40,4 +40,4 @@ def test_dropout_is_off_while_evaluating() -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    assert len({evaluate(model.train(), data).loss for _ in range(3)}) == 1
+    assert len({evaluate(model.train(), data, task=TextClassification()).loss for _ in range(3)}) == 1

@@ -33,6 +33,7 @@ from fedlr.models.starts.factors import (
 from fedlr.models.starts.starts import centred_moments, mean_moments, weight_gradients
 from fedlr.tasks.losses import class_losses, cross_entropy
 from fedlr.tasks.synthetic import VOCABULARY
+from fedlr.tasks.text_classification import TextClassification
 from fedlr.tasks.tokenise import TokenisedText, tokenise
 
 LABELS, SCALE = ("negative", "positive"), 2.0
@@ -124,7 +125,7 @@ def test_eva_is_pefts() -> None:
 def test_lora_ga_has_the_directions_of_pefts_and_the_lengths_of_the_paper() -> None:
     model, _ = ours()
     layers = {path: layer.get_base_layer() for path, layer in adapted_layers(model).items()}
-    gradients = weight_gradients(model, layers, texts())
+    gradients = weight_gradients(model, layers, texts(), task=TextClassification())
     options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     for path, (lora_A, lora_B, _) in by_peft(peft_starts.lora_ga, 4, **options).items():
         made = lora_ga_factors(gradients[path], 4)
@@ -144,7 +145,7 @@ def test_lora_ga_needs_two_directions_a_rank() -> None:
 def test_gradients_are_those_of_the_mean_loss_and_the_weights_stay_frozen() -> None:
     model, _ = ours()
     layers = {path: layer.get_base_layer() for path, layer in adapted_layers(model).items()}
-    found = weight_gradients(model, layers, texts())
+    found = weight_gradients(model, layers, texts(), task=TextClassification())
     assert not any(layer.weight.requires_grad for layer in layers.values())
     path, layer = next(iter(layers.items()))
     batch = texts().batch(range(12))

@@ -11,14 +11,13 @@ import datasets
 import numpy as np
 import pytest
 
-import fedlr.data.partition as partitions
 import fedlr.data.placement as places
 import fedlr.runs.prepare
 from fedlr.config.build import build
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.data.partition import Partition, by_file, by_group
 from fedlr.data.placement import content, whole_rows
-from fedlr.data.table import load_table
+from fedlr.data.table import LabelledText, load_table
 from fedlr.errors import InputError
 from fedlr.runs.prepare import load_examples, load_held_out, num_rows_of, placement
 from simulations.federation import prepare
@@ -85,7 +84,7 @@ def test_a_minimum_is_a_say_of_the_rows_and_is_said(wards: Path) -> None:
 
 
 def test_a_small_client_is_named_where_its_name_is_public() -> None:
-    data = partitions.LabelledText(("a", "b", "c"), np.array([0, 1, 0]), LABELS, ("x", "hush", "x"), "here")
+    data = LabelledText(("a", "b", "c"), np.array([0, 1, 0]), LABELS, ("x", "hush", "x"), "here")
     with pytest.raises(InputError, match="fewer of 'hush'"):
         by_group(data, num_clients=2, seed=0, groups=["x", "hush"], min_rows=2)
     with pytest.raises(InputError, match="fewer of 1 of them") as error:
@@ -206,5 +205,5 @@ def test_a_dataset_is_read_by_its_splits(tmp_path: Path) -> None:
 
 
 def test_a_partition_of_natural_clients_has_their_rows_in_order() -> None:
-    data = partitions.LabelledText(("a", "b", "c"), np.array([0, 1, 0]), LABELS, ("x", "y", "x"), "here")
+    data = LabelledText(("a", "b", "c"), np.array([0, 1, 0]), LABELS, ("x", "y", "x"), "here")
     assert [rows.tolist() for rows in by_group(data, num_clients=0, seed=0).indices] == [[0, 2], [1]]

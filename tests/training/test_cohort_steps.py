@@ -196,12 +196,10 @@ class RowCounts:
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
 
-    def __call__(
-        self, inputs: dict[str, Tensor], labels: Tensor, *, owner: Tensor, stacks: object, **rest: object
-    ) -> ClippedSums:
+    def __call__(self, batch: Batch, *, owner: Tensor, stacks: object, **rest: object) -> ClippedSums:
         clients, local = owner.unique(return_inverse=True)
         counts = torch.zeros(len(clients), self.num_rows)
-        counts.index_put_((local, inputs["input_ids"][:, 0]), torch.ones(len(owner)), accumulate=True)
+        counts.index_put_((local, batch.inputs["input_ids"][:, 0]), torch.ones(len(owner)), accumulate=True)
         return ClippedSums(clients, counts)
 
 

@@ -18,7 +18,7 @@ from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters, train_only
 from fedlr.models.precision import with_bfloat16_base
 from fedlr.tasks.batch import Batch
-from fedlr.tasks.losses import class_losses, cross_entropy, token_losses
+from fedlr.tasks.losses import LossOfLogits, class_losses, cross_entropy, token_losses
 from fedlr.training import fused as shipped
 from fedlr.training.fused import FusedGradients, check_fused
 from fedlr.training.gradients import HookGradients, LoopGradients
@@ -197,7 +197,7 @@ def test_no_activation_outlives_a_call(fails: bool) -> None:
             raise Abort
         return cross_entropy(logits, labels)
 
-    engine = FusedGradients(model, train_only(model, EVERYTHING), loss=loss)
+    engine = FusedGradients(model, train_only(model, EVERYTHING), loss=LossOfLogits(loss))
     for module in engine._model.modules():
         if type(module).__name__.startswith("Stacked"):
             module.register_forward_hook(lambda _module, _inputs, output: seen.append(weakref.ref(output)))

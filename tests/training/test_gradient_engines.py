@@ -278,7 +278,8 @@ def fail_in_loss(model: nn.Module, engine: object) -> Callable[[], None]:
     """Fail after the forward pass, when every activation is stored."""
     working = engine._loss
 
-    def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def broken(model: nn.Module, batch: Batch) -> torch.Tensor:
+        model(**batch.inputs)
         raise Abort
 
     engine._loss = broken

@@ -18,7 +18,14 @@ from fedlr.flower.terms import Terms
 from fedlr.models.peft_state import train_only
 from fedlr.models.tuners import TUNERS
 from fedlr.tasks.batch import Batch
-from fedlr.tasks.losses import LabelWeighted, PerExampleLoss, class_losses, cross_entropy, weighted_cross_entropy
+from fedlr.tasks.losses import (
+    LabelWeighted,
+    LossOfLogits,
+    PerExampleLoss,
+    class_losses,
+    cross_entropy,
+    weighted_cross_entropy,
+)
 from fedlr.training.functorch import FunctorchGradients
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
@@ -47,12 +54,12 @@ def made(kind: type, loss: PerExampleLoss) -> Gradients:
 def rows_for(kind: type) -> tuple[Mapping[str, Tensor], Tensor]:
     if kind is FunctorchGradients:
         of = subject(TUNERS["lora"])
-        return of.inputs, of.labels
+        return of.batch.inputs, of.batch.targets
     return batch(random_rows(6, seed=3)), torch.tensor([0, 1, 2, 2, -100, 0])
 
 
 def weighted(kind: type, weights: tuple[float, ...]) -> Gradients:
-    return made(kind, LabelWeighted(cross_entropy, weights))
+    return made(kind, LossOfLogits(LabelWeighted(cross_entropy, weights)))
 
 
 class AfterTheClip:
@@ -77,7 +84,7 @@ def batch_normalised(kind: type, weights: tuple[float, ...]) -> Gradients:
         own = torch.tensor(weights)[labels.clamp(min=0)]
         return cross_entropy(logits, labels) * own / own.sum()
 
-    return made(kind, loss)
+    return made(kind, LossOfLogits(loss))
 
 
 def check_bound(make: Weighted, kind: type) -> None:
@@ -115,7 +122,7 @@ def test_a_weight_at_the_wrong_place_is_caught(kind: type, mutant: Weighted) -> 
 def test_without_a_clip_every_gradient_is_multiplied_by_its_weight(kind: type) -> None:
     inputs, labels = rows_for(kind)
     plain, total = made(kind, class_losses), {}
-    for row, label in enumerate(batch.targets.tolist()):
+    for row, label in enumerate(labels.tolist()):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         for slot, value in plain.clipped_sum(Batch(one, labels[row : row + 1]), max_grad_norm=math.inf).items():
             total[slot] = total.get(slot, 0.0) + WEIGHTS[max(label, 0)] * value.double()
@@ -125,7 +132,7 @@ def test_without_a_clip_every_gradient_is_multiplied_by_its_weight(kind: type) -
 
 def test_without_weights_the_loss_is_the_very_one_of_before() -> None:
     assert weighted_cross_entropy(None, ["a", "b"]) is weighted_cross_entropy({}, ["a", "b"]) is cross_entropy
-    assert federation().training.loss is cross_entropy
+    assert federation().task._loss._of_logits is cross_entropy
 
 
 def first_updates(*overrides: str) -> dict[Slot, Tensor]:
@@ -179,5 +186,5 @@ def test_terms_carry_weights_and_without_them_are_those_of_before() -> None:
 
 
 def test_the_protocol_holds() -> None:
-    loss: PerExampleLoss = LabelWeighted(cross_entropy, WEIGHTS)
+    loss = LabelWeighted(cross_entropy, WEIGHTS)
     assert loss(torch.zeros(2, 3), torch.tensor([2, -100])).tolist() == pytest.approx([20 * math.log(3), 0.0])

@@ -70,8 +70,7 @@ class Scene:
     def compare(self, *, bound: float = 0.5, found: ClippedSums | None = None) -> None:
         self.check.compare(
             self.found(bound=bound) if found is None else found,
-            self.inputs,
-            self.labels,
+            Batch(self.inputs, self.labels),
             owner=OWNER,
             adapter=self.adapter.tensors,
             stacks=self.stacks,

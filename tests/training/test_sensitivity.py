@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fedlr.models.peft_state import train_only
 from fedlr.tasks.batch import Batch
-from fedlr.tasks.losses import class_losses, cross_entropy, token_losses
+from fedlr.tasks.losses import LossOfLogits, class_losses, cross_entropy, token_losses
 from fedlr.training import fused
 from fedlr.training import gradients as shipped
 from tests.training.small_models import (
@@ -149,7 +149,7 @@ def batch_mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["HookGradients", "GhostGradients", "FusedGradients"])
 def test_the_librarys_language_loss_is_caught_by_more_than_five_c(name: str) -> None:
-    case = Case(MODULES[name], name, "llama_lm", A_AND_B, library_causal_loss)
+    case = Case(MODULES[name], name, "llama_lm", A_AND_B, LossOfLogits(library_causal_loss))
     with pytest.raises(AssertionError):
         check_sensitivity(case, num_pairs=0)
     before, after = [([5, 6], 0)] * 7 + [([7] * LONG, 0)], [([5, 6], 0)] * 8
@@ -166,7 +166,7 @@ def test_it_is_the_librarys_own_loss_that_is_caught() -> None:
 
 @pytest.mark.parametrize("name", ["HookGradients", "GhostGradients", "FusedGradients"])
 def test_a_batch_mean_loss_is_caught(name: str) -> None:
-    case = Case(MODULES[name], name, "bert", B_AND_HEAD, batch_mean_loss)
+    case = Case(MODULES[name], name, "bert", B_AND_HEAD, LossOfLogits(batch_mean_loss))
     with pytest.raises(AssertionError):
         check_sensitivity(case, num_pairs=0)
     assert worst_ratio(case, num_pairs=0, seed=0) > 1.2

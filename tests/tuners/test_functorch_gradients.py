@@ -26,7 +26,7 @@ def engines(name: str) -> tuple[FunctorchGradients, LoopGradients, dict[str, Ten
     made = subject(TUNERS[name])
     given = made.model, made.trained
     both = FunctorchGradients(*given, loss=class_losses), LoopGradients(*given, loss=class_losses)
-    return *both, dict(made.inputs), made.labels
+    return *both, dict(made.batch.inputs), made.batch.targets
 
 
 def joint_norm(tensors: dict[Slot, Tensor]) -> float:
@@ -72,9 +72,9 @@ def test_an_empty_micro_batch_gives_zeros() -> None:
 def test_a_bank_that_layers_share_is_the_same_parameter_afterwards(name: str) -> None:
     made = subject(TUNERS[name])
     before = {path: id(p) for path, p in made.model.named_parameters(remove_duplicate=False)}
-    rows = FunctorchGradients(made.model, made.trained, loss=class_losses).rows(made.inputs, made.labels)
+    rows = FunctorchGradients(made.model, made.trained, loss=class_losses).rows(made.batch)
     assert {path: id(p) for path, p in made.model.named_parameters(remove_duplicate=False)} == before
-    expected = loop_rows(made.model, made.trained, made.inputs, made.labels, loss=class_losses)
+    expected = loop_rows(made.model, made.trained, made.batch, loss=class_losses)
     for slot, row in expected.items():
         torch.testing.assert_close(rows[slot], row)
 
@@ -110,9 +110,9 @@ def head_engine(model: nn.Module) -> FunctorchGradients:
 
 def test_a_gradient_that_is_silently_missing_is_refused() -> None:
     x, labels = torch.randn(2, 4), torch.tensor([0, 2])
-    assert len(head_engine(Outside()).rows({"x": x}, labels)) == 2
+    assert len(head_engine(Outside()).rows(Batch({"x": x}, labels))) == 2
     with pytest.raises(InputError, match="weight left out"):
-        head_engine(KeepsACopy()).rows({"x": x}, labels)
+        head_engine(KeepsACopy()).rows(Batch({"x": x}, labels))
 
 
 def test_a_random_forward_pass_is_refused() -> None:
@@ -120,20 +120,20 @@ def test_a_random_forward_pass_is_refused() -> None:
     model.head, model.dropout = Outside(), nn.Dropout(0.5)
     model.forward = lambda x: model.head(model.dropout(x))
     with pytest.raises(InputError, match="torch.func can follow"):
-        head_engine(model).rows({"x": torch.randn(2, 4)}, torch.tensor([0, 2]))
+        head_engine(model).rows(Batch({"x": torch.randn(2, 4)}, torch.tensor([0, 2])))
 
 
 @pytest.mark.parametrize("name", ["c3a", "randlora", "velora"])
 def test_code_that_torch_func_cannot_follow_is_refused_and_not_wrong(name: str) -> None:
     made = subject(replace(TUNERS[name], path="vmap"))
     with pytest.raises(InputError, match="use gradients by a loop"):
-        FunctorchGradients(made.model, made.trained, loss=class_losses).rows(made.inputs, made.labels)
+        FunctorchGradients(made.model, made.trained, loss=class_losses).rows(made.batch)
 
 
 @pytest.mark.parametrize("name", ["vera", "c3a", "dora"])
 def test_opacus_says_so_where_its_hooks_see_nothing(name: str) -> None:
     made = subject(TUNERS[name])
     with pytest.raises((ValueError, TypeError)):
-        hook_rows(made.model, made.trained, made.inputs, made.labels, loss=class_losses)
+        hook_rows(made.model, made.trained, made.batch, loss=class_losses)
     # and leaves nothing behind that would stop the right path
-    assert loop_rows(made.model, made.trained, made.inputs, made.labels, loss=class_losses)
+    assert loop_rows(made.model, made.trained, made.batch, loss=class_losses)

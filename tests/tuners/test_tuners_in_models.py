@@ -168,7 +168,7 @@ def test_a_pass_that_raises_leaves_the_model_as_it_was() -> None:
 def test_an_empty_micro_batch_gives_zeros() -> None:
     model, trained, inputs, labels = adapted("bert", "vera")
     nobody = {name: rows[:0] for name, rows in inputs.items()}
-    found = CopiesGradients(model, trained, loss=class_losses).clipped_sum(nobody, labels[:0], max_grad_norm=1.0)
+    found = CopiesGradients(model, trained, loss=class_losses).clipped_sum(Batch(nobody, labels[:0]), max_grad_norm=1.0)
     assert found.keys() == trained.keys() and not any(tensor.any() for tensor in found.values())
 
 
@@ -177,4 +177,4 @@ def test_a_layer_that_reads_a_second_tensor_is_refused() -> None:
 
     made = subject(TUNERS["mhr"])
     with pytest.raises(InputError, match="use gradients by a loop"):
-        SplitGradients(made.model, made.trained, loss=class_losses).rows(made.inputs, made.labels)
+        SplitGradients(made.model, made.trained, loss=class_losses).rows(made.batch)
