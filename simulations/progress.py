@@ -11,6 +11,7 @@ from fedlr.config.schema import Experiment
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.verdict import verdict_lines
+from fedlr.tasks.evaluation import ACCURACY, Metric
 
 
 class Progress:
@@ -20,11 +21,11 @@ class Progress:
     is estimated from what is done.
     """
 
-    def __init__(self, experiment: Experiment, *, say: Callable[[str], None]) -> None:
+    def __init__(self, experiment: Experiment, *, say: Callable[[str], None], metric: Metric = ACCURACY) -> None:
         e = experiment
         arms = 1 + int(e.tracking.run_no_privacy and e.privacy.epsilon is not None)
         alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
-        self._experiment, self.say = e, say
+        self._experiment, self.say, self._metric = e, say, metric
         self._total = arms * e.num_rounds * e.cohort_size + alone
         self._done = 0
         self._lock = threading.Lock()
@@ -33,7 +34,7 @@ class Progress:
     def arm(self, name: str, row: dict[str, Any]) -> None:
         """Announce a federated run and its start."""
         self.say(f"\n{name}: {self._experiment.num_clients} clients, {self._experiment.cohort_size} a round")
-        self.say(f"  start        accuracy {row['accuracy']:.3f}   {loss_text(row)}")
+        self.say(f"  start        {self._score(row)}   {loss_text(row)}")
 
     def taken_up(self, num_rounds: int) -> None:
         """Announce a federated run that goes on."""
@@ -49,7 +50,7 @@ class Progress:
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
         absent = f"   without an update: {counted(row['reasons'])}" if row["reasons"] else ""
         self.say(
-            f"  round {number}  accuracy {row['accuracy']:.3f}   {loss_text(row)}   {epsilon}{of_budget}"
+            f"  round {number}  {self._score(row)}   {loss_text(row)}   {epsilon}{of_budget}"
             f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
         )
         if not row["num_trained"]:
@@ -71,14 +72,18 @@ class Progress:
         with self._lock:
             self._done += 1
 
-    def alone_done(self, accuracies: Sequence[float], *, num_idle: int) -> None:
+    def alone_done(self, scores: Sequence[float], *, num_idle: int) -> None:
         """Report how the clients alone came out."""
-        self.say(
-            f"  accuracy mean {statistics.fmean(accuracies):.3f}, worst {min(accuracies):.3f}, "
-            f"best {max(accuracies):.3f}"
-        )
+        worst, best = sorted((min(scores), max(scores)), reverse=not self._metric.higher_is_better)
+        mean, worst_text, best_text = map(self._metric.text, (statistics.fmean(scores), worst, best))
+        self.say(f"  {self._metric.name} mean {mean}, worst {worst_text}, best {best_text}")
         if num_idle:
             self.say(f"  NO USABLE UPDATE of {num_idle} clients alone: they stay at the start")
+
+    def _score(self, row: Mapping[str, Any]) -> str:
+        """Write the headline of a state; one that is not finite has no number."""
+        value = row[self._metric.name]
+        return f"{self._metric.name} {'not finite' if value is None else self._metric.text(value)}"
 
     def left(self) -> str:
         """Return the estimated time left, as minutes and seconds."""

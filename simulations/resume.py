@@ -60,7 +60,12 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
             if ledger:
                 ledger.require(checkpoint.facts["ledger_head"])
                 say_refusals(federation, ledger, checkpoint, say=say)
-            run(federation, run_dir, ledger=ledger, progress=Progress(experiment, say=say))
+            run(
+                federation,
+                run_dir,
+                ledger=ledger,
+                progress=Progress(experiment, say=say, metric=federation.task.metric),
+            )
 
 
 def required_checkpoint(run_dir: Path, experiment: Experiment, *, say: Callable[[str], None]) -> Checkpoint:

@@ -78,7 +78,8 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
             ledger = create_ledger(federation, run_dir / LEDGER)
-            run(federation, run_dir, ledger=ledger, progress=Progress(federation.experiment, say=say))
+            progress = Progress(federation.experiment, say=say, metric=federation.task.metric)
+            run(federation, run_dir, ledger=ledger, progress=progress)
     return run_dir
 
 
@@ -98,7 +99,8 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     leave_behind(federation, run_dir, state)
     told = summary(federation, state, rows, seconds=seconds)
     finish_run(run_dir, told, draw=write_report)
-    progress.judged(told["verdict"])
+    if told["verdict"] is not None:
+        progress.judged(told["verdict"])
     if told["problem"]:
         raise InputError(f"{told['problem']} (all that there is of the run is in {run_dir})")
 
@@ -119,6 +121,7 @@ def summary(
         held_out=held_out_labels(federation.test.labels, federation.label_names),
         head_is_drawn=federation.base.head_is_drawn,
         noise_sd=update_noise(federation.training, federation.mechanism),
+        metric=federation.task.metric,
     )
 
 
@@ -236,15 +239,22 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     with closing(make_pool(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)
         arms = train_alone(federation, pool, client_done=progress.client_done)
-        found = [(evaluator.score(scored(arm.state))[0].accuracy, arm.num_updates) for arm in arms]
+        found = [(evaluator.score(scored(arm.state))[0], arm.num_updates) for arm in arms]
     spent = ledger.spent_all(range(len(found))) if ledger else {}
+    metric = federation.task.metric
     clients = [
-        {"client_id": client_id, "accuracy": accuracy, "epsilon": spent.get(client_id), "num_updates": num_updates}
-        for client_id, (accuracy, num_updates) in enumerate(found)
+        {
+            "client_id": client_id,
+            "accuracy": evaluation.accuracy,
+            "score": evaluation.headline(metric),
+            "epsilon": spent.get(client_id),
+            "num_updates": num_updates,
+        }
+        for client_id, (evaluation, num_updates) in enumerate(found)
     ]
     write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
-    accuracies, idle = [accuracy for accuracy, _ in found], sum(not num_updates for _, num_updates in found)
-    progress.alone_done(accuracies, num_idle=idle)
+    scores = [evaluation.headline(metric) for evaluation, _ in found]
+    progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates in found))
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:

@@ -16,7 +16,7 @@ from fedlr.methods.method import Method
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.outcome import finite, problem_of
 from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
-from fedlr.tasks.evaluation import Evaluation
+from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 
 NEVER_ASKED = ("offline", "not_sent")
 
@@ -47,6 +47,7 @@ def metrics_row(
         "accuracy": evaluation.accuracy,
         "loss": finite(evaluation.loss),
         **scores_of(evaluation, is_last=is_last),
+        **{name: finite(value) for name, value in evaluation.measures.items()},
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
@@ -150,8 +151,12 @@ def summarise(
     held_out: HeldOut,
     head_is_drawn: bool = True,
     noise_sd: float | None = None,
+    metric: Metric = ACCURACY,
 ) -> dict[str, Any]:
-    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not."""
+    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not.
+
+    Rows without classes have no verdict: the rule (`fedlr.runs.verdict`) is of classes.
+    """
     e, first, last = experiment, rows[0], rows[-1]
     is_private = e.privacy.epsilon is not None
     problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal))
@@ -164,7 +169,8 @@ def summarise(
         confusion=last.get("confusion"),
         problem=problem,
     )
-    verdict = judge(held_out, outcome, recipe_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd))
+    recipe = recipe_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd)
+    verdict = judge(held_out, outcome, recipe) if held_out.label_counts else None
     return {
         "name": e.name,
         "method": method.name,
@@ -176,6 +182,9 @@ def summarise(
         "start_accuracy": first["accuracy"],
         "final_accuracy": last["accuracy"],
         "final_loss": last["loss"],
+        "metric": asdict(metric),
+        "start_score": first[metric.name],
+        "final_score": last[metric.name],
         "epsilon_max": last["epsilon_max"],
         "delta": e.privacy.delta if is_private else None,
         "adapter_sha256": state.adapter.fingerprint(),
@@ -183,7 +192,7 @@ def summarise(
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "problem": problem,
-        "verdict": verdict.record(),
+        "verdict": None if verdict is None else verdict.record(),
         "label_names": list(held_out.label_counts),
         "seconds": seconds,
     }

@@ -21,6 +21,14 @@ class Metric:
     higher_is_better: bool
     is_share: bool
 
+    def text(self, value: float) -> str:
+        """Write a value for a terminal.
+
+        >>> ACCURACY.text(0.8125), Metric("perplexity", higher_is_better=False, is_share=False).text(62.41)
+        ('0.812', '62.4')
+        """
+        return f"{value:.3f}" if self.is_share else f"{value:.1f}"
+
 
 ACCURACY = Metric("accuracy", higher_is_better=True, is_share=True)
 

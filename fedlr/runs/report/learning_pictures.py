@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 
 from fedlr.runs.report.picture import MOST_CLIENTS, Picture, drawn
 from fedlr.runs.report.run_files import Run
-from fedlr.runs.report.svg import colour, legend, marker, percent_axis, round_axis
+from fedlr.runs.report.svg import colour, legend, marker, round_axis, score_axis
+from fedlr.tasks.evaluation import ACCURACY
 
 
 def accuracy_by_round(run: Run) -> Picture:
-    """Accuracy of the shared adapter after each round, against the two baselines."""
+    """Score of the shared adapter after each round, against the two baselines."""
+    metric = run.summary.metric
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -21,41 +23,42 @@ def accuracy_by_round(run: Run) -> Picture:
             _paint_alone(axes, run)
         if run.no_privacy:
             rounds = [state.rounds_completed for state in run.no_privacy]
-            accuracy = [state.accuracy for state in run.no_privacy]
+            scores = [state.score for state in run.no_privacy]
             axes.plot(
                 rounds,
-                accuracy,
+                scores,
                 color=colour("orange"),
                 linestyle="--",
                 marker=marker("s", rounds),
                 label="without privacy",
             )
         rounds = [state.rounds_completed for state in run.states]
-        accuracy = [state.accuracy for state in run.states]
-        axes.plot(rounds, accuracy, color=colour("blue"), marker=marker("o", run.states), label="this run")
+        scores = [state.score for state in run.states]
+        axes.plot(rounds, scores, color=colour("blue"), marker=marker("o", run.states), label="this run")
         axes.margins(x=0.03, y=0.08)
         round_axis(axes)
-        percent_axis(axes)
+        score_axis(axes, metric)
         legend(figure, axes, columns=2)
 
-    caption = "Higher is better; round 0 is the start, before any training"
+    caption = f"{'Higher' if metric.higher_is_better else 'Lower'} is better; round 0 is the start, before any training"
     caption += "; the dashed line is the same run without privacy" if run.no_privacy else ""
     caption += "; the band spans the clients that train alone, lowest to highest" if run.alone else ""
     return drawn(
         "accuracy",
-        "Accuracy after each round",
+        f"{metric.name.capitalize()} after each round",
         caption + "; mind that the vertical axis need not start at zero.",
         paint,
     )
 
 
 def accuracy_by_epsilon(run: Run) -> Picture:
-    """Accuracy against the privacy spent to reach it."""
-    name, title = "accuracy-epsilon", "Accuracy against privacy spent"
-    points = [(s.epsilon_max or 0.0, s.accuracy, s.rounds_completed) for s in run.states if _is_finite(s.epsilon_max)]
+    """Score against the privacy spent to reach it."""
+    metric = run.summary.metric
+    name, title = "accuracy-epsilon", f"{metric.name.capitalize()} against privacy spent"
+    points = [(s.epsilon_max or 0.0, s.score, s.rounds_completed) for s in run.states if _is_finite(s.epsilon_max)]
     if not points:
         return Picture(name, title, "This run states no finite epsilon, so there is no privacy axis to draw on.")
-    alone = [(one.epsilon, one.accuracy) for one in run.alone if one.epsilon is not None and math.isfinite(one.epsilon)]
+    alone = [(one.epsilon, one.score) for one in run.alone if one.epsilon is not None and math.isfinite(one.epsilon)]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -69,39 +72,41 @@ def accuracy_by_epsilon(run: Run) -> Picture:
             label="this run",
         )
         for index in sorted({0, len(points) - 1}):
-            epsilon, accuracy, rounds = points[index]
+            epsilon, score, rounds = points[index]
             place: dict[str, Any] = {
                 "xytext": (0, 7),
                 "textcoords": "offset points",
                 "fontsize": 8,
                 "ha": "center",
             }
-            axes.annotate("start" if rounds == 0 else f"round {rounds}", (epsilon, accuracy), **place)
+            axes.annotate("start" if rounds == 0 else f"round {rounds}", (epsilon, score), **place)
         axes.margins(x=0.08, y=0.14)
         axes.set_xlabel("Epsilon spent so far, maximum over clients")
-        percent_axis(axes)
+        score_axis(axes, metric)
         legend(figure, axes)
 
-    caption = "Up and to the left is better: more accuracy for less privacy spent; one dot is one round"
+    up, more = ("Up", "more accuracy") if metric == ACCURACY else ("Up", "a higher score")
+    up, more = (up, more) if metric.higher_is_better else ("Down", f"a lower {metric.name}")
+    caption = f"{up} and to the left is better: {more} for less privacy spent; one dot is one round"
     drawn_alone = ", the upright line all clients alone" if len(alone) > MOST_CLIENTS else ", one cross a client alone"
     caption += f"{drawn_alone if alone else ''}."
     return drawn(name, title, caption, paint)
 
 
 def _paint_alone(axes: Axes, run: Run) -> None:
-    accuracy = [one.accuracy for one in run.alone]
+    scores = [one.score for one in run.alone]
     label = "clients alone, lowest to highest"
-    axes.axhspan(min(accuracy), max(accuracy), color=colour("green"), alpha=0.16, linewidth=0, label=label)
-    axes.axhline(fmean(accuracy), color=colour("green"), linestyle=":", linewidth=1.4, label="clients alone, mean")
+    axes.axhspan(min(scores), max(scores), color=colour("green"), alpha=0.16, linewidth=0, label=label)
+    axes.axhline(fmean(scores), color=colour("green"), linestyle=":", linewidth=1.4, label="clients alone, mean")
 
 
 def _paint_alone_at_epsilon(axes: Axes, alone: list[tuple[float, float]]) -> None:
-    spent, accuracy = zip(*alone, strict=True)
+    spent, scores = zip(*alone, strict=True)
     if len(alone) <= MOST_CLIENTS:
-        axes.plot(spent, accuracy, "x", color=colour("green"), label="each client alone")
+        axes.plot(spent, scores, "x", color=colour("green"), label="each client alone")
         return
     label = "clients alone, lowest to highest"
-    axes.vlines(median(spent), min(accuracy), max(accuracy), color=colour("green"), linewidth=1.8, label=label)
+    axes.vlines(median(spent), min(scores), max(scores), color=colour("green"), linewidth=1.8, label=label)
 
 
 def _is_finite(epsilon: float | None) -> bool:

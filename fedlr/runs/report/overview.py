@@ -6,23 +6,28 @@ from fedlr.runs.report.layout import details, paragraph, table, tiles
 from fedlr.runs.report.picture import MOST_CLIENTS
 from fedlr.runs.report.privacy_text import headline
 from fedlr.runs.report.run_files import Alone, Run
-from fedlr.runs.report.wording import bytes_text, count, epsilon_text, percent, points, seconds_text, seed_text
+from fedlr.runs.report.wording import (
+    bytes_text,
+    count,
+    epsilon_text,
+    score_change,
+    score_text,
+    seconds_text,
+    seed_text,
+)
+from fedlr.tasks.evaluation import ACCURACY, Metric
 
 
 def sentence(run: Run) -> str:
     """Return the run in one sentence."""
     summary, rounds = run.summary, run.states[-1].rounds_completed
-    difference = summary.final_accuracy - summary.start_accuracy
-    change = (
-        f"rose from {percent(summary.start_accuracy)} to {percent(summary.final_accuracy)}"
-        if difference > 0
-        else f"fell from {percent(summary.start_accuracy)} to {percent(summary.final_accuracy)}"
-        if difference < 0
-        else f"stayed at {percent(summary.final_accuracy)}"
-    )
+    start, final = (score_text(summary.metric, score) for score in (summary.start_score, summary.final_score))
+    difference = summary.final_score - summary.start_score
+    moved = "rose" if difference > 0 else "fell"
+    change = f"{moved} from {start} to {final}" if difference else f"stayed at {final}"
     return (
         f"{count(summary.num_clients, 'client')} trained one shared adapter with {summary.method} over "
-        f"{count(rounds, 'round')}; accuracy {change}."
+        f"{count(rounds, 'round')}; {summary.metric.name} {change}."
     )
 
 
@@ -30,11 +35,13 @@ def headline_card(run: Run) -> str:
     """Return the HTML of the headline card."""
     summary = run.summary
     privacy, remark = headline(run)
-    start = f"start {percent(summary.start_accuracy)} ({points(summary.final_accuracy - summary.start_accuracy)})"
+    metric = summary.metric
+    change = score_change(metric, summary.final_score - summary.start_score)
+    start = f"start {score_text(metric, summary.start_score)} ({change})"
     rounds = run.states[-1].rounds_completed
     return tiles(
         [
-            ("Final accuracy", percent(summary.final_accuracy), start),
+            (f"Final {metric.name}", score_text(metric, summary.final_score), start),
             ("Privacy", privacy, remark),
             ("Method", summary.method, f"seed {seed_text(summary.seed)}"),
             ("Clients", f"{summary.num_clients:,}", f"{summary.cohort_size:,} asked in each round"),
@@ -58,14 +65,14 @@ def worth(run: Run) -> list[str]:
     """Return the HTML that puts the run beside its start, itself without privacy, and each client alone."""
     summary = run.summary
     rows = [
-        _row(run, "Start, before any training", summary.start_accuracy, "nothing spent"),
-        [f"This run ({summary.method})", headline(run)[0], percent(summary.final_accuracy), ""],
+        _row(run, "Start, before any training", summary.start_score, "nothing spent"),
+        [f"This run ({summary.method})", headline(run)[0], score_text(summary.metric, summary.final_score), ""],
     ]
     if run.no_privacy:
-        rows.append(_row(run, "The same without privacy", run.no_privacy[-1].accuracy, "no differential privacy"))
+        rows.append(_row(run, "The same without privacy", run.no_privacy[-1].score, "no differential privacy"))
     parts = [
         table(
-            ["Training", "Privacy", "Accuracy", "Beside this run"],
+            ["Training", "Privacy", summary.metric.name.capitalize(), "Beside this run"],
             rows + _alone_rows(run),
             text_columns=2,
             strong_row=1,
@@ -82,34 +89,46 @@ _NO_ALONE = paragraph("There are no clients trained alone to compare with (basel
 def _alone_rows(run: Run) -> list[list[str]]:
     if not run.alone:
         return []
-    accuracy = [one.accuracy for one in run.alone]
+    scores = [one.score for one in run.alone]
     spent = [one.epsilon for one in run.alone if one.epsilon is not None]
     unstated = "no differential privacy" if run.alone_privacy == "none" else "not stated"
     privacy = f"ε = {epsilon_text(max(spent))}, max over clients" if spent else unstated
     return [
-        _row(run, f"Each client alone, mean of {len(accuracy)}", fmean(accuracy), privacy),
-        _row(run, "Each client alone, lowest", min(accuracy), ""),
-        _row(run, "Each client alone, highest", max(accuracy), ""),
+        _row(run, f"Each client alone, mean of {len(scores)}", fmean(scores), privacy),
+        _row(run, "Each client alone, lowest", min(scores), ""),
+        _row(run, "Each client alone, highest", max(scores), ""),
     ]
 
 
 def _each_alone(run: Run) -> list[str]:
-    final = run.summary.final_accuracy
-    below = sum(one.accuracy < final for one in run.alone)
-    told = f"The shared adapter is more accurate than {below:,} of {count(len(run.alone), 'client')} alone"
+    final, metric = run.summary.final_score, run.summary.metric
+    beaten = sum(one.score < final if metric.higher_is_better else one.score > final for one in run.alone)
+    told = f"The shared adapter is {_better(metric)} than {beaten:,} of {count(len(run.alone), 'client')} alone"
     told += " (trained with privacy too)." if run.alone_privacy != "none" else " (trained without privacy)."
+    header = f"{metric.name.capitalize()} alone"
     if len(run.alone) > MOST_CLIENTS:
-        tenths = quantiles([one.accuracy for one in run.alone], n=10, method="inclusive")
-        rows = [[f"{n} of 10", percent(tenth), points(tenth - final)] for n, tenth in enumerate(tenths, start=1)]
-        shown = table(["Clients below", "Accuracy alone", "Beside this run"], rows)
+        tenths = quantiles([one.score for one in run.alone], n=10, method="inclusive")
+        rows = [
+            [f"{n} of 10", score_text(metric, tenth), score_change(metric, tenth - final)]
+            for n, tenth in enumerate(tenths, start=1)
+        ]
+        shown = table(["Clients below", header, "Beside this run"], rows)
         return [paragraph(told), details(f"{count(len(run.alone), 'client')} alone, by tenths", [shown])]
-    rows = [[str(o.client_id), percent(o.accuracy), points(o.accuracy - final), _spent(o)] for o in run.alone]
-    shown = table(["Client", "Accuracy alone", "Beside this run", "Epsilon"], rows)
+    rows = [
+        [str(o.client_id), score_text(metric, o.score), score_change(metric, o.score - final), _spent(o)]
+        for o in run.alone
+    ]
+    shown = table(["Client", header, "Beside this run", "Epsilon"], rows)
     return [paragraph(told), details(f"{count(len(run.alone), 'client')} alone, one by one", [shown])]
 
 
-def _row(run: Run, name: str, accuracy: float, privacy: str) -> list[str]:
-    return [name, privacy, percent(accuracy), points(accuracy - run.summary.final_accuracy)]
+def _better(metric: Metric) -> str:
+    return "more accurate" if metric == ACCURACY else "better"
+
+
+def _row(run: Run, name: str, score: float, privacy: str) -> list[str]:
+    metric = run.summary.metric
+    return [name, privacy, score_text(metric, score), score_change(metric, score - run.summary.final_score)]
 
 
 def _spent(one: Alone) -> str:

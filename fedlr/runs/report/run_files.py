@@ -1,14 +1,18 @@
 """The files of a run directory as typed values: the only input of a report."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlr.errors import InputError
+from fedlr.errors.messages import shown
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
+from fedlr.tasks.evaluation import ACCURACY, Metric
 from fedlr.tasks.scores import MOST_CLASSES
 
 SCORES = ("balanced_accuracy", "macro_f1", "mcc", "auc", "ece")  # of a state, beside accuracy and loss
@@ -20,6 +24,7 @@ class State:
 
     rounds_completed: int
     accuracy: float
+    score: float  # the headline: accuracy, or what else `Summary.metric` names
     loss: float | None
     scores: Mapping[str, float]  # by name, of `SCORES`; those that the file has
     confusion: tuple[tuple[int, ...], ...] | None
@@ -61,6 +66,9 @@ class Summary:
     cohort_size: int
     start_accuracy: float
     final_accuracy: float
+    metric: Metric  # whose values the scores are
+    start_score: float
+    final_score: float
     final_loss: float | None
     epsilon_max: float | None
     delta: float | None
@@ -93,6 +101,7 @@ class Alone:
 
     client_id: int
     accuracy: float
+    score: float
     epsilon: float | None
     num_updates: int | None  # that could be used; None: not stated
 
@@ -132,9 +141,10 @@ def read_run(run_dir: Path) -> Run:
     own = _optional(run_dir / "client_accuracy.json")
     card = run_dir / "adapter" / "README.md"
     baseline = run_dir / "baselines" / "no_privacy" / "metrics.jsonl"
+    summary = _summary(read_record(run_dir / "summary.json"))
     return Run(
-        summary=_summary(read_record(run_dir / "summary.json")),
-        states=_states(run_dir / "metrics.jsonl"),
+        summary=summary,
+        states=_states(run_dir / "metrics.jsonl", summary.metric),
         asked=[_asked(row) for row in read_lines(run_dir / "clients.jsonl")],
         statement=statement,
         config=config,
@@ -142,7 +152,7 @@ def read_run(run_dir: Path) -> Run:
         budget_epsilon=_budget_epsilon(statement, config, str(run_dir / "config.yaml")),
         partition=_partition(partition) if partition else None,
         partition_withheld=partition is not None and partition.values.get("public") is not True,
-        no_privacy=_states(baseline) if baseline.exists() else [],
+        no_privacy=_states(baseline, summary.metric) if baseline.exists() else [],
         alone=sorted(map(_alone, alone.records("clients")), key=lambda one: one.client_id) if alone else [],
         alone_privacy=alone.text("privacy") if alone else None,
         adapter_config=adapter.values if adapter else {},
@@ -181,18 +191,20 @@ def _optional(path: Path) -> Record | None:
     return read_record(path) if path.exists() else None
 
 
-def _states(path: Path) -> list[State]:
-    states = [_state(row) for row in read_lines(path)]
+def _states(path: Path, metric: Metric) -> list[State]:
+    states = [_state(row, metric) for row in read_lines(path)]
     rounds = [state.rounds_completed for state in states]
     if rounds[:1] != [0] or rounds != sorted(set(rounds)):
         raise InputError(f"Expected rounds_completed to rise from 0 in {path}, got {rounds[:8]}")
     return states
 
 
-def _state(row: Record) -> State:
+def _state(row: Record, metric: Metric = ACCURACY) -> State:
+    score = row.optional_number(metric.name, may_diverge=True)
     return State(
         rounds_completed=row.count("rounds_completed"),
         accuracy=row.number("accuracy"),
+        score=math.nan if score is None else score,
         loss=row.optional_number("loss", may_diverge=True),
         scores={name: row.number(name) for name in SCORES if row.values.get(name) is not None},
         confusion=_confusion(row),
@@ -268,7 +280,18 @@ def _asked(row: Record) -> Asked:
     )
 
 
+def _metric(row: Record) -> Metric:
+    """Return what the scores are of; runs of before there was a choice have accuracies."""
+    if row.values.get("metric") is None:
+        return ACCURACY
+    told = row.nested("metric")
+    if not re.fullmatch(r"[a-z0-9_]{1,40}", told.text("name")):
+        raise InputError(f"Expected the name of a score for 'metric' in {row.where}, got {shown(told.text('name'))}")
+    return Metric(told.text("name"), told.get("higher_is_better") is True, told.get("is_share") is True)
+
+
 def _summary(row: Record) -> Summary:
+    metric = _metric(row)
     return Summary(
         name=row.text("name"),
         method=row.text("method"),
@@ -279,6 +302,9 @@ def _summary(row: Record) -> Summary:
         cohort_size=row.count("cohort_size"),
         start_accuracy=row.number("start_accuracy"),
         final_accuracy=row.number("final_accuracy"),
+        metric=metric,
+        start_score=row.number("start_score" if "start_score" in row.values else "start_accuracy"),
+        final_score=row.number("final_score" if "final_score" in row.values else "final_accuracy", may_diverge=True),
         final_loss=row.optional_number("final_loss", may_diverge=True),
         epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
         delta=row.optional_number("delta"),
@@ -309,7 +335,11 @@ def _partition(row: Record) -> Partition | None:
 def _alone(row: Record) -> Alone:
     num_updates = None if row.values.get("num_updates") is None else row.count("num_updates")
     return Alone(
-        row.count("client_id"), row.number("accuracy"), row.optional_number("epsilon", may_diverge=True), num_updates
+        row.count("client_id"),
+        row.number("accuracy"),
+        row.number("score" if "score" in row.values else "accuracy", may_diverge=True),
+        row.optional_number("epsilon", may_diverge=True),
+        num_updates,
     )
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fedlr.runs.report.wording import power_of_ten
+from fedlr.tasks.evaluation import Metric
 
 # name: (light, dark). Okabe and Ito (2008), lightened or darkened where the paper asks for it.
 COLOURS = {
@@ -155,6 +156,15 @@ def percent_axis(axes: Axes, *, label: str = "Accuracy (%)") -> None:
     """Label the vertical axis of shares in percent."""
     axes.set_ylabel(label)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+
+
+def score_axis(axes: Axes, metric: Metric) -> None:
+    """Label the vertical axis of scores: shares in percent."""
+    name = metric.name.capitalize()
+    if metric.is_share:
+        percent_axis(axes, label=f"{name} (%)")
+    else:
+        axes.set_ylabel(name)
 
 
 def log_axis(axes: Axes) -> None:

@@ -3,6 +3,8 @@
 import math
 from decimal import ROUND_CEILING, Decimal
 
+from fedlr.tasks.evaluation import Metric
+
 
 def percent(share: float) -> str:
     r"""Return a share in percent, one decimal.
@@ -29,6 +31,34 @@ def signed(difference: float) -> str:
     ('−5.1', '+10.0')
     """
     return f"{100 * difference:+.1f}".replace("-", "−") if math.isfinite(difference) else "not a number"
+
+
+def score_text(metric: Metric, value: float) -> str:
+    r"""Return a score as its metric is written: a share in percent, any other with one decimal.
+
+    >>> from fedlr.tasks.evaluation import ACCURACY
+    >>> score_text(ACCURACY, 0.8125)
+    '81.2\xa0%'
+    >>> score_text(Metric("perplexity", higher_is_better=False, is_share=False), 62.41)
+    '62.4'
+    """
+    if metric.is_share or not math.isfinite(value):
+        return percent(value)
+    return f"{value:.1f}"
+
+
+def score_change(metric: Metric, difference: float) -> str:
+    """Return a difference of two scores, with its sign.
+
+    >>> from fedlr.tasks.evaluation import ACCURACY
+    >>> score_change(ACCURACY, -0.051)
+    '−5.1 points'
+    >>> score_change(Metric("perplexity", higher_is_better=False, is_share=False), -22.6)
+    '−22.6'
+    """
+    if metric.is_share or not math.isfinite(difference):
+        return points(difference)
+    return f"{difference:+.1f}".replace("-", "−")
 
 
 def count(number: int, noun: str) -> str:
