@@ -115,6 +115,26 @@ def test_same_files_give_the_same_bytes_in_any_folder(tmp_path: Path, run_dir: P
     assert str(tmp_path) not in page
 
 
+def test_a_metric_of_which_less_is_better_is_named_and_written_as_a_number(tmp_path: Path) -> None:
+    metric = {"name": "perplexity", "higher_is_better": False, "is_share": False}
+    change = {"metric": metric, "start_score": 85.0, "final_score": 62.4}
+    run_dir = write_run(tmp_path / "run", num_rounds=2, change=change)
+    for path in (run_dir / "metrics.jsonl", run_dir / "baselines" / "no_privacy" / "metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{**row, "perplexity": 85.0 - 11.3 * row["rounds_completed"]} for row in rows]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page = report(run_dir)
+    assert "perplexity fell from 85.0 to 62.4" in page and "start 85.0 (−22.6)" in page
+    assert "Perplexity after each round" in page and "Lower is better" in page
+    assert "The files disagree" not in page
+
+
+def test_the_name_of_a_metric_is_a_plain_word(tmp_path: Path) -> None:
+    metric = {"name": "<b>", "higher_is_better": False, "is_share": False}
+    with pytest.raises(InputError, match="name of a score"):
+        report(write_run(tmp_path / "run", num_rounds=1, change={"metric": metric}))
+
+
 def test_headline_numbers_are_those_of_the_files(run_dir: Path, page: str) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     for shown in (
