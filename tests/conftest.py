@@ -58,12 +58,14 @@ def rendered_pictures() -> Iterator[None]:
         yield
 
 
+WAITING = "tests/server/test_live_"
 LONG = ("tests/simulations/", "tests/server/", "tests/client/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the folders of whole runs first: processes that share the files out then end together."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    """Put the folders of whole runs first, and what mostly waits before them: processes that share the files out then
+    end together."""
+    items.sort(key=lambda item: (not item.nodeid.startswith(WAITING), not item.nodeid.startswith(LONG)))
 
 
 @pytest.hookimpl(wrapper=True)
