@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
+from fedlr.config.auto_rates import found_text
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
@@ -70,9 +71,11 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
     seed = randbits(32) if experiment.seed is None else experiment.seed
     with torch_threads(1):
         federation = assemble(experiment, seed=seed, say=say)
-        experiment = federation.experiment  # with as many clients as there are
         for note in federation.notes:
             say(f"note: {note}")
+        if found := found_text(experiment, federation.experiment):
+            say(found)
+        experiment = federation.experiment  # with as many clients as there are
         run_dir = create_run_dir(experiment)
         with sole_writer(run_dir):
             write_origin(run_dir, federation.experiment)

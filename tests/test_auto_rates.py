@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from fedlr.config import auto_rates
-from fedlr.config.auto_rates import arm, noise_multiplier_of, noise_of, provisional, resolved_rates, rows_source
+from fedlr.config.auto_rates import (
+    arm,
+    found_text,
+    noise_multiplier_of,
+    noise_of,
+    provisional,
+    resolved_rates,
+    rows_source,
+)
 from fedlr.config.build import build_method, check_sections
 from fedlr.config.schema import AUTO, Experiment, check_experiment, compose_experiment
 from fedlr.errors import InputError
@@ -137,3 +145,12 @@ def test_a_device_is_never_sent_auto() -> None:
     assert AUTO not in text and noise_multiplier_of(found) is not None
     with pytest.raises(InputError, match="numbers in divisor"):
         Terms.read(text.replace(f'"divisor":{found.trainer.divisor}', '"divisor":"auto"'))
+
+
+def test_a_run_says_which_numbers_it_found() -> None:
+    given = experiment()
+    found = resolved_rates(given, num_rows=ROWS)
+    divisor, lr, *_ = numbers(given)
+    told = found_text(given, found)
+    assert told == f"auto is trainer.optimizer.lr={lr:g} and trainer.divisor={divisor:g}, from public numbers"
+    assert found_text(found, found) is None

@@ -144,6 +144,8 @@ def test_settings_are_those_of_the_configuration() -> None:
     frozen = recipe_of(experiment("adapter.train_head=false"), head_is_drawn=True, noise_sd=0.3)
     assert (frozen.has_random_head, frozen.pooling, frozen.num_rounds) == (True, None, 2)
     assert frozen.gathered_noise == pytest.approx(0.3 * (2 / 3) ** 0.5)
+    with_momentum = recipe_of(experiment("server_momentum=0.5"), head_is_drawn=True, noise_sd=0.3)
+    assert with_momentum.gathered_noise == pytest.approx(0.3 * (3.25 / 3) ** 0.5)
     assert not recipe_of(experiment("adapter.train_head=true"), head_is_drawn=True).has_random_head
     assert not recipe_of(experiment("adapter.train_head=false"), head_is_drawn=False).has_random_head
 

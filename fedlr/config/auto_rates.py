@@ -97,6 +97,16 @@ def resolved_rates(
     return with_learning_rate(e, _rate(e, schedule_of(e, server_step), noise))
 
 
+def found_text(given: Experiment, found: Experiment) -> str | None:
+    """Say which numbers stand for what was auto; None where nothing was."""
+    numbers = []
+    if learning_rate_of(given) == AUTO:
+        numbers.append(f"trainer.optimizer.lr={learning_rate_of(found):g}")
+    if given.trainer.divisor == AUTO:
+        numbers.append(f"trainer.divisor={found.trainer.divisor:g}")
+    return f"auto is {' and '.join(numbers)}, from public numbers" if numbers else None
+
+
 def _rate(experiment: Experiment, schedule: Schedule, noise_multiplier: float | None) -> float:
     return learning_rate(
         schedule,

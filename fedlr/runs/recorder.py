@@ -100,7 +100,9 @@ def recipe_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | 
         pooling=None if is_mean else f"the first token (model.pooling={'null' if pooling is None else pooling})",
         num_rounds=e.num_rounds,
         lr=lr if isinstance(lr, float | int) else None,
-        gathered_noise=gathered_noise(noise_sd, num_rounds=e.num_rounds, cohort_size=e.cohort_size),
+        gathered_noise=gathered_noise(
+            noise_sd, num_rounds=e.num_rounds, cohort_size=e.cohort_size, server_momentum=e.server_momentum
+        ),
         has_label_weights=bool(e.data.label_weights),
     )
 

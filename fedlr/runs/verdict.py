@@ -22,6 +22,8 @@ from typing import Any
 
 from scipy.special import betaincinv
 
+from fedlr.training.rates import accumulation
+
 LEARNED, DID_NOT_LEARN, CANNOT_BE_TOLD = "learned", "did not learn", "cannot be told"
 CONFIDENCE = 0.95
 USEFUL_GAIN = 0.05
@@ -164,7 +166,9 @@ def enough_rows(bar: float) -> int:
     return 0 if gain <= 0 else math.ceil((1.96 / gain) ** 2 * bar * (1 - bar) / 20) * 20
 
 
-def gathered_noise(noise_sd: float | None, *, num_rounds: int, cohort_size: int) -> float | None:
+def gathered_noise(
+    noise_sd: float | None, *, num_rounds: int, cohort_size: int, server_momentum: float = 0.0
+) -> float | None:
     """Return the standard deviation of all noise in one trained number after the run, of a plain mean of clients.
 
     Public: constants of the configuration alone. None where that of one update is not known.
@@ -172,7 +176,9 @@ def gathered_noise(noise_sd: float | None, *, num_rounds: int, cohort_size: int)
     >>> gathered_noise(0.2, num_rounds=20, cohort_size=5)
     0.4
     """
-    return None if noise_sd is None else noise_sd * math.sqrt(num_rounds / cohort_size)
+    if noise_sd is None:
+        return None
+    return noise_sd * math.sqrt(accumulation(server_momentum, num_rounds) / cohort_size)
 
 
 def judge(held_out: HeldOut, outcome: Result, recipe: Recipe) -> Verdict:
