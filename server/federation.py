@@ -10,6 +10,7 @@ from torch import nn
 
 from fedlr.adapters.state import num_values
 from fedlr.config.auto_rates import resolved_rates
+from fedlr.config.rules import BASELINES
 from fedlr.config.schema import Experiment
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
@@ -125,7 +126,7 @@ def check_served(experiment: Experiment) -> None:
             f"Expected weighting=uniform with runtime={e.runtime.kind}, got {e.weighting}: the server knows no sizes, "
             "and does not take a client's word"
         )
-    for key in ("run_no_privacy", "run_alone"):
+    for key in BASELINES:
         if getattr(e.tracking, key):
             raise InputError(
                 f"Expected tracking.{key}=false with runtime={e.runtime.kind}, got true: baselines are a simulation's"

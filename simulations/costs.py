@@ -166,7 +166,8 @@ def num_steps(federation: Federation) -> int:
     """Return the steps of all clients, baselines included."""
     e = federation.experiment
     alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
-    return (num_arms(federation) * e.num_rounds * e.cohort_size + alone) * federation.training.num_steps
+    together = e.num_rounds * e.num_clients if e.tracking.run_centralised else 0  # a step of one with all rows
+    return (num_arms(federation) * e.num_rounds * e.cohort_size + together + alone) * federation.training.num_steps
 
 
 def num_evaluations(federation: Federation) -> int:
@@ -174,7 +175,8 @@ def num_evaluations(federation: Federation) -> int:
     e = federation.experiment
     models = min(MOST_SCORED, e.num_clients) if federation.method.personal else 1  # a client's own after its rounds
     alone = e.num_clients if e.tracking.run_alone else 0
-    return num_arms(federation) * (1 + e.num_rounds * models) + alone
+    num_runs = num_arms(federation) + int(e.tracking.run_centralised)
+    return num_runs * (1 + e.num_rounds * models) + alone
 
 
 def num_arms(federation: Federation) -> int:

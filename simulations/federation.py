@@ -91,6 +91,25 @@ class Federation:
         """Return the same federation without clipping and noise, at a rate for that."""
         return replace(self.at_rate_of("no_privacy_lr"), budget=None, mechanism=None)
 
+    def centralised(self) -> "Federation":
+        """Return one client with the rows of all, without privacy: what could be learned if nothing were apart."""
+        f = self.without_privacy()
+        e = f.experiment
+        divisor = f.training.divisor * e.num_clients
+        one = {"num_clients": 1, "cohort_size": 1}
+        trainer = e.trainer.model_copy(update={"divisor": divisor})
+        privacy = e.privacy.model_copy(update={"max_participations": None})
+        rows = np.sort(np.concatenate([client.rows for client in f.clients]))
+        return replace(
+            f,
+            experiment=e.model_copy(update={**one, "trainer": trainer, "privacy": privacy}),
+            clients=(Share(f.clients[0].table, rows),),
+            client_tests=None,
+            training=replace(f.training, divisor=divisor),
+            weights=(1.0,),
+            ranks=None,
+        )
+
     def at_rate_of(self, key: str) -> "Federation":
         """Return the same federation at the rate of another arm, `tracking.no_privacy_lr` or `tracking.alone_lr`."""
         experiment = arm(self.experiment, key)

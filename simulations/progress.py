@@ -26,14 +26,17 @@ class Progress:
         arms = 1 + int(e.tracking.run_no_privacy and e.privacy.epsilon is not None)
         alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
         self._experiment, self.say, self._metric = e, say, metric
-        self._total = arms * e.num_rounds * e.cohort_size + alone
+        together = e.num_rounds * e.num_clients if e.tracking.run_centralised else 0
+        self._total = arms * e.num_rounds * e.cohort_size + together + alone
         self._done = 0
         self._lock = threading.Lock()
         self._started = time.perf_counter()
 
-    def arm(self, name: str, row: dict[str, Any]) -> None:
-        """Announce a federated run and its start."""
-        self.say(f"\n{name}: {self._experiment.num_clients} clients, {self._experiment.cohort_size} a round")
+    def arm(self, name: str, experiment: Experiment, row: dict[str, Any]) -> None:
+        """Announce an arm of the run and its start."""
+        e = experiment
+        who = "1 client" if e.num_clients == 1 else f"{e.num_clients} clients, {e.cohort_size} a round"
+        self.say(f"\n{name}: {who}")
         self.say(f"  start        {self._score(row)}   {loss_text(row)}")
 
     def taken_up(self, num_rounds: int) -> None:

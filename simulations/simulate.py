@@ -129,7 +129,7 @@ def summary(
 
 
 def run_rounds(
-    federation: Federation, folder: Path, *, ledger: PrivacyLedger | None, progress: Progress
+    federation: Federation, folder: Path, *, ledger: PrivacyLedger | None, progress: Progress, name: str = "federated"
 ) -> tuple[ServerState, list[dict[str, Any]], float]:
     """Train the federation, from its latest checkpoint if there is one; return its state, metrics and seconds.
 
@@ -169,7 +169,7 @@ def run_rounds(
             progress.taken_up(state.round_index)
             pool.kept.take_back(found.more)
         else:
-            progress.arm("federated, private" if ledger else "federated, no privacy", record(state))
+            progress.arm(f"{name}, {'private' if ledger else 'no privacy'}", e, record(state))
             checkpoints.save(state, pool.kept, num_lines={METRICS: 1, CLIENTS: 0})
         rounds = federated_rounds(
             state,
@@ -225,6 +225,9 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
     if tracking.run_no_privacy and federation.mechanism is not None:
         make_folder(folder / "no_privacy")
         run_rounds(federation.without_privacy(), folder / "no_privacy", ledger=None, progress=progress)
+    if tracking.run_centralised:
+        make_folder(folder / "centralised")
+        run_rounds(federation.centralised(), folder / "centralised", ledger=None, progress=progress, name="centralised")
     if tracking.run_alone and not (folder / "alone.json").exists():
         run_alone(federation, folder, progress=progress)
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from fedlr.config.schema import Experiment
 
 
+BASELINES = ("run_no_privacy", "run_alone", "run_centralised")  # of tracking: what trains on the same rows again
+
+
 def check_together(experiment: "Experiment") -> None:
     """Refuse values that are right one by one and wrong together.
 
@@ -76,7 +79,7 @@ def check_together(experiment: "Experiment") -> None:
             f"Expected tracking.client_accuracy=false with runtime={e.runtime.kind}, got true: a server knows no "
             "rows of a device's own"
         )
-    baselines = [key for key in ("run_no_privacy", "run_alone") if getattr(e.tracking, key)]
+    baselines = [key for key in BASELINES if getattr(e.tracking, key)]
     if baselines and e.privacy.epsilon is not None and not e.data.public:
         raise InputError(
             f"Expected tracking.{baselines[0]}=false, got true: baselines train on the same rows outside the privacy "

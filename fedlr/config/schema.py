@@ -188,6 +188,7 @@ class TrackingSection(Section):
     checkpoint_every: PositiveInt | None
     run_no_privacy: bool
     run_alone: bool
+    run_centralised: bool = False
     client_accuracy: bool = False
     no_privacy_lr: LearningRate | None = None
     alone_lr: LearningRate | None = None

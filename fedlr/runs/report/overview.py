@@ -62,7 +62,7 @@ def headline_card(run: Run) -> str:
 
 
 def worth(run: Run) -> list[str]:
-    """Return the HTML that puts the run beside its start, itself without privacy, and each client alone."""
+    """Return the HTML that puts the run beside its start and what was trained for comparison."""
     summary = run.summary
     rows = [
         _row(run, "Start, before any training", summary.start_score, "nothing spent"),
@@ -70,6 +70,8 @@ def worth(run: Run) -> list[str]:
     ]
     if run.no_privacy:
         rows.append(_row(run, "The same without privacy", run.no_privacy[-1].score, "no differential privacy"))
+    if run.centralised:
+        rows.append(_row(run, "All rows at one place", run.centralised[-1].score, "no differential privacy"))
     parts = [
         table(
             ["Training", "Privacy", summary.metric.name.capitalize(), "Beside this run"],

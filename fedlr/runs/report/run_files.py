@@ -120,6 +120,7 @@ class Run:
     partition: Partition | None
     partition_withheld: bool
     no_privacy: Sequence[State]
+    centralised: Sequence[State]
     alone: Sequence[Alone]
     alone_privacy: str | None
     adapter_config: Mapping[str, object]
@@ -140,7 +141,7 @@ def read_run(run_dir: Path) -> Run:
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
     own = _optional(run_dir / "client_accuracy.json")
     card = run_dir / "adapter" / "README.md"
-    baseline = run_dir / "baselines" / "no_privacy" / "metrics.jsonl"
+    baseline, together = (run_dir / "baselines" / arm / "metrics.jsonl" for arm in ("no_privacy", "centralised"))
     summary = _summary(read_record(run_dir / "summary.json"))
     return Run(
         summary=summary,
@@ -153,6 +154,7 @@ def read_run(run_dir: Path) -> Run:
         partition=_partition(partition) if partition else None,
         partition_withheld=partition is not None and partition.values.get("public") is not True,
         no_privacy=_states(baseline, summary.metric) if baseline.exists() else [],
+        centralised=_states(together, summary.metric) if together.exists() else [],
         alone=sorted(map(_alone, alone.records("clients")), key=lambda one: one.client_id) if alone else [],
         alone_privacy=alone.text("privacy") if alone else None,
         adapter_config=adapter.values if adapter else {},
