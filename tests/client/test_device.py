@@ -24,6 +24,7 @@ from fedlr.models.network import BaseModel
 from fedlr.models.peft_state import read_adapter
 from fedlr.models.tuners.attach import attach
 from fedlr.rounds.round import RoundRequest
+from fedlr.tasks.batch import Batch
 from fedlr.training.fused import FusedGradients
 from tests.client.device_files import device_settings, terms_tree, tiny
 
@@ -74,9 +75,9 @@ def test_under_a_mechanism_every_row_is_computed_by_itself(tmp_path: Path, monke
     sizes: list[int] = []
     original = FusedGradients.clipped_sums
 
-    def counted(self: FusedGradients, inputs: Any, labels: Any, **given: Any) -> Any:
-        sizes.append(len(labels))
-        return original(self, inputs, labels, **given)
+    def counted(self: FusedGradients, batch: Batch, **given: Any) -> Any:
+        sizes.append(batch.num_examples)
+        return original(self, batch, **given)
 
     monkeypatch.setattr(FusedGradients, "clipped_sums", counted)
     device = Device(device_settings(tmp_path / "device"), say=lambda line: None)

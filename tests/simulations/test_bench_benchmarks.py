@@ -74,7 +74,7 @@ def test_a_wrong_sum_of_ours_is_seen_before_any_clock_runs(wrong: type[FusedGrad
 
 def test_an_image_has_as_many_patches_as_tokens_are_asked_for() -> None:
     network = build_network("vit", step.MINILM, batch=1, seed=0)
-    assert network.inputs["pixel_values"].shape == (1, 3, 128, 128)  # 64 patches and the class token
+    assert network.batch.inputs["pixel_values"].shape == (1, 3, 128, 128)  # 64 patches and the class token
 
 
 def test_overhead_of_trivial_clients_is_measured_by_round(tmp_path: Path) -> None:
