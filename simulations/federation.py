@@ -15,7 +15,7 @@ from fedlr.config.build import build, build_method
 from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
 from fedlr.data.placement import all_texts, num_shared_texts
-from fedlr.data.table import LabelledText, Table
+from fedlr.data.table import Table
 from fedlr.methods.method import Method
 from fedlr.models.base_delta import SideWeights
 from fedlr.models.network import AdaptedModel, BaseModel
@@ -189,7 +189,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         test=test,
         client_tests=tests,
         label_names=data.label_names,
-        has_pairs=isinstance(data, LabelledText) and data.pairs is not None,
+        has_pairs=getattr(data, "pairs", None) is not None,
         source=data.source,
         data_sha256=fingerprint(data, held_out),
         budget=budget,
@@ -220,9 +220,7 @@ def fingerprint(*parts: Table) -> str:
     """Return the SHA-256 of rows, labels and groups, in their order."""
     digest = hashlib.sha256()
     for part in parts:
-        for row, label, group in zip(
-            part.row_texts(), part.labels.tolist(), part.groups or (None,) * len(part), strict=True
-        ):
+        for row, label, group in zip(part.row_texts(), part.targets(), part.groups or (None,) * len(part), strict=True):
             digest.update(repr((row[0], label, group, *row[1:])).encode())
         digest.update(repr(part.label_names).encode())
     return digest.hexdigest()
@@ -232,13 +230,13 @@ def describe(federation: Federation) -> dict[str, Any]:
     """Return what partition.json says: sizes and label counts where the data are public, else that they are not."""
     if not federation.experiment.data.public:
         return {"public": False}
-    num_labels = len(federation.label_names)
+    labels = list(federation.label_names) or ["rows"]  # of a task without classes: how many there are
     clients = [
         {
             "client_id": client_id,
             "num_examples": len(client),
-            "label_counts": np.bincount(client.labels, minlength=num_labels).tolist(),
+            "label_counts": np.bincount(client.labels, minlength=len(labels)).tolist(),
         }
         for client_id, client in enumerate(federation.clients)
     ]
-    return {"public": True, "labels": list(federation.label_names), "clients": clients}
+    return {"public": True, "labels": labels, "clients": clients}

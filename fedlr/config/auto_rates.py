@@ -12,7 +12,15 @@ from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import calibrate_noise_multiplier
 from fedlr.privacy.mechanism import PrivacyBudget
-from fedlr.training.rates import ROWS_OF_A_CLIENT, Schedule, accumulated_noise, learning_rate, rounded
+from fedlr.training.rates import (
+    LARGEST_RATE,
+    LARGEST_RATE_OF_SHARES,
+    ROWS_OF_A_CLIENT,
+    Schedule,
+    accumulated_noise,
+    learning_rate,
+    rounded,
+)
 
 SGD = "torch.optim.SGD"
 STAND_IN = 1.0  # for what is checked before the numbers are known
@@ -113,6 +121,7 @@ def _rate(experiment: Experiment, schedule: Schedule, noise_multiplier: float | 
         noise_multiplier=noise_multiplier,
         max_grad_norm=experiment.privacy.max_grad_norm,
         divisor=experiment.trainer.number_divisor(),
+        largest=LARGEST_RATE_OF_SHARES if experiment.task.target == "text_regression" else LARGEST_RATE,
     )
 
 

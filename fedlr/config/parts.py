@@ -49,6 +49,7 @@ RULES_OF_PROTOCOL: tuple[RuleName, ...] = get_args(RuleName)
 # By the section in which they may stand: name, and the function or class.
 PARTS: Mapping[str, Mapping[str, str]] = {
     "data": {
+        "scored_table": "fedlr.data.scored.load_scored_table",
         "synthetic": "fedlr.tasks.synthetic.synthetic_text",
         "table": "fedlr.data.table.load_table",
     },
@@ -65,6 +66,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     },
     "task": {
         "text_classification": "fedlr.tasks.text_classification.text_classification",
+        "text_regression": "fedlr.tasks.text_regression.text_regression",
     },
     "method": {
         "method": "fedlr.methods.method.Method",

@@ -19,7 +19,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,11 @@ class Table(ABC):
     @abstractmethod
     def row_texts(self) -> tuple[tuple[str, ...], ...]:
         """Return what makes up each row beside its label: one or more texts, or the SHA-256 of what is no text."""
+
+    def targets(self) -> list[Any]:
+        """Return what a model should say of each row, as plain values: its class, unless rows have something else."""
+        found: list[Any] = self.labels.tolist()
+        return found
 
     @abstractmethod
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
@@ -158,7 +163,7 @@ def load_table(
     columns = columns_of(text_column, label_column, group_column, text_pair_column)
     if labels is not None and label_groups is not None:
         raise InputError(f"Expected data.labels=null next to data.label_groups, which names the labels, got {labels!r}")
-    sources = _read(os.fspath(path), columns, encoding=encoding, split=train_split, fetched_by=fetched_by)
+    sources = read_sources(os.fspath(path), columns, encoding=encoding, split=train_split, fetched_by=fetched_by)
     drop = on_bad_row == "drop"
     return labelled(sources, os.fspath(path), columns, labels=labels, label_groups=label_groups, drop=drop)
 
@@ -254,8 +259,14 @@ def _allowed_labels(labels: Sequence[str | int | bool]) -> tuple[str, ...]:
     return names
 
 
-def _read(path: str, columns: Columns, *, encoding: str, split: str | None, fetched_by: str | None) -> list[Source]:
-    """Find out what `path` is and read it."""
+def read_sources(
+    path: str, columns: Columns, *, encoding: str, split: str | None, fetched_by: str | None
+) -> list[Source]:
+    """Find out what `path` is and read it: one source, or one for each file of a folder.
+
+    Raises:
+        InputError: which names the path and what to change.
+    """
     files = table_files(path, fetched_by=fetched_by)
     if not files:
         return [Source(path, read_hub(path, columns.names, split=split or "train"))]

@@ -76,9 +76,8 @@ def assemble(
         InputError: for anything that could not run as configured.
     """
     e, max_length = experiment, experiment.data.max_length
-    label_names = tables[0].label_names
-    task = build_task(e, label_names)
-    base: BaseModel = build(e.model.section(), "model", label_names=label_names, seed=seed)
+    task = build_task(e, tables[0].label_names)
+    base: BaseModel = build(e.model.section(), "model", label_names=task.output_names(tables[0]), seed=seed)
     with naming("data", "max_length"):
         task.check(base, tables[0], max_length=max_length)
     model = attach(base, e.adapter, seed=seed)

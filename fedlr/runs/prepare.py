@@ -145,7 +145,7 @@ def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[
     changed: dict[str, Any] = {"path": data.test_path, "train_split": None}
     if data.test_path is None:
         changed = {"train_split": data.test_split}
-    if label_names is not None and not section.get("labels") and not section.get("label_groups"):
+    if label_names and not section.get("labels") and not section.get("label_groups"):
         changed["labels"] = list(label_names)
     if "fetched_by" in section:
         changed["fetched_by"] = None

@@ -82,7 +82,9 @@ def scores_of(evaluation: Evaluation, *, is_last: bool) -> dict[str, Any]:
 
 
 def held_out_labels(labels: np.ndarray, label_names: Sequence[str]) -> HeldOut:
-    """Return how often each label occurs in the rows that the server evaluates on."""
+    """Return how often each label occurs in the rows that the server evaluates on; nothing where rows have none."""
+    if not label_names:
+        return HeldOut({})
     counts = np.bincount(labels, minlength=len(label_names)).tolist()
     return HeldOut(dict(zip(label_names, counts, strict=True)))
 

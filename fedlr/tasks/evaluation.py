@@ -27,7 +27,13 @@ class Metric:
         >>> ACCURACY.text(0.8125), Metric("perplexity", higher_is_better=False, is_share=False).text(62.41)
         ('0.812', '62.4')
         """
-        return f"{value:.3f}" if self.is_share else f"{value:.1f}"
+        return (
+            f"{value:.3f}"
+            if self.is_share or abs(value) < 1
+            else f"{value:.3g}"
+            if abs(value) < 100
+            else f"{value:.0f}"
+        )
 
 
 ACCURACY = Metric("accuracy", higher_is_better=True, is_share=True)

@@ -41,6 +41,10 @@ class Task(ABC):
     name: str
     metric: Metric
 
+    def output_names(self, table: Table) -> tuple[str, ...]:
+        """Return the names of a classification head's outputs, in their order: the classes, where rows have some."""
+        return table.label_names
+
     @abstractmethod
     def check(self, base: Base, table: Table, *, max_length: int) -> None:
         """Check that a base model reads whatever rows of such a table hold; no row passes it.

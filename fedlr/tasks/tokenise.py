@@ -32,6 +32,7 @@ class TokenisedText:
     num_truncated: int  # texts longer than max_length, when they were tokenised
     # (total T,): which text of a pair a token belongs to, where there are pairs and the tokenizer says so
     token_type_ids: NDArray[np.int8] | None = None
+    scores: NDArray[np.float32] | None = None  # (N,), what a model should say where rows have a number and no class
     # (total T, H): what a frozen prefix made of ids (fedlr.models.prefix); uint16 holds the bits of bfloat16
     hidden: NDArray[np.float32] | NDArray[np.uint16] | None = None
 
@@ -52,8 +53,15 @@ class TokenisedText:
         places = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
         hidden = None if self.hidden is None else self.hidden[places]
         types = None if self.token_type_ids is None else self.token_type_ids[places]
-        labels = self.labels[chosen]
-        return replace(self, ids=self.ids[places], offsets=offsets, labels=labels, token_type_ids=types, hidden=hidden)
+        return replace(
+            self,
+            ids=self.ids[places],
+            offsets=offsets,
+            labels=self.labels[chosen],
+            token_type_ids=types,
+            scores=None if self.scores is None else self.scores[chosen],
+            hidden=hidden,
+        )
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Return these examples padded on the right, to the longest of them.
@@ -79,7 +87,7 @@ class TokenisedText:
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         if chosen.hidden is not None and chosen.hidden.dtype == np.uint16:
             tensors["inputs_embeds"] = tensors["inputs_embeds"].view(torch.bfloat16)
-        return Batch(tensors, torch.from_numpy(chosen.labels))
+        return Batch(tensors, torch.from_numpy(chosen.labels if chosen.scores is None else chosen.scores))
 
 
 def tokenise(data: LabelledText, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenisedText:

@@ -33,6 +33,7 @@ import numpy as np
 
 ACCUMULATED_NOISE = 0.8  # N
 LARGEST_RATE = 128.0
+LARGEST_RATE_OF_SHARES = 64.0  # of text_regression, whose losses do not flatten out (docs/log.md)
 RATE_WITHOUT_NOISE = 64.0  # for gradients of a norm near 1, as those of a head over features of length 1
 ROWS_OF_A_CLIENT = 256  # where nobody declares how many: D only matters where the largest rate is reached
 
@@ -95,8 +96,15 @@ def accumulated_noise(
     return lr * noise_multiplier * max_grad_norm / divisor * schedule.gain()
 
 
-def learning_rate(schedule: Schedule, *, noise_multiplier: float | None, max_grad_norm: float, divisor: float) -> float:
-    """Return the rate at which a weight gathers `ACCUMULATED_NOISE`, at most `LARGEST_RATE`, to four digits.
+def learning_rate(
+    schedule: Schedule,
+    *,
+    noise_multiplier: float | None,
+    max_grad_norm: float,
+    divisor: float,
+    largest: float = LARGEST_RATE,
+) -> float:
+    """Return the rate at which a weight gathers `ACCUMULATED_NOISE`, at most `largest`, to four digits.
 
     Without noise (None, or 0) there is nothing to derive it from: it is `RATE_WITHOUT_NOISE`.
 
@@ -109,7 +117,7 @@ def learning_rate(schedule: Schedule, *, noise_multiplier: float | None, max_gra
     per_lr = accumulated_noise(
         1.0, schedule, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, divisor=divisor
     )
-    return rounded(min(LARGEST_RATE, ACCUMULATED_NOISE / per_lr))
+    return rounded(min(largest, ACCUMULATED_NOISE / per_lr))
 
 
 def rounded(value: float) -> float:

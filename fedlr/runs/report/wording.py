@@ -44,7 +44,7 @@ def score_text(metric: Metric, value: float) -> str:
     """
     if metric.is_share or not math.isfinite(value):
         return percent(value)
-    return f"{value:.1f}"
+    return metric.text(value)
 
 
 def score_change(metric: Metric, difference: float) -> str:
@@ -58,7 +58,8 @@ def score_change(metric: Metric, difference: float) -> str:
     """
     if metric.is_share or not math.isfinite(difference):
         return points(difference)
-    return f"{difference:+.1f}".replace("-", "−")
+    sign = "−" if difference < 0 else "+"
+    return f"{sign}{metric.text(abs(difference))}"
 
 
 def count(number: int, noun: str) -> str:
