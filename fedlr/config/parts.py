@@ -49,8 +49,10 @@ RULES_OF_PROTOCOL: tuple[RuleName, ...] = get_args(RuleName)
 # By the section in which they may stand: name, and the function or class.
 PARTS: Mapping[str, Mapping[str, str]] = {
     "data": {
+        "conversations": "fedlr.data.conversations.load_conversations",
         "scored_table": "fedlr.data.scored.load_scored_table",
         "synthetic": "fedlr.tasks.synthetic.synthetic_text",
+        "synthetic_chat": "fedlr.tasks.synthetic_chat.synthetic_chat",
         "table": "fedlr.data.table.load_table",
     },
     "partition": {
@@ -62,9 +64,12 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     },
     "model": {
         "pretrained": "fedlr.models.network.pretrained",
+        "pretrained_causal": "fedlr.models.causal.pretrained_causal",
         "tiny_random": "fedlr.models.network.tiny_random",
+        "tiny_random_causal": "fedlr.models.causal.tiny_random_causal",
     },
     "task": {
+        "causal_lm": "fedlr.tasks.causal_lm.causal_lm",
         "text_classification": "fedlr.tasks.text_classification.text_classification",
         "text_regression": "fedlr.tasks.text_regression.text_regression",
     },

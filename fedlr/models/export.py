@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,14 +29,14 @@ tags: [{tag}, federated-learning, differential-privacy]
 # {name}
 
 {article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
-Base tensors: SHA-256 `{base_sha256}`. {pooling}
+Base tensors: SHA-256 `{base_sha256}`. {reading}
 {personal}
 In this folder:
 
 ```python
 {usage}```
 
-Labels: {labels}. Adapter tensors: SHA-256 `{adapter_sha256}`.
+{labels}Adapter tensors: SHA-256 `{adapter_sha256}`.
 
 ## Privacy statement
 {statement}
@@ -81,11 +82,10 @@ def export_adapter(
         _set_ranks(model, adapter)
     model = portable(model, adapter.side)
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
-    source = reference(base.source)
+    source, is_causal = reference(base.source), base.task_type == "CAUSAL_LM"
     config.base_model_name_or_path = source
     if not isinstance(config.target_modules, str | None):
         config.target_modules = _target_modules(model, config.target_modules)
-    labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
     card = CARD.format(
         name=name,
         article="An" if system == "IA3" else "A",
@@ -95,9 +95,9 @@ def export_adapter(
         method=method,
         base=source,
         base_sha256=base.fingerprint,
-        pooling=pooling_text(base.pooling),
+        reading=template_text(base) if is_causal else pooling_text(base.pooling),
         usage=usage(base, max_length=max_length, has_pairs=has_pairs),
-        labels=", ".join(f"{index} = {label}" for index, label in sorted(labels.items())),
+        labels="" if is_causal else labels_text(model),
         adapter_sha256=adapter.fingerprint(),
         statement=statement["statement"],
         statement_json=json.dumps(statement, indent=2),
@@ -107,6 +107,20 @@ def export_adapter(
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
         base.tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def labels_text(model: PeftModel) -> str:
+    """Say which class each index stands for."""
+    labels = cast(PreTrainedModel, model.get_base_model()).config.id2label or {}
+    return f"Labels: {', '.join(f'{index} = {label}' for index, label in sorted(labels.items()))}. "
+
+
+def template_text(base: BaseModel) -> str:
+    """Say by which chat template conversations were written; the tokenizer beside the adapter has it."""
+    template = base.tokenizer.chat_template
+    if not isinstance(template, str):
+        return "It continues plain texts."
+    return f"Conversations were written by the chat template of SHA-256 `{sha256(template.encode()).hexdigest()}`."
 
 
 def pooling_text(pooling: str | None) -> str:

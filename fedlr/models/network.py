@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -54,7 +54,7 @@ class BaseModel:
     `head` names those of the head that PEFT does not know. `made` are the arguments of `tiny_random` where it made the
     network, which then exists nowhere else. `head_is_drawn`: the checkpoint has no head for these labels. `unread` are
     tensors of the body, by their names in it, that no logit depends on and that were taken out of the network: a
-    pooler, where features are pooled otherwise.
+    pooler, where features are pooled otherwise. `task_type` is what PEFT calls the network's task.
     """
 
     network: PreTrainedModel
@@ -66,6 +66,7 @@ class BaseModel:
     made: Mapping[str, Any] | None = None
     head_is_drawn: bool = True
     unread: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    task_type: Literal["SEQ_CLS", "CAUSAL_LM"] = "SEQ_CLS"
 
     @property
     def whole_modules(self) -> list[str]:
@@ -75,6 +76,9 @@ class BaseModel:
     @property
     def head_names(self) -> tuple[str, ...]:
         """Return the endings of the paths that are the adapter's as they are, PEFT's included."""
+        if self.task_type == "CAUSAL_LM":
+            output = self.network.get_output_embeddings()
+            return tuple(path for path, module in self.network.named_modules() if module is output)
         return (*PEFT_HEADS, *self.whole_modules)
 
     @property
@@ -254,7 +258,7 @@ def attach_lora(base: BaseModel, config: AdapterConfig, *, seed: int) -> Adapted
     targets = config.target_modules
     try:
         peft_config = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
+            task_type=TaskType(base.task_type),
             r=config.rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # rsLoRA papers use fractions
             target_modules=targets if isinstance(targets, str) else list(targets),

@@ -74,7 +74,29 @@ _NORMALISE = "vectors = torch.nn.functional.normalize(vectors, dim=-1)"
 
 _MADE = """\
 # The base model has random weights, and is published nowhere: fedlr makes it again.
-base = tiny_random({arguments}).network"""
+base = {function}({arguments}).network"""
+
+
+_CAUSAL = """\
+base = AutoModelForCausalLM.from_pretrained({where}, dtype=torch.float32)"""
+
+_ANSWERS = """\
+@torch.no_grad()
+def answer(prompt):
+    \"\"\"Return what the model says to a prompt, the likeliest token each time.\"\"\"
+    tokens = {tokens}
+    said = model.generate(**tokens, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(said[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+print(answer("a prompt"))"""
+
+_CHAT = """\
+tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )"""
+
+_CONTINUES = 'tokenizer(prompt, return_tensors="pt")'
 
 
 def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
@@ -95,15 +117,19 @@ def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
             "from transformers import AutoModel, AutoTokenizer",
             "from transformers.modeling_outputs import SequenceClassifierOutput",
         ]
+    is_causal = base.task_type == "CAUSAL_LM"
+    if is_causal:
+        auto = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if base.made is not None:
+        module, function = ("causal", "tiny_random_causal") if is_causal else ("network", "tiny_random")
         imports = [
             *imports,
             "from transformers import AutoTokenizer",
             "",
-            "from fedlr.models.network import tiny_random",
+            f"from fedlr.models.{module} import {function}",
         ]
         arguments = ", ".join(f"{name}={value!r}" for name, value in base.made.items())
-        loading = _MADE.format(arguments=arguments)
+        loading = _MADE.format(function=function, arguments=arguments)
     else:
         imports = [*imports, *auto]
         where = json.dumps(location := reference(base.source), ensure_ascii=False)
@@ -117,10 +143,14 @@ def usage(base: BaseModel, *, max_length: int, has_pairs: bool = False) -> str:
             note = "# A folder of the machine that trained: put in where yours is; it must have the SHA-256 above.\n"
         loading = note + _loading(base, where)
     classify = (_PAIRS if has_pairs else _TEXTS).format(max_length=max_length)
+    if is_causal:
+        classify = _ANSWERS.format(tokens=_CHAT if isinstance(base.tokenizer.chat_template, str) else _CONTINUES)
     return _CODE.format(imports="\n".join(imports) + "\n", base=loading, classify=classify)
 
 
 def _loading(base: BaseModel, where: str) -> str:
+    if base.task_type == "CAUSAL_LM":
+        return _CAUSAL.format(where=where)
     num_labels = len(base.network.config.id2label or {})
     if base.pooling is None:
         return _LOADED.format(where=where, num_labels=num_labels)

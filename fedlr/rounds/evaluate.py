@@ -6,7 +6,9 @@ that is said of them, label shares included, is theirs alone and says nothing of
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from fedlr.training.threads import torch_threads
 
 # Of clients with a model of their own, so many are scored, the first ones: each costs a pass over the held-out rows.
 MOST_SCORED = 16
+MOST_GROUPS = 64  # of held-out rows, beyond which they are scored together alone
 
 
 @torch.no_grad()
@@ -33,11 +36,25 @@ def evaluate(model: nn.Module, data: Examples, *, task: Task, token_budget: int 
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    pieces = micro_batches(data.lengths, range(len(data)), token_budget=token_budget)
-    answers = [task.answers(model, data.batch(rows).to(device)) for rows in pieces]
+    device, budget = next(model.parameters()).device, token_budget
+    answers = {
+        name: [task.answers(model, data.batch(piece).to(device)) for piece in micro_batches(data.lengths, rows, budget)]
+        for name, rows in _groups(data).items()
+    }
     model.train(was_training)
-    return task.evaluation(answers)
+    whole = task.evaluation([one for found in answers.values() for one in found])
+    if len(answers) == 1:
+        return whole
+    more = task.of_groups({name: task.evaluation(found) for name, found in answers.items()})
+    return replace(whole, measures={**whole.measures, **more})
+
+
+def _groups(data: Examples) -> dict[str, Sequence[int] | np.ndarray]:
+    """Return the rows of each group by its name; all together where there are none, or too many."""
+    groups, names = getattr(data, "groups", None), getattr(data, "group_names", ())
+    rows = {} if groups is None else {name: np.flatnonzero(groups == number) for number, name in enumerate(names)}
+    found: dict[str, Sequence[int] | np.ndarray] = {name: mine for name, mine in rows.items() if len(mine)}
+    return found if 1 < len(found) <= MOST_GROUPS else {"": range(len(data))}
 
 
 class Evaluator:

@@ -14,6 +14,7 @@ import numpy as np
 from fedlr.config.schema import Experiment
 from fedlr.methods.method import Method
 from fedlr.rounds.round import RoundDiagnostics, ServerState
+from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.outcome import finite, problem_of
 from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
 from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
@@ -47,7 +48,7 @@ def metrics_row(
         "accuracy": evaluation.accuracy,
         "loss": finite(evaluation.loss),
         **scores_of(evaluation, is_last=is_last),
-        **{name: finite(value) for name, value in evaluation.measures.items()},
+        **({"measures": {k: finite(v) for k, v in evaluation.measures.items()}} if evaluation.measures else {}),
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
@@ -81,10 +82,16 @@ def scores_of(evaluation: Evaluation, *, is_last: bool) -> dict[str, Any]:
     return {**told, "confusion": told["confusion"] if is_last else None}
 
 
+def score_of(row: Mapping[str, Any], metric: Metric) -> float | None:
+    """Return the headline of a line of metrics.jsonl; None where it is not finite."""
+    found: float | None = row.get("measures", row).get(metric.name, row.get(metric.name))
+    return found
+
+
 def held_out_labels(labels: np.ndarray, label_names: Sequence[str]) -> HeldOut:
-    """Return how often each label occurs in the rows that the server evaluates on; nothing where rows have none."""
+    """Return how often each label occurs in the rows that the server evaluates on, or how many rows there are."""
     if not label_names:
-        return HeldOut({})
+        return HeldOut({}, num_unlabelled=len(labels))
     counts = np.bincount(labels, minlength=len(label_names)).tolist()
     return HeldOut(dict(zip(label_names, counts, strict=True)))
 
@@ -157,10 +164,7 @@ def summarise(
     noise_sd: float | None = None,
     metric: Metric = ACCURACY,
 ) -> dict[str, Any]:
-    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not.
-
-    Rows without classes have no verdict: the rule (`fedlr.runs.verdict`) is of classes.
-    """
+    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not."""
     e, first, last = experiment, rows[0], rows[-1]
     is_private = e.privacy.epsilon is not None
     problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal))
@@ -174,7 +178,12 @@ def summarise(
         problem=problem,
     )
     recipe = recipe_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd)
-    verdict = judge(held_out, outcome, recipe) if held_out.label_counts else None
+    if held_out.label_counts:
+        verdict = judge(held_out, outcome, recipe)
+    else:
+        verdict = judge_loss(
+            held_out, outcome, recipe, metric=metric, first=first.get("measures", {}), last=last.get("measures", {})
+        )
     return {
         "name": e.name,
         "method": method.name,
@@ -187,8 +196,9 @@ def summarise(
         "final_accuracy": last["accuracy"],
         "final_loss": last["loss"],
         "metric": asdict(metric),
-        "start_score": first[metric.name],
-        "final_score": last[metric.name],
+        "start_score": score_of(first, metric),
+        "final_score": score_of(last, metric),
+        "measures": last.get("measures", {}),
         "epsilon_max": last["epsilon_max"],
         "delta": e.privacy.delta if is_private else None,
         "adapter_sha256": state.adapter.fingerprint(),
@@ -196,7 +206,7 @@ def summarise(
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "problem": problem,
-        "verdict": None if verdict is None else verdict.record(),
+        "verdict": verdict.record(),
         "label_names": list(held_out.label_counts),
         "seconds": seconds,
     }

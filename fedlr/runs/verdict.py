@@ -40,11 +40,12 @@ class HeldOut:
     """How often each label occurs in the held-out rows, in the order of the label indices."""
 
     label_counts: Mapping[str, int]
+    num_unlabelled: int = 0  # rows of a task without classes
 
     @property
     def num_rows(self) -> int:
         """All rows."""
-        return sum(self.label_counts.values())
+        return sum(self.label_counts.values()) + self.num_unlabelled
 
     @property
     def majority_label(self) -> str:
@@ -231,6 +232,12 @@ def advice(held_out: HeldOut, recipe: Recipe, outcome: Result | None = None) -> 
     if outcome is not None and not found:
         found.append("raise num_rounds, or try other values of trainer.optimizer.lr")
     return tuple(found)
+
+
+def rate_and_noise_advice(recipe: Recipe, outcome: Result) -> tuple[str, ...]:
+    """Return what to change of rate, noise and rounds, the likeliest first."""
+    found = [*_about_rate(recipe, outcome), *_about_noise(recipe, outcome)]
+    return tuple(found or ["raise num_rounds, or try other values of trainer.optimizer.lr"])
 
 
 def noise_of_rounds(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -27,13 +27,9 @@ class Metric:
         >>> ACCURACY.text(0.8125), Metric("perplexity", higher_is_better=False, is_share=False).text(62.41)
         ('0.812', '62.4')
         """
-        return (
-            f"{value:.3f}"
-            if self.is_share or abs(value) < 1
-            else f"{value:.3g}"
-            if abs(value) < 100
-            else f"{value:.0f}"
-        )
+        size = 0.0 if self.is_share else abs(value)
+        decimals = next((number for number, below in ((3, 1.0), (2, 10.0), (1, 100.0)) if size < below), 0)
+        return f"{value:,.{decimals}f}"
 
 
 ACCURACY = Metric("accuracy", higher_is_better=True, is_share=True)

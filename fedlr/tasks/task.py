@@ -5,7 +5,7 @@ knows of labels, tokens or pixels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -76,3 +76,7 @@ class Task(ABC):
     @abstractmethod
     def evaluation(self, found: Sequence[Any]) -> Evaluation:
         """Return how good the answers of all micro-batches are."""
+
+    def of_groups(self, found: Mapping[str, Evaluation]) -> Mapping[str, float]:
+        """Return further measures, from the evaluation of each group of the held-out examples; none here."""
+        return {}

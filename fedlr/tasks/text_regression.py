@@ -78,15 +78,16 @@ class TextRegression(Task):
         """
         predicted = np.concatenate([one.predicted for one in found])
         target = np.concatenate([one.target for one in found])
-        error = predicted - target
+        error, losses = predicted - target, np.concatenate([one.losses for one in found])
         return Evaluation(
             accuracy=float(((predicted > 0.5) == (target > 0.5)).mean()),
-            loss=float(np.concatenate([one.losses for one in found]).mean()),
+            loss=float(losses.mean()),
             measures={
                 "pearson": correlation(predicted, target),
                 "spearman": correlation(rankdata(predicted), rankdata(target)),
                 "rmse": float(np.sqrt((error**2).mean())),
                 "mae": float(np.abs(error).mean()),
+                "loss_error": float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else 0.0,
             },
         )
 

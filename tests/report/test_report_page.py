@@ -121,7 +121,7 @@ def test_a_metric_of_which_less_is_better_is_named_and_written_as_a_number(tmp_p
     run_dir = write_run(tmp_path / "run", num_rounds=2, change=change)
     for path in (run_dir / "metrics.jsonl", run_dir / "baselines" / "no_privacy" / "metrics.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [{**row, "perplexity": 85.0 - 11.3 * row["rounds_completed"]} for row in rows]
+        rows = [{**row, "measures": {"perplexity": 85.0 - 11.3 * row["rounds_completed"]}} for row in rows]
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     page = report(run_dir)
     assert "perplexity fell from 85.0 to 62.4" in page and "start 85.0 (−22.6)" in page

@@ -109,7 +109,7 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
     arguments, names = peft_arguments(config, tuner), linear_names(base.network, base.head_names)
     arguments["modules_to_save"] = base.whole_modules or None  # beside what PEFT adds
     try:
-        peft_config = tuner.peft_config(task_type=TaskType.SEQ_CLS, **arguments)
+        peft_config = tuner.peft_config(task_type=TaskType(base.task_type), **arguments)
         with seeded(seed):
             model = get_peft_model(base.network, peft_config, autocast_adapter_dtype=False)
         for module in model.modules():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.psoft.layer import PsoftLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -53,7 +53,7 @@ def _as_lora(model: AdaptedModel, factors: Mapping[str, LoraFactors]) -> Adapted
     others = {place: own for place, own in ranks.items() if own != rank}
     heads = [p.removeprefix(INSIDE) for p, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=model.peft_config[ADAPTER_NAME].task_type,
         r=rank,
         lora_alpha=rank,  # a scale of 1
         rank_pattern=others,

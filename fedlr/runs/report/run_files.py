@@ -202,7 +202,9 @@ def _states(path: Path, metric: Metric) -> list[State]:
 
 
 def _state(row: Record, metric: Metric = ACCURACY) -> State:
-    score = row.optional_number(metric.name, may_diverge=True)
+    measures = row.nested("measures") if row.values.get("measures") else row
+    told = measures if metric.name in measures.values else row
+    score = told.optional_number(metric.name, may_diverge=True)
     return State(
         rounds_completed=row.count("rounds_completed"),
         accuracy=row.number("accuracy"),
