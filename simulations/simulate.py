@@ -43,7 +43,7 @@ from fedlr.runs.report import write_report
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
-from simulations.alone import train_alone
+from simulations.alone import Arm, train_alone
 from simulations.checkpoints import Checkpoints
 from simulations.client_accuracy import score_clients
 from simulations.federation import Federation, assemble, describe
@@ -244,7 +244,10 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     with closing(make_pool(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)
         arms = train_alone(federation, pool, client_done=progress.client_done)
-        found = [(evaluator.score(scored(arm.state))[0], arm.num_updates) for arm in arms]
+        found = [
+            (evaluator.score(scored(arm.state))[0], arm.num_updates, own_accuracy(federation, client_id, arm))
+            for client_id, arm in enumerate(arms)
+        ]
     spent = ledger.spent_all(range(len(found))) if ledger else {}
     metric = federation.task.metric
     clients = [
@@ -254,12 +257,21 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
             "score": evaluation.headline(metric),
             "epsilon": spent.get(client_id),
             "num_updates": num_updates,
+            **own,
         }
-        for client_id, (evaluation, num_updates) in enumerate(found)
+        for client_id, (evaluation, num_updates, own) in enumerate(found)
     ]
     write_json(folder / "alone.json", {"privacy": "dp" if ledger else "none", "clients": clients})
-    scores = [evaluation.headline(metric) for evaluation, _ in found]
-    progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates in found))
+    scores = [evaluation.headline(metric) for evaluation, *_ in found]
+    progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates, _ in found))
+
+
+def own_accuracy(federation: Federation, client_id: int, arm: Arm) -> dict[str, float]:
+    """Return how good a client alone is on held-out rows of its own, where that is told of clients at all."""
+    tests = federation.client_tests
+    if tests is None or not len(tests.rows[client_id]):
+        return {}
+    return {"own_accuracy": accuracy_on(federation, scored(arm.state), tests.rows[client_id])}
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:

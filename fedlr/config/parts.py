@@ -50,6 +50,8 @@ RULES_OF_PROTOCOL: tuple[RuleName, ...] = get_args(RuleName)
 PARTS: Mapping[str, Mapping[str, str]] = {
     "data": {
         "conversations": "fedlr.data.conversations.load_conversations",
+        "images": "fedlr.data.images.load_images",
+        "made_up_images": "fedlr.tasks.made_up_images.made_up_images",
         "scored_table": "fedlr.data.scored.load_scored_table",
         "synthetic": "fedlr.tasks.synthetic.synthetic_text",
         "synthetic_chat": "fedlr.tasks.synthetic_chat.synthetic_chat",
@@ -65,11 +67,14 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     "model": {
         "pretrained": "fedlr.models.network.pretrained",
         "pretrained_causal": "fedlr.models.causal.pretrained_causal",
+        "pretrained_images": "fedlr.models.vision.pretrained_images",
         "tiny_random": "fedlr.models.network.tiny_random",
         "tiny_random_causal": "fedlr.models.causal.tiny_random_causal",
+        "tiny_vit": "fedlr.models.vision.tiny_vit",
     },
     "task": {
         "causal_lm": "fedlr.tasks.causal_lm.causal_lm",
+        "image_classification": "fedlr.tasks.image_classification.image_classification",
         "text_classification": "fedlr.tasks.text_classification.text_classification",
         "text_regression": "fedlr.tasks.text_regression.text_regression",
     },

@@ -12,6 +12,8 @@ from fedlr.errors import InputError
 def read_hub(name: str, columns: Sequence[str], *, split: str) -> Rows:
     """Read the wanted columns of a Hugging Face dataset: `owner/name`, `owner/name:configuration`, or a saved folder.
 
+    A column of images gives the bytes or the path of each, as a mapping.
+
     Raises:
         InputError: when the Hub cannot be reached, or has no such dataset, configuration, split or column.
     """
@@ -22,6 +24,9 @@ def read_hub(name: str, columns: Sequence[str], *, split: str) -> Rows:
     else:
         dataset = _named(datasets.load_dataset, name, split)
     check_columns(name, dataset.column_names, columns)
+    for column in columns:
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
     label = dataset.features[columns[1]]
     rows = [Row(i, v) for i, v in enumerate(zip(*(dataset[c] for c in columns), strict=True), start=1)]
     return Rows(rows, tuple(label.names) if isinstance(label, datasets.ClassLabel) else None)

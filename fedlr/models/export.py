@@ -16,9 +16,11 @@ from fedlr.adapters.state import AdapterState
 from fedlr.files import whole_folder
 from fedlr.models.network import BaseModel
 from fedlr.models.peft_state import ADAPTER_NAME, adapted_layers, base_layers, head_parts, write_adapter
+from fedlr.models.picture_usage import picture_usage
 from fedlr.models.pooling import NORMALISED, PooledClassifier
 from fedlr.models.tuners.exported import INSIDE, portable, title_of
 from fedlr.models.usage import reference, usage
+from fedlr.tasks.pictures import PictureProcessor
 
 CARD = """\
 ---
@@ -95,8 +97,8 @@ def export_adapter(
         method=method,
         base=source,
         base_sha256=base.fingerprint,
-        reading=template_text(base) if is_causal else pooling_text(base.pooling),
-        usage=usage(base, max_length=max_length, has_pairs=has_pairs),
+        reading=reading_text(base),
+        usage=usage_of(base, max_length=max_length, has_pairs=has_pairs),
         labels="" if is_causal else labels_text(model),
         adapter_sha256=adapter.fingerprint(),
         statement=statement["statement"],
@@ -107,6 +109,20 @@ def export_adapter(
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
         base.tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def usage_of(base: BaseModel, *, max_length: int, has_pairs: bool) -> str:
+    """Return the Python of the card that opens an adapter on its base, whatever the base reads."""
+    if isinstance(base.tokenizer, PictureProcessor):
+        return picture_usage(base, base.tokenizer)
+    return usage(base, max_length=max_length, has_pairs=has_pairs)
+
+
+def reading_text(base: BaseModel) -> str:
+    """Say how a row comes into the model."""
+    if base.task_type == "CAUSAL_LM":
+        return template_text(base)
+    return pooling_text(base.pooling, row="picture" if isinstance(base.tokenizer, PictureProcessor) else "text")
 
 
 def labels_text(model: PeftModel) -> str:
@@ -123,17 +139,17 @@ def template_text(base: BaseModel) -> str:
     return f"Conversations were written by the chat template of SHA-256 `{sha256(template.encode()).hexdigest()}`."
 
 
-def pooling_text(pooling: str | None) -> str:
-    """Say what the head reads of a text.
+def pooling_text(pooling: str | None, *, row: str = "text") -> str:
+    """Say what the head reads of a text or a picture.
 
     >>> pooling_text("mean_normalised")
     'The head reads the mean over the tokens of a text, of length 1 (pooling `mean_normalised`).'
     """
     if pooling is None:
-        return "The head reads a text as the base model's own class does (pooling `null`)."
+        return f"The head reads a {row} as the base model's own class does (pooling `null`)."
     what = {"cls": "the first token", "mean": "the mean over the tokens", "last": "the last token"}
     length = ", of length 1" if pooling.endswith(NORMALISED) else ""
-    return f"The head reads {what[pooling.removesuffix(NORMALISED)]} of a text{length} (pooling `{pooling}`)."
+    return f"The head reads {what[pooling.removesuffix(NORMALISED)]} of a {row}{length} (pooling `{pooling}`)."
 
 
 def _target_modules(model: PeftModel, names: Collection[str]) -> list[str]:

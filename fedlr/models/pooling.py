@@ -1,4 +1,4 @@
-"""A sequence classifier of our own on any encoder: one vector per text, pooled over its tokens, and one linear head.
+"""A classifier of our own on any encoder: one vector per text or picture, pooled over its states, and one linear head.
 
 Notable choices:
 - The encoder is the very module that `transformers` reads the checkpoint into for its own sequence classifier, so the
@@ -105,9 +105,15 @@ class PooledClassifier(PreTrainedModel):
         return cast(nn.Module, cast(Any, self.base_model).get_input_embeddings())
 
     def features(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
     ) -> Tensor:
-        """Return what the head reads of each text, (N, H + 1)."""
+        """Return what the head reads of each text or picture, (N, H + 1)."""
+        if pixel_values is not None:
+            return pooled(self.base_model(pixel_values).last_hidden_state, None, self.pooling)
         words = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         given = {name: tensor for name, tensor in words.items() if tensor is not None}
         states = self.base_model(**given, attention_mask=attention_mask).last_hidden_state
@@ -118,14 +124,15 @@ class PooledClassifier(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         **_others: object,
     ) -> SequenceClassifierOutput:
-        """Map token ids (N, T), or embeddings (N, T, H), to logits (N, K)."""
+        """Map token ids (N, T), embeddings (N, T, H), or pictures, to logits (N, K)."""
         if self.reads_features:
             assert inputs_embeds is not None
             features = inputs_embeds[:, 0]
         else:
-            features = self.features(input_ids, attention_mask, inputs_embeds)
+            features = self.features(input_ids, attention_mask, inputs_embeds, pixel_values)
         return SequenceClassifierOutput(logits=self.classifier(features))
 
 

@@ -29,6 +29,7 @@ from fedlr.methods.method import Method
 from fedlr.models.adapter_config import AdapterConfig
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import LAYOUT
+from fedlr.models.picture_prefix import encode_picture_features, encode_picture_prefix, without_picture_prefix
 from fedlr.models.pooling import PooledClassifier
 from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
@@ -38,6 +39,7 @@ from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.tasks.examples import Examples
+from fedlr.tasks.pictures import EncodedImages
 from fedlr.tasks.task import Task
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import check_elementwise
@@ -107,7 +109,7 @@ def check_another_table(data: DataSection) -> None:
                 f"{shared[0]!r} too: rows that were trained on say nothing about others"
             )
         return
-    if table_files(path):
+    if table_files(path) and section.get("split_column") is None:
         raise InputError(
             f"Expected data.test_path with the file or folder {path!r}, got data.test_split={data.test_split!r}: only "
             "a dataset by name has splits"
@@ -238,20 +240,23 @@ def working_model(
         return working, tables
     store = state_store(runtime, say=say)
     found = "" if store.folder is None else f", or come from {store.folder}"
-    say(f"{sum(map(len, tables)):,} texts pass the frozen layers once{found}")
-    encode = encode_features if features else encode_prefix
-    return working, [encode(whole, tokens_of(t), num_threads=runtime.num_workers, store=store) for t in tables]
+    say(f"{sum(map(len, tables)):,} rows pass the frozen layers once{found}")
+    return working, [past_frozen(whole, t, features, num_threads=runtime.num_workers, store=store) for t in tables]
 
 
-def tokens_of(table: Examples) -> TokenisedText:
-    """Return texts as texts.
+def past_frozen(whole: nn.Module, table: Examples, features: bool, *, num_threads: int, store: TableStore) -> Examples:
+    """Return examples with what the frozen layers make of them.
 
     Raises:
-        InputError: for examples of another kind, which pass no prefix.
+        InputError: for examples of a kind that passes no prefix.
     """
-    if not isinstance(table, TokenisedText):
-        raise InputError("Expected runtime.cache_prefix=false for a task without texts, got true")
-    return table
+    if isinstance(table, EncodedImages):
+        encode = encode_picture_features if features else encode_picture_prefix
+        return encode(whole, table, num_threads=num_threads, store=store)
+    if isinstance(table, TokenisedText):
+        run = encode_features if features else encode_prefix
+        return run(whole, table, num_threads=num_threads, store=store)
+    raise InputError("Expected runtime.cache_prefix=false for a task without texts or pictures, got true")
 
 
 def whole_and_working(
@@ -262,7 +267,9 @@ def whole_and_working(
     whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
     if not runtime.cache_prefix:
         return whole, whole
-    return whole, without_encoder(whole) if features else without_prefix(whole)
+    if features:
+        return whole, without_encoder(whole)
+    return whole, without_picture_prefix(whole) if model.main_input_name == "pixel_values" else without_prefix(whole)
 
 
 def state_store(runtime: RuntimeSection, *, say: Callable[[str], None]) -> TableStore:

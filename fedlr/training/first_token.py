@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlr.models.picture_prefix import GIVEN_STATES
 from fedlr.models.zero_head import awake
 from fedlr.tasks.probe import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
 
@@ -153,6 +154,10 @@ def _reads_tokens(model: Any) -> bool:
 
 
 def _probe(model: Any) -> dict[str, Tensor]:
+    if (states := getattr(model, GIVEN_STATES, None)) is not None:
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        numbers = torch.linspace(-1.0, 1.0, PROBE_EXAMPLES * states[0] * states[1])
+        return {"pixel_values": numbers.view(PROBE_EXAMPLES, *states).to(like)}
     if model.main_input_name == "pixel_values" or _reads_tokens(model):
         inputs = probe_inputs(model)
     else:

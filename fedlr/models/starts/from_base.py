@@ -25,21 +25,22 @@ from fedlr.adapters.state import LORA_A, Slot
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapted_layers, read_adapter, write_adapter
 from fedlr.streams import Purpose, stream
+from fedlr.tasks.pictures import PictureProcessor
 
 WEIGHTS, ACTIVATIONS = "principal", "activations"
 NUM_TEXTS, NUM_TOKENS, TEXTS_AT_ONCE = 128, 32, 16  # made up, to see what enters a layer
 
 
-def inform(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, *, seed: int) -> None:
+def inform(model: nn.Module, tokenizer: PreTrainedTokenizerBase | PictureProcessor, source: str, *, seed: int) -> None:
     """Set every lora_A of a PEFT model to rows chosen by its frozen base.
 
     Args:
         model: with lora_B at zero.
-        tokenizer: the model's.
+        tokenizer: the model's, or its processor of pictures.
         source: "principal", the leading right singular vectors of each layer's weight: the inputs that it answers most;
             or "activations", the leading principal directions (not centred) of what enters the layer when the model
-            reads made-up text, ordinary tokens of its vocabulary drawn at random.
-        seed: of the made-up text.
+            reads made-up text, ordinary tokens of its vocabulary drawn at random, or pictures of coloured squares.
+        seed: of what is made up.
 
     Raises:
         InputError: if the weights, or what enters a layer, are not finite.
@@ -47,7 +48,9 @@ def inform(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, *,
     if source == WEIGHTS:
         matrices = {path: weight_of(layer.get_base_layer()) for path, layer in adapted_layers(model).items()}
     else:
-        matrices = input_moments(model, made_up_text(tokenizer, seed=seed))
+        reads_pictures = isinstance(tokenizer, PictureProcessor)
+        made_up = made_up_pictures(tokenizer, seed=seed) if reads_pictures else made_up_text(tokenizer, seed=seed)
+        matrices = input_moments(model, made_up)
     directions = principal_rows if source == WEIGHTS else leading_rows
     chosen = {}
     for path, layer in read_adapter(model).factors().items():
@@ -78,6 +81,15 @@ def leading_rows(moment_KK: Tensor) -> Tensor:
     return _signed(torch.linalg.eigh(moment_KK.double()).eigenvectors.T.flip(0))
 
 
+def made_up_pictures(processor: PictureProcessor, *, seed: int) -> Iterator[Mapping[str, Tensor]]:
+    """Yield pictures of 8 x 8 squares of random colours, as a model reads them."""
+    generator = stream(seed, Purpose.INIT)
+    rows, columns = (np.arange(side) * 8 // side for side in (processor.height, processor.width))
+    for _ in range(NUM_TEXTS // TEXTS_AT_ONCE):
+        squares = generator.integers(256, size=(TEXTS_AT_ONCE, 8, 8, 3)).astype(np.uint8)
+        yield {"pixel_values": processor.pixel_values(squares[:, rows][:, :, columns])}
+
+
 def made_up_text(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Iterator[Mapping[str, Tensor]]:
     """Yield model inputs of random ordinary tokens: text that nobody wrote, the same for every run of a seed."""
     drawn = stream(seed, Purpose.INIT)
@@ -99,10 +111,11 @@ def input_moments(model: nn.Module, batches: Iterator[Mapping[str, Tensor]]) -> 
     with watching(model) as entered:
         for inputs in batches:
             model(**inputs)
-            counts = inputs["attention_mask"].bool()
+            mask = inputs.get("attention_mask")  # pictures have no padding
             for path, moment in moments.items():
                 # A layer behind the choice of one token sees (N, K): no token of it is padding.
-                x_NK = entered[path] if entered[path].dim() == 2 else entered[path][counts]
+                x = entered[path]
+                x_NK = x.flatten(0, -2) if x.dim() == 2 or mask is None else x[mask.bool()]
                 moment += x_NK.double().T @ x_NK.double()
     return moments
 
