@@ -16,12 +16,12 @@ import numpy as np
 
 from fedlr.adapters.state import num_bytes
 from fedlr.config.auto_rates import alone_rounds
+from fedlr.data.store import TableStore
 from fedlr.models.base_delta import SideWeights
-from fedlr.models.prefix import encode_features, encode_prefix
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.fused import bytes_a_client, group_size
-from fedlr.runs.prepare import state_store, tokens_of, whole_and_working
+from fedlr.runs.prepare import past_frozen, state_store, whole_and_working
 from fedlr.tasks.examples import Examples, Share
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation
@@ -76,11 +76,11 @@ def measure(prepared: Federation) -> Costs:
         prefix, state_bytes = None, 0
         if e.runtime.cache_prefix:
             started = time.perf_counter()
-            encode = encode_features if f.caches_features else encode_prefix
-            few = cached = encode(whole, tokens_of(few))
-            assert cached.hidden is not None
+            few = past_frozen(whole, few, f.caches_features, num_threads=1, store=TableStore())
+            states = getattr(few, "hidden", None)
+            assert states is not None
             prefix = Measured(time.perf_counter() - started, num_tokens(f) / measured_tokens)
-            state_bytes = cached.hidden.nbytes // len(cached.hidden)
+            state_bytes = states.nbytes // len(states)
         probe = replace(f, working=working, side=SideWeights(working), test=few)
         step = measure_step(probe)
         evaluation = measure_evaluation(probe, num_tokens=num_states(f, f.test))

@@ -58,7 +58,7 @@ class BaseModel:
     """
 
     network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # a tokenizer, or the processor of pictures
     source: str
     fingerprint: str
     drawn: tuple[str, ...] = ()
