@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from fedlr.config.schema import Experiment
 
 MOST_RUNS = 2_000  # of a sweep
+MOST_JOBS = 256  # of them side by side
 MULTIRUN = ("-m", "--multirun")
 COMPARISON, SUMMARY = "comparison.html", "summary.json"
 command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint")
@@ -31,19 +31,33 @@ command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` fini
 
 @command
 def simulate(arguments: list[str]) -> None:
-    """Run an experiment: fedlr simulate experiment=NAME [KEY=VALUE ...] [-m KEY=V1,V2 ...]
+    """Run an experiment: fedlr simulate experiment=NAME [KEY=VALUE ...] [-m KEY=V1,V2 ... [--jobs N]] [--skip-done]
 
     experiments: demo (real text, minutes), study (for sweeps over methods and seeds), tiny (seconds), fedsvd_paper (a
     GPU and a hub).
     -m, --multirun runs every combination of comma-separated values and ends with one table.
+    --jobs N has N runs side by side, each in a process of its own; their results are the same as alone.
+    --skip-done repeats no finished run of the same configuration and seed, and finishes one that was cut off: a sweep
+    that was interrupted goes on.
+    --tuned FILE takes the settings that `fedlr tune` chose for each arm.
     """
+    num_jobs, skip_done = jobs_option(arguments), flag(arguments, "--skip-done")
+    tuned = option(arguments, "--tuned", "a file of `fedlr tune`")
     jobs = expand(arguments)
+    if tuned is not None:
+        from fedlr.runs.tuned import read_tuned
+
+        choice = read_tuned(usable_path(tuned))
+        jobs = [[*overrides, *choice.words_of(overrides)] for overrides in jobs]
     experiments = [ready(overrides) for overrides in jobs]
     for experiment in experiments:
         check_output_dir(experiment)
+    check_side_by_side(experiments, num_jobs)
     from fedlr.runs.report import comparison_table, write_comparison
+    from simulations.sweep import run_sweep
 
-    run_dirs = run_all(jobs, experiments)
+    found = run_sweep(jobs, experiments, num_jobs=num_jobs, skip_done=skip_done, say=say)
+    run_dirs = [run_dir for run_dir in found if run_dir is not None]
     if run_dirs:
         say(f"\n{comparison_table(run_dirs)}")
     if len(run_dirs) > 1:
@@ -52,6 +66,38 @@ def simulate(arguments: list[str]) -> None:
         say(f"report in {run_dirs[0] / 'report.html'}")
     if failed := len(jobs) - len(run_dirs):
         raise InputError(f"{failed} of {len(jobs)} runs failed; the reasons are above")
+
+
+@command
+def tune(arguments: list[str]) -> None:
+    """Choose settings on validation rows: fedlr tune experiment=NAME --grid KEY=V1,V2 ... --on validation [-m KEY=A,B]
+
+    Runs the grid for every seed and every arm (the other keys that -m sweeps), each arm with as many tries, scored on
+    the rows that data.num_validation or data.validation_path set apart, and writes what was best for each arm into
+    tuned.yaml, which `fedlr simulate --tuned FILE` takes. The runs lie in outputs/NAME-tune; a grid that was
+    interrupted goes on. --jobs N has N runs side by side; --out FILE names another file.
+    """
+    from fedlr.runs.tuned import write_tuned
+    from simulations.sweep import run_sweep
+    from simulations.tune import check_on, chosen, grid_of, runs_of, told
+
+    typed = list(arguments)
+    points = options(arguments, "--grid", "KEY=VALUE,VALUE")
+    check_on(option(arguments, "--on", "the rows to choose on"))
+    num_jobs = jobs_option(arguments, is_sweep=True)
+    out = new_file(option(arguments, "--out", "a file name") or "tuned.yaml", "--out", ".yaml")
+    assert out is not None
+    words = [word for word in arguments if word not in MULTIRUN]
+    grid = grid_of(words, points)
+    expand(arguments)  # refuses several values of a key without -m
+    jobs = expand([*words, *points, "-m"])
+    jobs = runs_of(jobs, name=ready(jobs[0]).name)
+    experiments = [ready(overrides) for overrides in jobs]
+    check_side_by_side(experiments, num_jobs)
+    found = run_sweep(jobs, experiments, num_jobs=num_jobs, skip_done=True, say=say)
+    tuned = chosen(grid, jobs, found, command=typed)
+    write_tuned(tuned, out)
+    say(f"\n{told(tuned)}\nwrote {out}; `fedlr simulate --tuned {out}` takes it")
 
 
 @command
@@ -64,9 +110,7 @@ def resume(arguments: list[str]) -> None:
     """
     from fedlr.runs.directory import recorded_experiment
 
-    own_parts = []
-    while (own_part := option(arguments, "--own-part", "the name of a function of your own")) is not None:
-        own_parts.append(own_part)
+    own_parts = options(arguments, "--own-part", "the name of a function of your own")
     run_dir = existing_run(only_one(arguments))
     go_offline(recorded_experiment(run_dir, own_parts=own_parts).runtime.offline)
     from simulations.resume import resume as finish
@@ -96,17 +140,26 @@ def compare(arguments: list[str]) -> None:
     --against METHOD pairs the runs of that method with all others by seed, data and privacy, and adds the mean
     difference of every arm with its paired 95 % interval, as a table and a picture.
     --metric NAME compares by balanced_accuracy, macro_f1 or auc instead of accuracy.
+    --latex FILE writes the table of a paper (booktabs): methods by data and epsilon, mean and standard deviation over
+    seeds, bold where the seeds say so. --csv FILE writes a line a run. --svg FOLDER writes the pictures as files.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
     """
-    from fedlr.runs.report import comparison_table, write_comparison
+    from fedlr.runs.report import PaperFiles, comparison_table, write_comparison
 
     against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
     metric = option(arguments, "--metric", "the name of a score") or "accuracy"
-    out = free_name(Path(COMPARISON)) if named is None else new_page(named)
+    files = PaperFiles(
+        csv=new_file(option(arguments, "--csv", "a file name"), "--csv", ".csv"),
+        latex=new_file(option(arguments, "--latex", "a file name"), "--latex", ".tex"),
+        svg=new_folder(option(arguments, "--svg", "a folder"), "--svg"),
+    )
+    out = new_file(named, "--out", ".html") or free_name(Path(COMPARISON))
     run_dirs = list(dict.fromkeys(run_dir for argument in arguments for run_dir in finished_runs(argument)))
     if len(run_dirs) < 2:
         raise InputError(f"Expected two or more run directories, or a folder of them, got {len(run_dirs)}")
     print(comparison_table(run_dirs, against=against, metric=metric))
+    for path in files.write(run_dirs, metric=metric, against=against):
+        print(f"wrote {path}")
     print(f"comparison in {write_comparison(run_dirs, out, against=against, metric=metric)}")
 
 
@@ -129,24 +182,44 @@ def statement(arguments: list[str]) -> None:
     print(json.dumps(recompute(existing_run(only_one(arguments))), indent=2))
 
 
-def run_all(jobs: Sequence[Sequence[str]], experiments: Sequence["Experiment"]) -> list[Path]:
-    """Run every experiment and return the directories; in a sweep, one that cannot start does not stop the others."""
-    from simulations.simulate import simulate as run
+def options(arguments: list[str], name: str, what: str) -> list[str]:
+    """Take every option of that name out of the arguments and return their values."""
+    found = []
+    while (value := option(arguments, name, what)) is not None:
+        found.append(value)
+    return found
 
-    run_dirs = []
-    for number, (overrides, experiment) in enumerate(zip(jobs, experiments, strict=True), start=1):
-        title = f"[{number}/{len(jobs)}] {' '.join(overrides)}"
-        if len(jobs) > 1:
-            say(f"\n{title}")
-        try:
-            run_dirs.append(run(experiment, say=say))
-        except InputError as error:
-            if len(jobs) == 1:
-                raise
-            print(f"{title}: {error}", file=sys.stderr, flush=True)
-        else:
-            say(f"\nresults in {run_dirs[-1]}")
-    return run_dirs
+
+def jobs_option(arguments: list[str], *, is_sweep: bool = False) -> int:
+    """Take --jobs N out of the arguments; 1 without it.
+
+    >>> jobs_option(words := ["-m", "--jobs", "2", "seed=1,2"]), words
+    (2, ['-m', 'seed=1,2'])
+    """
+    typed = option(arguments, "--jobs", "a number of runs side by side")
+    if typed is None:
+        return 1
+    if not (typed.isascii() and typed.isdigit() and 1 <= int(typed[:9]) <= MOST_JOBS):
+        raise InputError(f"Expected --jobs to be a number from 1 to {MOST_JOBS}, got {shown(typed)}")
+    if not (is_sweep or set(MULTIRUN) & set(arguments)):
+        raise InputError(f"Expected -m beside --jobs {typed}, got one run: a sweep has several values of a key")
+    return int(typed)
+
+
+def flag(arguments: list[str], name: str) -> bool:
+    """Take an option without a value out of the arguments and return whether it was there."""
+    is_there = name in arguments
+    arguments[:] = [argument for argument in arguments if argument != name]
+    return is_there
+
+
+def check_side_by_side(experiments: Sequence["Experiment"], num_jobs: int) -> None:
+    """Refuse runs side by side that start processes of their own."""
+    for experiment in experiments if num_jobs > 1 else ():
+        runtime = experiment.runtime
+        if runtime.kind != "local" or runtime.num_processes > 1:
+            way = f"runtime={runtime.kind}" if runtime.kind != "local" else "runtime.num_processes above 1"
+            raise InputError(f"Expected --jobs 1 with {way}, got {num_jobs}: its processes share the cores already")
 
 
 def expand(arguments: Sequence[str]) -> list[list[str]]:
@@ -213,13 +286,25 @@ def free_name(path: Path) -> Path:
     return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
-def new_page(argument: str) -> Path:
-    """Return the path of a page that is to be written."""
+def new_file(argument: str | None, name: str, suffix: str) -> Path | None:
+    """Return the path of a file that is to be written; None where none is wanted."""
+    if argument is None:
+        return None
     path = usable_path(argument)
     if path.exists():
-        raise InputError(f"Expected --out to be a new file, got {argument!r}, which exists")
-    if path.suffix != ".html" or not path.parent.is_dir():
-        raise InputError(f"Expected --out to be an .html file in a folder that exists, got {argument!r}")
+        raise InputError(f"Expected {name} to be a new file, got {argument!r}, which exists")
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise InputError(f"Expected {name} to be a {suffix} file in a folder that exists, got {argument!r}")
+    return path
+
+
+def new_folder(argument: str | None, name: str) -> Path | None:
+    """Return the path of a folder that is there or can be made; None where none is wanted."""
+    if argument is None:
+        return None
+    path = usable_path(argument)
+    if not (path.is_dir() or (not path.exists() and path.parent.is_dir())):
+        raise InputError(f"Expected {name} to be a folder, or a new one in a folder that exists, got {argument!r}")
     return path
 
 

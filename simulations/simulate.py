@@ -26,6 +26,7 @@ from fedlr.privacy.statement import no_privacy_statement, privacy_statement, wit
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
+from fedlr.runs.asked import write_asked
 from fedlr.runs.directory import (
     CLIENT_ACCURACY,
     CLIENTS,
@@ -40,6 +41,7 @@ from fedlr.runs.directory import (
 )
 from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summarise
 from fedlr.runs.report import write_report
+from fedlr.runs.trackers import check_tracker, nowhere, tracked
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
@@ -68,6 +70,7 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             "Expected runtime=local or runtime=flower to simulate, got superlink: `fedlr server run` asks devices, and "
             "`fedlr federation` plays a whole federation on this machine"
         )
+    check_tracker(experiment.tracking.tracker, is_offline=experiment.runtime.offline)
     seed = randbits(32) if experiment.seed is None else experiment.seed
     with torch_threads(1):
         federation = assemble(experiment, seed=seed, say=say)
@@ -75,9 +78,9 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             say(f"note: {note}")
         if found := found_text(experiment, federation.experiment):
             say(found)
-        experiment = federation.experiment  # with as many clients as there are
         run_dir = create_run_dir(experiment)
         with sole_writer(run_dir):
+            write_asked(run_dir, experiment)
             write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
             ledger = create_ledger(federation, run_dir / LEDGER)
@@ -92,7 +95,9 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     Raises:
         InputError: at the end, when all is written: not one update could be used, or nothing moved.
     """
-    state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress)
+    tracking, offline = federation.experiment.tracking, federation.experiment.runtime.offline
+    with tracked(tracking.tracker, run_dir, is_offline=offline, say=progress.say) as track:
+        state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress, track=track)
     state = scored(state)
     run_baselines(federation, run_dir, progress=progress)
     if federation.client_tests is not None:
@@ -128,16 +133,24 @@ def summary(
 
 
 def run_rounds(
-    federation: Federation, folder: Path, *, ledger: PrivacyLedger | None, progress: Progress, name: str = "federated"
+    federation: Federation,
+    folder: Path,
+    *,
+    ledger: PrivacyLedger | None,
+    progress: Progress,
+    track: Callable[[Mapping[str, Any]], None] = nowhere,
+    name: str = "federated",
 ) -> tuple[ServerState, list[dict[str, Any]], float]:
     """Train the federation, from its latest checkpoint if there is one; return its state, metrics and seconds.
 
-    It writes one line of metrics a round, and one line for each client asked.
+    It writes one line of metrics a round, which `track` gets too, and one line for each client asked.
     """
     e = federation.experiment
     checkpoints = Checkpoints(federation, folder, ledger)
     found = checkpoints.take_up(say=progress.say)
     state, rows, num_asked = found.state if found else federation.start, checkpoints.metrics, len(checkpoints.clients)
+    for row in rows:
+        track(row)
     if found and state.round_index == e.num_rounds:
         progress.taken_up(state.round_index)
         return state, rows, checkpoints.seconds_before
@@ -161,6 +174,7 @@ def run_rounds(
         )
         rows.append(told)
         append_lines(folder / METRICS, rows[-1:])
+        track(told)
         return rows[-1]
 
     with closing(make_pool(federation, ledger)) as pool:

@@ -29,14 +29,27 @@ from fedlr.errors import InputError
 from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.statement import no_privacy_statement
 from fedlr.rounds.validate import rejection
-from simulations.cli import expand
+from fedlr.runs.commands import option
+from simulations.cli import expand, flag, jobs_option
 
 pytestmark = pytest.mark.usefixtures("rendered_pictures")
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = (
-    *("simulate", "resume", "plan", "compare", "report", "statement", "methods", "adapters", "bench", "federation"),
+    *(
+        "simulate",
+        "tune",
+        "resume",
+        "plan",
+        "compare",
+        "report",
+        "statement",
+        "methods",
+        "adapters",
+        "bench",
+        "federation",
+    ),
 )
 HOUSES = {"server": server.cli.COMMANDS, "client": client.cli.COMMANDS}  # with commands of their own
 TINY = [
@@ -70,6 +83,10 @@ def check_command(line: str) -> None:
     else:
         assert name in COMMANDS, line
     words = [word for word in words if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", word)]
+    if name == "simulate":
+        jobs_option(words, is_sweep=True)
+        option(words, "--tuned", "a file")
+        flag(words, "--skip-done")
     if name in ("simulate", "plan", "federation", "server"):
         composed: set[str] = set()  # of a sweep, every value once: not every combination
         for overrides in expand(words):

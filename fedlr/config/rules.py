@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedlr.config.start_rules import check_start
+from fedlr.config.validation_rules import check_validation
 from fedlr.errors import InputError
 from fedlr.errors.ranges import require_delta
 
@@ -27,6 +28,7 @@ def check_together(experiment: "Experiment") -> None:
     if isinstance(most, int) and 8 <= most < e.data.max_length:
         raise InputError(f"Expected data.max_length <= model.max_length={most}, got {e.data.max_length}")
     check_held_out(e)
+    check_validation(e)
     if e.num_clients == 0 and e.runtime.kind != "local":
         raise InputError(
             f"Expected num_clients to be a number with runtime={e.runtime.kind}, got null: a server counts devices, "
@@ -72,6 +74,11 @@ def check_together(experiment: "Experiment") -> None:
         raise InputError(
             f"Expected deployment.min_updates <= cohort_size={e.cohort_size}, got {e.deployment.min_updates}: no round "
             "could ever have enough updates"
+        )
+    if e.tracking.tracker is not None and e.runtime.kind != "local":
+        raise InputError(
+            f"Expected tracking.tracker=null with runtime={e.runtime.kind}, got {e.tracking.tracker}: only runs of "
+            "runtime=local send their lines to one"
         )
     if e.tracking.client_accuracy and not e.data.public:
         raise InputError(

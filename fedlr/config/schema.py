@@ -112,6 +112,9 @@ class DataSection(Target):
     num_test: Annotated[int | float, AfterValidator(number_or_share)] | None = None
     test_path: Annotated[str, Field(min_length=1)] | None = None
     test_split: Annotated[str, Field(min_length=1)] | None = None
+    num_validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+    validation_path: Annotated[str, Field(min_length=1)] | None = None
+    validation_split: Annotated[str, Field(min_length=1)] | None = None
     label_weights: LabelWeights | None = None
     rows_per_client: Count | None = None  # declared: what everybody may know a client to have
 
@@ -192,6 +195,9 @@ class TrackingSection(Section):
     client_accuracy: bool = False
     no_privacy_lr: LearningRate | None = None
     alone_lr: LearningRate | None = None
+    evaluate_on: Literal["test", "validation"] = "test"
+    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
+    tuned: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
 
 
 class Experiment(Section):

@@ -31,9 +31,14 @@ from fedlr.runs.plain_yaml import plain_yaml
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
 CLIENT_ACCURACY = "client_accuracy.json"
 SUMMARY, REPORT, FINISHED = "summary.json", "report.html", "finished"
+VERSIONS = "versions.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of an experiment that devices take part in: they know it by its id
 PACKAGES = ("torch", "opacus", "peft", "transformers", "flwr", "dp-accounting", "datasets", "numpy")
+
+
+class BeingWritten(InputError):
+    """Another process writes the run."""
 
 
 def create_run_dir(experiment: Experiment) -> Path:
@@ -65,7 +70,8 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
     """Hold a run's directory, as no other process may write to it; the lock is gone when its holder dies.
 
     Raises:
-        InputError: another process holds it.
+        BeingWritten: another process holds it.
+        InputError: it cannot be read.
     """
     try:
         folder = os.open(run_dir, os.O_RDONLY)
@@ -75,7 +81,7 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise InputError(
+        raise BeingWritten(
             f"Expected a run that no process is writing, got {run_dir}, which one is: wait for it"
         ) from error
     finally:
@@ -247,7 +253,7 @@ def recorded_tree(path: Path) -> dict[str, Any]:
 def write_origin(run_dir: Path, experiment: Experiment) -> None:
     """Write the resolved configuration and the versions that ran it."""
     write_whole(run_dir / "config.yaml", yaml.safe_dump(experiment.resolved(), sort_keys=False))
-    write_json(run_dir / "versions.json", versions())
+    write_json(run_dir / VERSIONS, versions())
 
 
 def versions() -> dict[str, str | None]:

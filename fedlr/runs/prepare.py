@@ -5,6 +5,7 @@ Everything that can be wrong with a configuration, the data or the model is foun
 
 import os
 from collections.abc import Callable, Iterable, Sequence, Sized
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from fedlr.models.zero_head import check_head_trains
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.runs.validation import scored_rows, with_validation
 from fedlr.tasks.examples import Examples
 from fedlr.tasks.pictures import EncodedImages
 from fedlr.tasks.task import Task
@@ -66,11 +68,15 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:
             "Expected data.labels in a private run, got null: the names that are found tell what the data hold; name "
             "them as the file spells them, data.labels=[NAME,NAME], or say data.public=true if the data are no secret"
         )
+    load = partial(load_test_table, seed=seed, label_names=data.label_names)
+    data, validation = with_validation(experiment, data, load=load)
     if experiment.data.num_test is None:
-        held_out = load_test_table(experiment, seed=seed, label_names=data.label_names)
-        return without_texts_of(data, held_out), held_out
-    with naming("data", "num_test"):
-        return split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+        held_out = load(experiment)
+        data = without_texts_of(data, held_out)
+    else:
+        with naming("data", "num_test"):
+            data, held_out = split_train_test(data, num_test=experiment.data.num_test, seed=seed)
+    return data, scored_rows(experiment, held_out, validation)
 
 
 def load_held_out(experiment: Experiment, *, seed: int) -> tuple[Table, int | None]:
@@ -373,7 +379,7 @@ def notes(
         found += [f"not for release: a row's place depends on {reason}" for reason in placed_by]
     if num_shared:
         found.append(f"{num_shared} texts are at two or more clients, in rows of different labels or groups")
-    if len(held_out) < (experiment.data.num_test or 0):
+    if experiment.tracking.evaluate_on == "test" and len(held_out) < (experiment.data.num_test or 0):
         found.append(
             f"{len(held_out)} rows are held out, fewer than data.num_test={experiment.data.num_test}: equal texts stay "
             "together"

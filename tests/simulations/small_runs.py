@@ -17,6 +17,7 @@ from simulations.simulate import create_ledger, run_rounds
 # What a run without privacy leaves behind; a private one also its ledger.
 RUN_FILES = {
     "adapter",
+    "asked.yaml",
     "checkpoints",
     "clients.jsonl",
     "config.yaml",

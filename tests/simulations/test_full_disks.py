@@ -31,6 +31,7 @@ from tests.simulations.small_runs import experiment, federation, lines
 OVERRIDES = ("data.num_examples=80", "cohort_size=2", "num_rounds=1", "num_clients=2", "trainer.num_steps=1")
 # Where the disk is full: a part of a path, and how many opens of it before went well.
 PLACES = [
+    ("asked.yaml", 0),
     ("config.yaml", 0),
     ("versions.json", 0),
     ("partition.json", 0),

@@ -2,5 +2,6 @@
 
 from fedlr.runs.report.comparison import comparison_table, write_comparison
 from fedlr.runs.report.page import write_report
+from fedlr.runs.report.paper_files import PaperFiles
 
-__all__ = ["comparison_table", "write_comparison", "write_report"]
+__all__ = ["PaperFiles", "comparison_table", "write_comparison", "write_report"]

@@ -12,6 +12,7 @@ from fedlr.runs.report.comparison_metric import ACCURACY, measured_by, metric_na
 from fedlr.runs.report.comparison_pairs import PairedArm, paired_arms
 from fedlr.runs.report.comparison_pictures import accuracy_of_each_run, costs, final_accuracy
 from fedlr.runs.report.layout import gallery, page, paragraph, section, table
+from fedlr.runs.report.picture import Picture
 from fedlr.runs.report.run_files import Run, read_run
 from fedlr.runs.report.wording import bytes_text, epsilon_text, percent, seconds_text, seed_text, short, signed
 
@@ -54,7 +55,7 @@ def write_comparison(
         InputError: no directory is given, a required file is missing or broken, a run has no such metric, or a pair is
             incomplete; the message names it.
     """
-    name, runs = metric_name(metric), _read(run_dirs, metric)
+    name, runs = metric_name(metric), read_runs(run_dirs, metric)
     pairs = [] if against is None else paired_arms(runs, against=against)
     arms = arms_of(runs)
     over_seeds = table(_named(_LONG_ARM_HEADER, name), list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
@@ -62,7 +63,7 @@ def write_comparison(
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
         *(paragraph(text, kind="warning") for text in (*_for_nothing(runs), *differences(runs))),
         *([_paired_section(pairs, against, name)] if against is not None else []),
-        section("Pictures", [gallery([final_accuracy(arms, name), accuracy_of_each_run(arms, name), costs(arms)])]),
+        section("Pictures", [gallery(pictures(arms, name))]),
         *(
             [section("Over seeds", [over_seeds, paragraph(_OVER.format(name), kind="muted")])]
             if _has_seeds(arms)
@@ -77,6 +78,11 @@ def write_comparison(
     return out
 
 
+def pictures(arms: Sequence[Arm], name: str) -> list[Picture]:
+    """Return the pictures of a comparison, but for that of the pairs."""
+    return [final_accuracy(arms, name), accuracy_of_each_run(arms, name), costs(arms)]
+
+
 def _for_nothing(runs: Sequence[Run]) -> list[str]:
     """Name the runs that trained for nothing: what they show is the model they started from."""
     idle = [run.summary for run in runs if run.summary.problem]
@@ -88,7 +94,7 @@ def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None, me
 
     With a method to compare `against`, a last table has the paired differences.
     """
-    name, runs = metric_name(metric), _read(run_dirs, metric)
+    name, runs = metric_name(metric), read_runs(run_dirs, metric)
     tables = [_aligned([HEADER, *map(_row, runs)])]
     if _has_seeds(arms := arms_of(runs)):
         tables.append(_aligned([_named(ARM_HEADER, name), *map(_arm_row, arms)]))
@@ -186,7 +192,12 @@ def _has_seeds(arms: Sequence[Arm]) -> bool:
     return any(arm.num_seeds > 1 for arm in arms)
 
 
-def _read(run_dirs: Sequence[Path], metric: str = ACCURACY) -> list[Run]:
+def read_runs(run_dirs: Sequence[Path], metric: str = ACCURACY) -> list[Run]:
+    """Return the runs of directories, by privacy, method and seed, measured by a metric.
+
+    Raises:
+        InputError: no directory is given, a file is missing or broken, or a run has no such metric.
+    """
     if not run_dirs:
         raise InputError("Expected at least one run directory to compare, got none")
     runs = [measured_by(read_run(Path(run_dir)), metric, Path(run_dir)) for run_dir in run_dirs]

@@ -9,15 +9,13 @@ from statistics import fmean, stdev
 
 import yaml
 
+from fedlr.runs.asked import CHANGE_NOTHING
 from fedlr.runs.report.run_files import Run
 from fedlr.runs.report.wording import percent, short
 
 CONFIDENCE = 0.95
 NOT_PART_OF_AN_ARM = ("seed", "name", "tracking")  # chance, and where a run is written
-# How a run was computed, where that changes no number.
-CHANGE_NOTHING = frozenset(
-    ("data.fetched_by", *(f"runtime.{key}" for key in "num_workers num_processes memory_gb cache_dir offline".split()))
-)
+CHANGES_NOTHING = frozenset(f"{section}.{key}" for section, keys in CHANGE_NOTHING.items() for key in keys)
 MOST_SETTINGS = 3  # told in a label
 
 
@@ -87,15 +85,17 @@ def group_name(run: Run) -> str:
     return f"{run.summary.privacy}, ε ≤ {short(budget)}"
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean and its 95 % confidence interval by Student's t: of few values it is as wide as it has to be.
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Return the mean and its confidence interval by Student's t: of few values it is as wide as it has to be.
 
     >>> mean_interval([0.80, 0.82, 0.84])
     Interval(mean=0.82, half_width=0.0496..., num_values=3)
     """
     if len(values) < 2:
         return Interval(fmean(values), None, len(values))
-    return Interval(fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)), len(values))
+    return Interval(
+        fmean(values), t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values)), len(values)
+    )
 
 
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
@@ -136,12 +136,13 @@ def accuracy_text(interval: Interval) -> str:
 
 
 def settings_of(run: Run) -> dict[str, str]:
-    """Return what makes a run but chance and place: the configuration, flat, and the size of the federation."""
+    """Return what makes a run but chance and place: the configuration as it was asked for, flat, and the size of the
+    federation. A rate that was found for each budget, or on each split, is one and the same `auto`."""
     summary = run.summary
     told = {name: str(getattr(summary, name)) for name in ("num_rounds", "num_clients", "cohort_size")}
-    parsed = yaml.safe_load(run.config)
+    parsed = yaml.safe_load(run.asked_config or run.config)
     kept = {k: v for k, v in parsed.items() if k not in NOT_PART_OF_AN_ARM} if isinstance(parsed, dict) else {}
-    return {key: value for key, value in _flat(kept).items() if key not in CHANGE_NOTHING} | told
+    return {key: value for key, value in _flat(kept).items() if key not in CHANGES_NOTHING} | told
 
 
 def _flat(tree: Mapping[object, object], prefix: str = "") -> dict[str, str]:

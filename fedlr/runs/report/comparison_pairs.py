@@ -81,6 +81,37 @@ class _Sides:
     partners: Sequence[Sequence[_Told]]
 
 
+@dataclass(frozen=True)
+class TaskArms:
+    """All arms of one task at one level of privacy, by label: what may stand in one column of a table."""
+
+    task: str
+    privacy: str
+    by_label: Mapping[str, Sequence[Run]]
+
+
+def arms_by_task(runs: Iterable[Run]) -> list[TaskArms]:
+    """Return the arms of every task; one arm has one label in all of them."""
+    tasks: dict[str, list[_Told]] = defaultdict(list)
+    arms: dict[str, Settings] = {}
+    for run in runs:
+        told = _told(run)
+        tasks[_key(told.task)].append(told)
+        arms[_key(told.arm)] = told.arm
+    labels = {}
+    for key, arm in arms.items():
+        apart = _differing([other for other in arms.values() if other["method"] == arm["method"]])
+        labels[key] = label_of(arm["method"], arm, sorted(apart))
+    names = _task_names({key: members[0] for key, members in tasks.items()})
+    found = []
+    for key, members in tasks.items():
+        by_label: dict[str, list[Run]] = defaultdict(list)
+        for told in members:
+            by_label[labels[_key(told.arm)]].append(told.run)
+        found.append(TaskArms(names[key], group_name(members[0].run), by_label))
+    return found
+
+
 def paired_arms(runs: Iterable[Run], *, against: str) -> list[PairedArm]:
     """Return every arm of another method in every task, paired by seed with the runs of `against`.
 

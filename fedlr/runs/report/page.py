@@ -7,6 +7,7 @@ from pathlib import Path
 from fedlr.files import write_whole
 from fedlr.runs.report import client_pictures, cost_pictures, learning_pictures, server_pictures
 from fedlr.runs.report.checks import disagreements, for_nothing
+from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.client_accuracy import client_accuracy_parts
 from fedlr.runs.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.runs.report.learned import did_it_learn
@@ -40,6 +41,7 @@ def report_page(run: Run) -> str:
         [
             f"<header>\n<h1>{escape(run.summary.name)}</h1>",
             f"{paragraph(sentence(run), kind='lead')}\n</header>",
+            *(paragraph(text) for text in how_chosen(run)),
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
             *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),

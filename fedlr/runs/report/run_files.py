@@ -126,6 +126,7 @@ class Run:
     adapter_config: Mapping[str, object]
     client_accuracy: Sequence[OfClient] = ()
     card: str = ""  # the model card beside the adapter
+    asked_config: str = ""  # the configuration as it was asked for
 
 
 def read_run(run_dir: Path) -> Run:
@@ -140,7 +141,7 @@ def read_run(run_dir: Path) -> Run:
     alone = _optional(run_dir / "baselines" / "alone.json")
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
     own = _optional(run_dir / "client_accuracy.json")
-    card = run_dir / "adapter" / "README.md"
+    card, asked_config = run_dir / "adapter" / "README.md", run_dir / "asked.yaml"
     baseline, together = (run_dir / "baselines" / arm / "metrics.jsonl" for arm in ("no_privacy", "centralised"))
     summary = _summary(read_record(run_dir / "summary.json"))
     return Run(
@@ -160,6 +161,7 @@ def read_run(run_dir: Path) -> Run:
         adapter_config=adapter.values if adapter else {},
         client_accuracy=read_client_accuracy(own) if own else (),
         card=read_text(card) if card.exists() else "",
+        asked_config=_plain(asked_config) if asked_config.exists() else "",
     )
 
 
@@ -187,6 +189,20 @@ def spent_by_client(run: Run) -> dict[int, float]:
     for row in run.asked:
         spent[row.client_id] = max(spent.get(row.client_id, 0.0), row.epsilon or 0.0)
     return dict(sorted(spent.items()))
+
+
+def _plain(path: Path) -> str:
+    """Return YAML without tags and references, which somebody else may have written.
+
+    Raises:
+        InputError: it is something else.
+    """
+    text = read_text(path)
+    try:
+        plain_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    return text
 
 
 def _optional(path: Path) -> Record | None:
