@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     BASELINE = 8  # the seed of a run that another is compared with
     REINIT = 9  # lora_A where a method draws it anew between rounds
     SKETCH = 10  # random directions a server multiplies released products with
+    AUDIT = 11  # an auditor's rows and coins
 
 
 class Randomness(Protocol):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MOST_RUNS = 2_000  # of a sweep
 MOST_JOBS = 256  # of them side by side
 MULTIRUN = ("-m", "--multirun")
-COMPARISON, SUMMARY = "comparison.html", "summary.json"
+COMPARISON, SUMMARY, AUDIT = "comparison.html", "summary.json", "audit.json"
 command = partial(any_command, interrupted="stopped; `fedlr resume RUN_DIR` finishes a run from its last checkpoint")
 
 
@@ -337,6 +337,8 @@ def finished_runs(argument: str) -> list[Path]:
     if (path / SUMMARY).exists() or not any(path.glob(f"*/{SUMMARY}")):
         return [path]
     runs = sorted(run_dir for run_dir in path.iterdir() if (run_dir / "config.yaml").exists())
+    # An audit of a configuration leaves a folder without a run.
+    runs = [run_dir for run_dir in runs if (run_dir / SUMMARY).exists() or not (run_dir / AUDIT).exists()]
     done = [run_dir for run_dir in runs if (run_dir / SUMMARY).exists()]
     if len(done) < len(runs):
         say(f"note: {len(runs) - len(done)} of {len(runs)} runs in {path} are not finished, and are left out")

@@ -135,10 +135,14 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
     Raises:
         InputError: for anything that could not run as configured.
     """
-    f = prepare(experiment, seed=seed)
+    return past_frozen_layers(prepare(experiment, seed=seed), say=say)
+
+
+def past_frozen_layers(f: Federation, *, say: Callable[[str], None]) -> Federation:
+    """Return a prepared federation whose texts have passed the frozen layers, where those are cached."""
     table = f.clients[0].table
     tables = [table, f.test]
-    working, (table, test) = working_model(experiment.runtime, f.model, tables, features=f.caches_features, say=say)
+    working, (table, test) = working_model(f.experiment.runtime, f.model, tables, features=f.caches_features, say=say)
     clients = tuple(Share(table, client.rows) for client in f.clients)
     return replace(f, working=working, clients=clients, test=test, side=SideWeights(working))
 

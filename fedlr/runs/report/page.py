@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedlr.files import write_whole
 from fedlr.runs.report import client_pictures, cost_pictures, learning_pictures, server_pictures
+from fedlr.runs.report.audit_text import audit_parts
 from fedlr.runs.report.checks import disagreements, for_nothing
 from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.client_accuracy import client_accuracy_parts
@@ -46,7 +47,7 @@ def report_page(run: Run) -> str:
             headline_card(run),
             *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),
             section("What it is worth", [*worth(run), *client_accuracy_parts(run.client_accuracy)]),
-            section("Privacy", privacy_parts(run)),
+            section("Privacy", [*privacy_parts(run), *audit_parts(run.audit)]),
             section("Learning, and the privacy it took", [gallery(_learning(run))]),
             section("Server, traffic and time", [gallery(_server(run)), *_layers(run), *_answers(run)]),
             section("Check it and use it", reproduce(run)),
