@@ -139,7 +139,7 @@ def compare(arguments: list[str]) -> None:
     A folder that holds runs, such as outputs/NAME, stands for all finished ones in it.
     --against METHOD pairs the runs of that method with all others by seed, data and privacy, and adds the mean
     difference of every arm with its paired 95 % interval, as a table and a picture.
-    --metric NAME compares by balanced_accuracy, macro_f1 or auc instead of accuracy.
+    --metric NAME compares by accuracy, balanced_accuracy, macro_f1 or auc instead of what the task puts first.
     --latex FILE writes the table of a paper (booktabs): methods by data and epsilon, mean and standard deviation over
     seeds, bold where the seeds say so. --csv FILE writes a line a run. --svg FOLDER writes the pictures as files.
     Without --out the page is comparison.html here, or comparison-2.html and so on: nothing is overwritten.
@@ -147,7 +147,7 @@ def compare(arguments: list[str]) -> None:
     from fedlr.runs.report import PaperFiles, comparison_table, write_comparison
 
     against, named = option(arguments, "--against", "a method"), option(arguments, "--out", "a file name")
-    metric = option(arguments, "--metric", "the name of a score") or "accuracy"
+    metric = option(arguments, "--metric", "the name of a score")
     files = PaperFiles(
         csv=new_file(option(arguments, "--csv", "a file name"), "--csv", ".csv"),
         latex=new_file(option(arguments, "--latex", "a file name"), "--latex", ".tex"),

@@ -13,7 +13,7 @@ from fedlr.errors import InputError
 from fedlr.runs.report import comparison_table, write_comparison, write_report
 from fedlr.runs.report.comparison import differences
 from fedlr.runs.report.comparison_arms import arms_of
-from fedlr.runs.report.comparison_pictures import final_accuracy
+from fedlr.runs.report.comparison_pictures import final_scores
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.report.wording import bytes_text, epsilon_text, percent
 from tests.report.run_directory import write_run
@@ -92,7 +92,7 @@ def told(run_dirs: list[Path]) -> list[str]:
 
 def accuracy_picture(run_dirs: list[Path]) -> tuple[int, str]:
     """Return how many intervals are drawn, and the caption."""
-    picture = final_accuracy(arms_of([read_run(run_dir) for run_dir in run_dirs]))
+    picture = final_scores(arms_of([read_run(run_dir) for run_dir in run_dirs]))
     assert picture.svg
     return picture.svg.count("stroke-width: 4"), picture.caption
 
@@ -145,7 +145,7 @@ def test_a_run_that_was_repeated_counts_once_and_runs_without_a_seed_each(tmp_pa
     (arm,) = arms_of([read_run(run) for run in again])
     once = arms_of([read_run(run) for run in again[1:]])[0]
     assert arm.num_seeds == 2 and len(arm.runs) == 3
-    assert arm.interval(lambda run: run.summary.final_accuracy) == once.interval(lambda run: run.summary.final_accuracy)
+    assert arm.interval(lambda run: run.summary.final_score) == once.interval(lambda run: run.summary.final_score)
     drawn = [write_run(tmp_path / f"none-{n}", num_rounds=3, change={"seed": None}) for n in range(3)]
     assert [one.num_seeds for one in arms_of([read_run(run) for run in drawn])] == [3]
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedlr.runs.report.comparison_arms import CONFIDENCE, Interval, accuracy_text, mean_interval, t_quantile
+from fedlr.runs.report.comparison_arms import CONFIDENCE, Interval, interval_text, mean_interval, t_quantile
+from fedlr.tasks.evaluation import ACCURACY
 
 WRONG = {
     "the normal quantile": lambda x: stats.norm.ppf(0.975) * x.std(ddof=1, axis=1) / math.sqrt(x.shape[1]),
@@ -54,4 +55,6 @@ def test_the_interval_covers_the_mean_as_often_as_it_says_and_the_mutants_do_not
 def test_one_value_has_no_interval() -> None:
     assert mean_interval([0.5]) == Interval(0.5, None, 1)
     assert mean_interval([0.5]).ends == (0.5, 0.5)
-    assert "±" not in accuracy_text(mean_interval([0.5])) and "±" in accuracy_text(mean_interval([0.5, 0.6]))
+    assert "±" not in interval_text(ACCURACY, mean_interval([0.5])) and "±" in interval_text(
+        ACCURACY, mean_interval([0.5, 0.6])
+    )

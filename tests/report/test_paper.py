@@ -10,6 +10,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -22,6 +23,7 @@ from fedlr.runs.report.comparison_arms import t_quantile
 from fedlr.runs.report.paper_files import csv, escaped, latex
 from fedlr.runs.report.paper_table import PaperTable, difference, is_best, paper_table
 from fedlr.runs.report.run_files import read_run
+from fedlr.tasks.evaluation import ACCURACY, Metric
 from tests.report.run_directory import write_run
 
 BASE = (0.62, 0.70, 0.66, 0.74, 0.68)
@@ -69,7 +71,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_a_cell_is_mean_and_deviation_of_the_seeds_and_a_row_one_method(table: PaperTable) -> None:
-    header, *body = rows(latex(table, "accuracy"))
+    header, *body = rows(latex(table))
     assert header == ["", "$\\varepsilon \\le 6$", "no privacy"]
     assert [row[0] for row in body] == ["fedsvd", "ffa\\_lora", "lora\\_fair"], "not a row for each rate that was found"
     assert body[0][2] == f"68.0 $\\pm$ {100 * stdev(BASE):.1f}" == "68.0 $\\pm$ 4.5"
@@ -77,7 +79,7 @@ def test_a_cell_is_mean_and_deviation_of_the_seeds_and_a_row_one_method(table: P
 
 
 def test_bold_is_the_best_of_a_column_only_where_the_seeds_say_so(table: PaperTable) -> None:
-    bold = [[("textbf" in cell) for cell in row[1:]] for row in rows(latex(table, "accuracy"))[1:]]
+    bold = [[("textbf" in cell) for cell in row[1:]] for row in rows(latex(table))[1:]]
     assert bold == [[True, False], [False, False], [False, False]]
     one, other = GRID["fedsvd", None], GRID["ffa_lora", None]
     assert sum(other) > sum(one), "the mean alone would be bold"
@@ -110,7 +112,7 @@ def test_intervals_are_wider_the_more_rows_are_compared() -> None:
 
 
 def test_the_caption_says_what_the_numbers_are(table: PaperTable) -> None:
-    text = latex(table, "macro_f1")
+    text = latex(replace(table, metric=replace(ACCURACY, name="macro_f1")))
     for told in (
         "Final macro-F1 in \\%",
         "of re\\_views.csv (data.num\\_test=0.2)",
@@ -125,12 +127,12 @@ def test_the_caption_says_what_the_numbers_are(table: PaperTable) -> None:
 
 def test_a_table_without_a_best_says_so(tmp_path: Path) -> None:
     near = {("fedsvd", 6.0): BASE, ("ffa_lora", 6.0): BASE[::-1]}
-    text = latex(paper_table([read_run(folder) for folder in runs_of(tmp_path, near)]), "accuracy")
+    text = latex(paper_table([read_run(folder) for folder in runs_of(tmp_path, near)]))
     assert "Nothing is bold: " in text and "textbf" not in text
 
 
 def test_braces_and_columns_of_the_table_are_even(table: PaperTable) -> None:
-    text = latex(table, "accuracy")
+    text = latex(table)
     plain = re.sub(r"\\[{}&%$#_]", "", text)
     assert plain.count("{") == plain.count("}") and plain.count("$") % 2 == 0
     assert {len(row) for row in rows(text)} == {3}
@@ -154,7 +156,7 @@ def test_tasks_stand_above_their_budgets(tmp_path: Path) -> None:
             config = (folder / "config.yaml").read_text().replace("re_views", name)
             (folder / "config.yaml").write_text(config)
             found.append(read_run(folder))
-    header = rows(latex(paper_table(found), "accuracy"))[:2]
+    header = rows(latex(paper_table(found)))[:2]
     assert header == [["", "data=film", "data=mail"], ["", "$\\varepsilon \\le 6$", "$\\varepsilon \\le 6$"]]
 
 
@@ -182,3 +184,11 @@ def test_files_are_written_and_pictures_stand_alone(folders: list[Path], tmp_pat
         assert ET.fromstring(svg).get("viewBox") and "var(" not in svg and "ffa_lora" in svg
     with pytest.raises(InputError, match=r"Expected --svg to be a folder without such pictures, got .*/final-accuracy"):
         files.write(private, metric="accuracy")
+
+
+def test_of_a_score_of_which_less_is_better_the_lowest_mean_is_the_best(tmp_path: Path) -> None:
+    perplexity = Metric("perplexity", higher_is_better=False, is_share=False)
+    grid = {key: scores for key, scores in GRID.items() if key in (("fedsvd", 6.0), ("ffa_lora", 6.0))}
+    (column,) = (low := paper_table([read_run(folder) for folder in runs_of(tmp_path, grid)], perplexity)).columns
+    assert [label for label, cell in column.cells.items() if cell.is_best] == ["ffa_lora"]
+    assert "Final perplexity on" in latex(low) and "0.658" in latex(low)

@@ -6,15 +6,25 @@ from statistics import fmean
 
 from fedlr.errors import InputError
 from fedlr.files import write_whole
-from fedlr.runs.report.comparison_arms import Arm, accuracy_text, arms_of, group_name
+from fedlr.runs.report.comparison_arms import Arm, arms_of, group_name, interval_text
 from fedlr.runs.report.comparison_forest import forest
-from fedlr.runs.report.comparison_metric import ACCURACY, measured_by, metric_name
+from fedlr.runs.report.comparison_metric import measured_by, metric_of, title_of
 from fedlr.runs.report.comparison_pairs import PairedArm, paired_arms
-from fedlr.runs.report.comparison_pictures import accuracy_of_each_run, costs, final_accuracy
+from fedlr.runs.report.comparison_pictures import costs, final_scores, scores_of_each_run
 from fedlr.runs.report.layout import gallery, page, paragraph, section, table
 from fedlr.runs.report.picture import Picture
 from fedlr.runs.report.run_files import Run, read_run
-from fedlr.runs.report.wording import bytes_text, epsilon_text, percent, seconds_text, seed_text, short, signed
+from fedlr.runs.report.wording import (
+    bytes_text,
+    epsilon_text,
+    score_change,
+    score_text,
+    seconds_text,
+    seed_text,
+    short,
+    signed,
+)
+from fedlr.tasks.evaluation import Metric
 
 HEADER = (
     "method",
@@ -44,33 +54,35 @@ TEXT_COLUMNS = 2
 
 
 def write_comparison(
-    run_dirs: Sequence[Path], out: Path, *, against: str | None = None, metric: str = ACCURACY
+    run_dirs: Sequence[Path], out: Path, *, against: str | None = None, metric: str | None = None
 ) -> Path:
     """Write a page that compares runs, from the files of their directories alone, and return its path.
 
     With a method to compare `against`, its runs are paired by seed with those of every other arm. `metric` is one of
-    `fedlr.runs.report.comparison_metric.METRICS`.
+    `fedlr.runs.report.comparison_metric.TITLES`; None: what their task puts first.
 
     Raises:
         InputError: no directory is given, a required file is missing or broken, a run has no such metric, or a pair is
             incomplete; the message names it.
     """
-    name, runs = metric_name(metric), read_runs(run_dirs, metric)
+    runs, by = read_runs(run_dirs, metric)
+    name = title_of(by)
     pairs = [] if against is None else paired_arms(runs, against=against)
     arms = arms_of(runs)
-    over_seeds = table(_named(_LONG_ARM_HEADER, name), list(map(_arm_row, arms)), text_columns=TEXT_COLUMNS)
+    over_seeds = table(_named(_LONG_ARM_HEADER, name), [_arm_row(arm, by) for arm in arms], text_columns=TEXT_COLUMNS)
     body = [
         f"<header>\n<h1>{len(runs)} runs compared</h1>\n{paragraph(_scope(runs), kind='lead')}\n</header>",
         *(paragraph(text, kind="warning") for text in (*_for_nothing(runs), *differences(runs))),
-        *([_paired_section(pairs, against, name)] if against is not None else []),
-        section("Pictures", [gallery(pictures(arms, name))]),
+        *([_paired_section(pairs, against, by)] if against is not None else []),
+        section("Pictures", [gallery(pictures(arms, by))]),
         *(
             [section("Over seeds", [over_seeds, paragraph(_OVER.format(name), kind="muted")])]
             if _has_seeds(arms)
             else []
         ),
         section(
-            "All runs", [table(_named(_LONG_HEADER, name), list(map(_row, runs)), text_columns=TEXT_COLUMNS), _NOTE]
+            "All runs",
+            [table(_named(_LONG_HEADER, name), [_row(run, by) for run in runs], text_columns=TEXT_COLUMNS), _NOTE],
         ),
     ]
     out = Path(out)
@@ -78,9 +90,9 @@ def write_comparison(
     return out
 
 
-def pictures(arms: Sequence[Arm], name: str) -> list[Picture]:
+def pictures(arms: Sequence[Arm], metric: Metric) -> list[Picture]:
     """Return the pictures of a comparison, but for that of the pairs."""
-    return [final_accuracy(arms, name), accuracy_of_each_run(arms, name), costs(arms)]
+    return [final_scores(arms, metric), scores_of_each_run(arms, metric), costs(arms)]
 
 
 def _for_nothing(runs: Sequence[Run]) -> list[str]:
@@ -89,18 +101,18 @@ def _for_nothing(runs: Sequence[Run]) -> list[str]:
     return [f"Nothing was learnt by {one.method}, seed {seed_text(one.seed)}: {one.problem}." for one in idle]
 
 
-def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None, metric: str = ACCURACY) -> str:
+def comparison_table(run_dirs: Sequence[Path], *, against: str | None = None, metric: str | None = None) -> str:
     """Return the same tables as aligned plain text: one run a line, and one arm a line where any has several seeds.
 
     With a method to compare `against`, a last table has the paired differences.
     """
-    name, runs = metric_name(metric), read_runs(run_dirs, metric)
-    tables = [_aligned([HEADER, *map(_row, runs)])]
+    runs, by = read_runs(run_dirs, metric)
+    tables = [_aligned([_start_and_final(by), *(_row(run, by) for run in runs)])]
     if _has_seeds(arms := arms_of(runs)):
-        tables.append(_aligned([_named(ARM_HEADER, name), *map(_arm_row, arms)]))
+        tables.append(_aligned([_named(ARM_HEADER, title_of(by)), *(_arm_row(arm, by) for arm in arms)]))
     if against is not None:
         pairs = paired_arms(runs, against=against)
-        tables.append(_aligned([_paired_header(against), *map(_paired_row, pairs)], text_columns=3))
+        tables.append(_aligned([_paired_header(against), *(_paired_row(arm, by) for arm in pairs)], text_columns=3))
     return "\n\n".join(tables)
 
 
@@ -150,7 +162,7 @@ _OVER = (
 )
 _PAIRED = (
     "A pair shares seed, data, clients, cohorts, starting weights and budget; arms differ in the method and in what "
-    "their label tells. The difference of final {} is in percentage points, its 95\u00a0% interval is Student's "
+    "their label tells. The difference of final {} is {}, its 95\u00a0% interval is Student's "
     "t over the pairs. Intervals are not corrected for their number: of twenty rows without effect one excludes zero."
 )
 _NOTE = paragraph("Epsilon is rounded up. Bytes are of all clients together.", kind="muted")
@@ -160,8 +172,8 @@ def _paired_header(against: str) -> list[str]:
     return [f"against {against}", "task", "privacy", "pairs", against, "arm", "difference", "95 % interval"]
 
 
-def _paired_row(arm: PairedArm) -> list[str]:
-    """Return means over the pairs, in percent and in percentage points."""
+def _paired_row(arm: PairedArm, metric: Metric) -> list[str]:
+    """Return means over the pairs; shares in percent and in percentage points."""
     interval = arm.interval
     low, high = interval.ends
     return [
@@ -169,11 +181,23 @@ def _paired_row(arm: PairedArm) -> list[str]:
         arm.task or "same",
         arm.privacy,
         str(interval.num_values),
-        percent(fmean(arm.reference)),
-        percent(fmean(arm.own)),
-        signed(interval.mean),
-        "none" if interval.half_width is None else f"{signed(low)} to {signed(high)}",
+        score_text(metric, fmean(arm.reference)),
+        score_text(metric, fmean(arm.own)),
+        _change(metric, interval.mean),
+        "none" if interval.half_width is None else f"{_change(metric, low)} to {_change(metric, high)}",
     ]
+
+
+def _change(metric: Metric, difference: float) -> str:
+    """Return a difference with its sign, and no unit."""
+    return signed(difference) if metric.is_share else score_change(metric, difference)
+
+
+def _start_and_final(metric: Metric) -> list[str]:
+    """Return the header of a table of runs; what is no accuracy is named in it."""
+    if metric.name == "accuracy":
+        return list(HEADER)
+    return [f"{title} {title_of(metric)}" if title in ("start", "final") else title for title in HEADER]
 
 
 def _named(header: Sequence[str], name: str) -> list[str]:
@@ -181,27 +205,31 @@ def _named(header: Sequence[str], name: str) -> list[str]:
     return [title.replace("{}", name) for title in header]
 
 
-def _paired_section(pairs: Sequence[PairedArm], against: str, name: str) -> str:
-    rows = [_paired_row(arm) for arm in pairs]
+def _paired_section(pairs: Sequence[PairedArm], against: str, metric: Metric) -> str:
+    rows = [_paired_row(arm, metric) for arm in pairs]
     shown = table(_paired_header(against), rows, text_columns=3)
-    note = paragraph(_PAIRED.format(name), kind="muted")
-    return section(f"Against {against}, pair by pair", [gallery([forest(pairs, name, against=against)]), shown, note])
+    note = paragraph(
+        _PAIRED.format(title_of(metric), "in percentage points" if metric.is_share else "in its own unit"), kind="muted"
+    )
+    return section(f"Against {against}, pair by pair", [gallery([forest(pairs, metric, against=against)]), shown, note])
 
 
 def _has_seeds(arms: Sequence[Arm]) -> bool:
     return any(arm.num_seeds > 1 for arm in arms)
 
 
-def read_runs(run_dirs: Sequence[Path], metric: str = ACCURACY) -> list[Run]:
-    """Return the runs of directories, by privacy, method and seed, measured by a metric.
+def read_runs(run_dirs: Sequence[Path], metric: str | None = None) -> tuple[list[Run], Metric]:
+    """Return the runs of directories, by privacy, method and seed, and what they are compared by.
 
     Raises:
         InputError: no directory is given, a file is missing or broken, or a run has no such metric.
     """
     if not run_dirs:
         raise InputError("Expected at least one run directory to compare, got none")
-    runs = [measured_by(read_run(Path(run_dir)), metric, Path(run_dir)) for run_dir in run_dirs]
-    return sorted(runs, key=_order)
+    found = [read_run(Path(run_dir)) for run_dir in run_dirs]
+    by = metric_of(found, metric)
+    runs = [measured_by(run, by, Path(run_dir)) for run, run_dir in zip(found, run_dirs, strict=True)]
+    return sorted(runs, key=_order), by
 
 
 def _order(run: Run) -> tuple[str, str, int, str]:
@@ -210,14 +238,14 @@ def _order(run: Run) -> tuple[str, str, int, str]:
     return group_name(run), summary.method, seed, summary.adapter_sha256
 
 
-def _row(run: Run) -> list[str]:
+def _row(run: Run, metric: Metric) -> list[str]:
     summary, error = run.summary, run.states[-1].aggregation_error
     return [
         summary.method,
         group_name(run),
         seed_text(summary.seed),
-        percent(summary.start_accuracy),
-        percent(summary.final_accuracy),
+        score_text(metric, summary.start_score),
+        score_text(metric, summary.final_score),
         epsilon_text(summary.epsilon_max),
         bytes_text(summary.bytes_up),
         bytes_text(summary.bytes_down),
@@ -227,7 +255,7 @@ def _row(run: Run) -> list[str]:
     ]
 
 
-def _arm_row(arm: Arm) -> list[str]:
+def _arm_row(arm: Arm, metric: Metric) -> list[str]:
     """Return means over seeds; of epsilon the largest, as it is a bound."""
     spent = [run.summary.epsilon_max for run in arm.runs]
     errors = [run.states[-1].aggregation_error for run in arm.runs]
@@ -235,7 +263,7 @@ def _arm_row(arm: Arm) -> list[str]:
         arm.label,
         arm.privacy,
         str(arm.num_seeds),
-        accuracy_text(arm.interval(lambda run: run.summary.final_accuracy)),
+        interval_text(metric, arm.interval(lambda run: run.summary.final_score)),
         epsilon_text(None if None in spent else max(one for one in spent if one is not None)),
         bytes_text(arm.interval(lambda run: run.summary.bytes_up).mean),
         bytes_text(arm.interval(lambda run: run.summary.bytes_down).mean),

@@ -11,7 +11,8 @@ import yaml
 
 from fedlr.runs.asked import CHANGE_NOTHING
 from fedlr.runs.report.run_files import Run
-from fedlr.runs.report.wording import percent, short
+from fedlr.runs.report.wording import PERCENT, score_text, short
+from fedlr.tasks.evaluation import Metric
 
 CONFIDENCE = 0.95
 NOT_PART_OF_AN_ARM = ("seed", "name", "tracking")  # chance, and where a run is written
@@ -124,15 +125,17 @@ def _probability(angle: float, degrees: int) -> float:
     return 2 / math.pi * (angle + total) if is_odd else total
 
 
-def accuracy_text(interval: Interval) -> str:
-    r"""Return an accuracy with its interval, in percent.
+def interval_text(metric: Metric, interval: Interval) -> str:
+    r"""Return a score with its interval; a share in percent.
 
-    >>> accuracy_text(Interval(0.8125, 0.0312, 5)), accuracy_text(Interval(0.8125, None, 1))
+    >>> from fedlr.tasks.evaluation import ACCURACY
+    >>> interval_text(ACCURACY, Interval(0.8125, 0.0312, 5)), interval_text(ACCURACY, Interval(0.8125, None, 1))
     ('81.2 ± 3.1\xa0%', '81.2\xa0%')
     """
+    mean = score_text(metric, interval.mean)
     if interval.half_width is None:
-        return percent(interval.mean)
-    return f"{percent(interval.mean)[:-2]} ± {percent(interval.half_width)}"
+        return mean
+    return f"{mean.removesuffix(PERCENT)} ± {score_text(metric, interval.half_width)}"
 
 
 def settings_of(run: Run) -> dict[str, str]:

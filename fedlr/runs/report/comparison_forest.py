@@ -7,17 +7,21 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fedlr.runs.report.comparison_metric import title_of
 from fedlr.runs.report.comparison_pairs import PairedArm
 from fedlr.runs.report.picture import Picture, drawn
 from fedlr.runs.report.svg import SERIES, colour, legend
 from fedlr.runs.report.wording import count
+from fedlr.tasks.evaluation import ACCURACY, Metric
 
 ROW_IN = 0.24  # height of a row, an arm at one privacy
 LABEL_WIDTH = 34  # characters of an arm's name in a line
 
 
-def forest(pairs: Sequence[PairedArm], name: str = "accuracy", *, against: str) -> Picture:
+def forest(pairs: Sequence[PairedArm], metric: Metric = ACCURACY, *, against: str) -> Picture:
     """One panel a task: the differences of all pairs as dots, the mean as an upright mark in its interval's bar."""
+    name, better = title_of(metric), "Right" if metric.higher_is_better else "Left"
+    unit, scale = ("points", 100.0) if metric.is_share else ("difference", 1.0)
     tasks, labels, groups = (sorted(set(names)) for names in zip(*map(_names, pairs), strict=True))
 
     def paint(figure: Figure) -> None:
@@ -27,9 +31,9 @@ def forest(pairs: Sequence[PairedArm], name: str = "accuracy", *, against: str) 
             for arm in (arm for arm in pairs if arm.task == task):
                 index = groups.index(arm.privacy)
                 place = labels.index(arm.label) + 0.7 * ((index + 0.5) / len(groups) - 0.5)
-                _paint_arm(axes, arm, place, color=colour(SERIES[index % len(SERIES)]))
+                _paint_arm(axes, arm, place, scale=scale, color=colour(SERIES[index % len(SERIES)]))
             axes.set_title(fill(task, 50), fontsize=9)
-            axes.set_xlabel(f"{name[0].upper()}{name[1:]} over {against} (points)")
+            axes.set_xlabel(f"{name[0].upper()}{name[1:]} over {against} ({unit})")
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x")
             axes.margins(x=0.08)
@@ -42,7 +46,7 @@ def forest(pairs: Sequence[PairedArm], name: str = "accuracy", *, against: str) 
     numbers = sorted({len(arm.seeds) for arm in pairs})
     told = count(numbers[0], "pair") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} pairs"
     caption = (
-        f"Right of the line is better than {against}. One dot is one pair, two runs with the same seed; the upright "
+        f"{better} of the line is better than {against}. One dot is one pair, two runs with the same seed; the upright "
         f"mark is the mean, the bar its 95\u00a0% confidence interval (Student's t, {told} a row). A bar that crosses "
         "the line does not tell which is better."
     )
@@ -54,13 +58,13 @@ def forest(pairs: Sequence[PairedArm], name: str = "accuracy", *, against: str) 
     )
 
 
-def _paint_arm(axes: Axes, arm: PairedArm, place: float, *, color: str) -> None:
+def _paint_arm(axes: Axes, arm: PairedArm, place: float, *, scale: float, color: str) -> None:
     interval, look = arm.interval, dict[str, Any](color=color)
-    low, high = (100 * end for end in interval.ends)
+    low, high = (scale * end for end in interval.ends)
     if interval.half_width is not None:
         axes.plot([low, high], [place, place], linestyle="-", linewidth=4, alpha=0.35, **look)
-    axes.plot([100 * one for one in arm.differences], [place] * len(arm.seeds), "o", markersize=3, alpha=0.75, **look)
-    axes.plot([100 * interval.mean], [place], "|", markersize=9, markeredgewidth=1.8, **look)
+    axes.plot([scale * one for one in arm.differences], [place] * len(arm.seeds), "o", markersize=3, alpha=0.75, **look)
+    axes.plot([scale * interval.mean], [place], "|", markersize=9, markeredgewidth=1.8, **look)
 
 
 def _names(arm: PairedArm) -> tuple[str, str, str]:

@@ -207,7 +207,7 @@ def _by_seed(members: Iterable[_Told]) -> dict[int, float]:
     """Return the mean accuracy of each seed, ascending."""
     found: dict[int, list[float]] = defaultdict(list)
     for told in members:
-        found[told.seed].append(told.run.summary.final_accuracy)
+        found[told.seed].append(told.run.summary.final_score)
     return {seed: fmean(found[seed]) for seed in sorted(found)}
 
 

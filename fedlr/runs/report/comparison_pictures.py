@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fedlr.runs.report.comparison_arms import Arm
+from fedlr.runs.report.comparison_metric import title_of
 from fedlr.runs.report.picture import Picture, drawn
 from fedlr.runs.report.run_files import Run
 from fedlr.runs.report.server_pictures import EXACT_BELOW, LOWEST_DRAWN
 from fedlr.runs.report.svg import SERIES, colour, legend, percent_axis, round_axis
 from fedlr.runs.report.wording import byte_unit, power_of_ten
+from fedlr.tasks.evaluation import ACCURACY, Metric
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
@@ -33,24 +35,29 @@ class Measure:
     is_log: bool = False
 
 
-def final_accuracy(arms: Sequence[Arm], name: str = "accuracy") -> Picture:
+def final_scores(arms: Sequence[Arm], metric: Metric = ACCURACY) -> Picture:
     """One row a label, one dot a run, and the interval of the mean over seeds."""
+
+    name, limits = title_of(metric), (0.0, 1.0) if metric.is_share else (-math.inf, math.inf)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        _paint_rows(axes, arms, lambda run: run.summary.final_accuracy, limits=(0.0, 1.0))
+        _paint_rows(axes, arms, lambda run: run.summary.final_score, limits=limits)
         _name_rows(axes, arms)
         axes.margins(x=0.14)  # room for n
-        axes.set_xlabel(f"Final {name} (%)")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+        axes.set_xlabel(f"Final {name}" + (" (%)" if metric.is_share else ""))
+        if metric.is_share:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         legend(figure, axes)
 
     several = [arm for arm in arms if arm.num_seeds > 1]
-    caption = "Further right is better: one dot is one run; compare within one colour, which is one level of privacy"
+    cut = ", cut at 0 and 100\u00a0%" if metric.is_share else ""
+    side = "right" if metric.higher_is_better else "left"
+    caption = f"Further {side} is better: one dot is one run; compare within one colour, which is one level of privacy"
     if several:
         caption += (
-            "; the bar is the 95\u00a0% confidence interval of the mean over seeds (Student's t, cut at 0 and "
-            "100\u00a0%), its upright mark the mean, n the seeds"
+            f"; the bar is the 95\u00a0% confidence interval of the mean over seeds (Student's t{cut}), its upright "
+            "mark the mean, n the seeds"
         )
     if single := [f"{arm.label}, {arm.privacy}" for arm in arms if arm.num_seeds == 1]:
         told = f"{len(single)} arms" if len(single) > MOST_NAMED else "; ".join(single)
@@ -58,8 +65,9 @@ def final_accuracy(arms: Sequence[Arm], name: str = "accuracy") -> Picture:
     return drawn("final-accuracy", f"Final {name} by method", f"{caption}.", paint, height_in=_height(arms))
 
 
-def accuracy_of_each_run(arms: Sequence[Arm], name: str = "accuracy") -> Picture:
+def scores_of_each_run(arms: Sequence[Arm], metric: Metric = ACCURACY) -> Picture:
     """One thin line a run; of an arm with several seeds a thick one for the mean, in the band of its interval."""
+    name = title_of(metric)
     title = f"{name[0].upper()}{name[1:]}"
     labels, groups = _ordered(arm.label for arm in arms), _ordered(arm.privacy for arm in arms)
 
@@ -74,19 +82,23 @@ def accuracy_of_each_run(arms: Sequence[Arm], name: str = "accuracy") -> Picture
             for number, run in enumerate(arm.runs):
                 label = None if number or several else _named(arm)
                 rounds = [state.rounds_completed for state in run.states]
-                accuracy = [state.accuracy for state in run.states]
-                axes.plot(rounds, accuracy, linewidth=0.7 if several else 1.4, label=label, **look)
+                scores = [state.score for state in run.states]
+                axes.plot(rounds, scores, linewidth=0.7 if several else 1.4, label=label, **look)
             if several:
-                _paint_mean(axes, arm, look)
+                _paint_mean(axes, arm, look, is_share=metric.is_share)
         axes.margins(x=0.03, y=0.08)
         round_axis(axes)
-        percent_axis(axes, label=f"{title} (%)")
+        if metric.is_share:
+            percent_axis(axes, label=f"{title} (%)")
+        else:
+            axes.set_ylabel(title)
         legend(figure, axes, columns=columns)
 
     names = [_named(arm) for arm in arms]
     columns = 1 if max(map(len, names)) > LEGEND_WIDTH // 2 else 2
     num_lines = sum(len(name.splitlines()) for name in names)
-    caption = "Higher is better: one thin line is one run, its colour the method, its dashes the privacy"
+    higher = "Higher" if metric.higher_is_better else "Lower"
+    caption = f"{higher} is better: one thin line is one run, its colour the method, its dashes the privacy"
     if any(arm.num_seeds > 1 for arm in arms):
         caption += "; a thick line is the mean over seeds, its band the 95\u00a0% confidence interval of that mean"
     height_in = 3.1 + 0.17 * -(-num_lines // columns)
@@ -189,13 +201,13 @@ def _row_name(label: str) -> str:
     return fill(label, 34, break_long_words=False)
 
 
-def _paint_mean(axes: Axes, arm: Arm, look: dict[str, Any]) -> None:
+def _paint_mean(axes: Axes, arm: Arm, look: dict[str, Any], *, is_share: bool) -> None:
     """Draw the mean and its interval after every round that all runs of the arm have reached."""
-    accuracy = [{state.rounds_completed: state.accuracy for state in run.states} for run in arm.runs]
-    rounds = sorted(set.intersection(*(set(one) for one in accuracy)))
-    reached = [{id(run): one[r] for run, one in zip(arm.runs, accuracy, strict=True)} for r in rounds]
+    scores = [{state.rounds_completed: state.score for state in run.states} for run in arm.runs]
+    rounds = sorted(set.intersection(*(set(one) for one in scores)))
+    reached = [{id(run): one[r] for run, one in zip(arm.runs, scores, strict=True)} for r in rounds]
     intervals = [arm.interval(_looked_up(numbers)) for numbers in reached]
-    ends = [[min(max(end, 0.0), 1.0) for end in interval.ends] for interval in intervals]
+    ends = [[min(max(end, 0.0), 1.0) if is_share else end for end in interval.ends] for interval in intervals]
     low, high = [end[0] for end in ends], [end[1] for end in ends]
     axes.fill_between(rounds, low, high, color=look["color"], alpha=0.14, linewidth=0)
     label = _named(arm)

@@ -18,12 +18,13 @@ from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.comparison import pictures, read_runs
 from fedlr.runs.report.comparison_arms import arms_of
 from fedlr.runs.report.comparison_forest import forest
-from fedlr.runs.report.comparison_metric import metric_name
+from fedlr.runs.report.comparison_metric import title_of
 from fedlr.runs.report.comparison_pairs import paired_arms
 from fedlr.runs.report.paper_table import Cell, Column, PaperTable, paper_table
 from fedlr.runs.report.picture import Picture
 from fedlr.runs.report.run_files import SCORES, Run, read_run
-from fedlr.runs.report.wording import count, epsilon_text, seed_text, short
+from fedlr.runs.report.wording import PERCENT, count, epsilon_text, score_text, seed_text, short
+from fedlr.tasks.evaluation import Metric
 
 if TYPE_CHECKING:
     import pandas
@@ -45,20 +46,20 @@ class PaperFiles:
     latex: Path | None = None
     svg: Path | None = None  # a folder
 
-    def write(self, run_dirs: Sequence[Path], *, metric: str, against: str | None = None) -> list[Path]:
+    def write(self, run_dirs: Sequence[Path], *, metric: str | None, against: str | None = None) -> list[Path]:
         """Write them from the files of run directories alone, and return what was written.
 
         Raises:
             InputError: as `fedlr.runs.report.write_comparison`; or a picture of such a name is there already.
         """
         written = []
-        runs = read_runs(run_dirs, metric)
+        runs, by = read_runs(run_dirs, metric)
         if self.svg is not None:
-            arms, name = arms_of(runs), metric_name(metric)
-            pairs = [] if against is None else [forest(paired_arms(runs, against=against), name, against=against)]
-            written += write_pictures([*pictures(arms, name), *pairs], self.svg)
+            arms = arms_of(runs)
+            pairs = [] if against is None else [forest(paired_arms(runs, against=against), by, against=against)]
+            written += write_pictures([*pictures(arms, by), *pairs], self.svg)
         if self.latex is not None:
-            write_whole(self.latex, latex(paper_table(runs), metric))
+            write_whole(self.latex, latex(paper_table(runs, by)))
             written.append(self.latex)
         if self.csv is not None:
             write_whole(self.csv, csv({Path(run_dir): read_run(Path(run_dir)) for run_dir in run_dirs}))
@@ -77,11 +78,12 @@ def csv(runs: Mapping[Path, Run]) -> str:
         for label, members in column.arms.items()
         for run in members
     ]
-    return pandas.DataFrame(lines).to_csv(index=False)
+    text: str = pandas.DataFrame(lines).to_csv(index=False)
+    return text
 
 
-def latex(table: PaperTable, metric: str) -> str:
-    r"""Return the table as LaTeX, best means bold; `metric` as in `fedlr.runs.report.comparison_metric`."""
+def latex(table: PaperTable) -> str:
+    r"""Return the table as LaTeX, best means bold."""
     styler = _frame(table).style.apply(lambda _: _bold(table), axis=None)
     styler = styler.format_index(escape="latex", axis=0)
     text = styler.to_latex(
@@ -90,7 +92,7 @@ def latex(table: PaperTable, metric: str) -> str:
         multicol_align="c",
         position="t",
         position_float="centering",
-        caption=caption(table, metric),
+        caption=caption(table),
         label="tab:fedlr",
     )
     return f"% \\usepackage{{booktabs}}\n{text}"
@@ -120,12 +122,14 @@ def for_print(svg: str) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + re.sub(r"var\(--\w+, ([^)]*)\)", r"\1", svg) + "\n"
 
 
-def caption(table: PaperTable, metric: str) -> str:
+def caption(table: PaperTable) -> str:
     """Return what the numbers of a table are, in LaTeX."""
     runs = table.runs
     seeds = list(dict.fromkeys(seed_text(run.summary.seed) for run in sorted(runs, key=_seed)))
+    metric = table.metric
+    unit = " in \\%" if metric.is_share else ""
     parts = [
-        f"Final {metric_name(metric)} in \\% on {_split(runs)}; mean $\\pm$ standard deviation over the seeds "
+        f"Final {title_of(metric)}{unit} on {_split(runs)}; mean $\\pm$ standard deviation over the seeds "
         f"{', '.join(seeds)}."
     ]
     if private := [run for run in runs if run.summary.is_private]:
@@ -154,7 +158,7 @@ def escaped(text: str) -> str:
 def _frame(table: PaperTable) -> "pandas.DataFrame":
     import pandas
 
-    values = [[_cell(column.cells.get(label)) for column in table.columns] for label in table.labels]
+    values = [[_cell(column.cells.get(label), table.metric) for column in table.columns] for label in table.labels]
     tasks, budgets = [escaped(column.task) for column in table.columns], [_budget(column) for column in table.columns]
     header = pandas.MultiIndex.from_arrays([tasks, budgets]) if any(tasks) else pandas.Index(budgets)
     return pandas.DataFrame(values, index=list(table.labels), columns=header)
@@ -171,10 +175,11 @@ def _is_best(cell: Cell | None) -> bool:
     return cell is not None and cell.is_best
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: Cell | None, metric: Metric) -> str:
     if cell is None:
         return "--"
-    return f"{100 * cell.mean:.1f}" + ("" if cell.sd is None else f" $\\pm$ {100 * cell.sd:.1f}")
+    mean, *sd = (score_text(metric, x).removesuffix(PERCENT) for x in (cell.mean, cell.sd) if x is not None)
+    return mean + "".join(f" $\\pm$ {one}" for one in sd)
 
 
 def _budget(column: Column) -> str:
@@ -240,6 +245,9 @@ def _line(run: Run, label: str, column: Column, run_dir: Path) -> dict[str, obje
         "num_clients": summary.num_clients,
         "cohort_size": summary.cohort_size,
         "num_held_out": summary.verdict.num_rows if summary.verdict else None,
+        "metric": summary.metric.name,
+        "start_score": summary.start_score,
+        "score": summary.final_score,
         "start_accuracy": run.states[0].accuracy,
         "accuracy": last.accuracy,
         "loss": last.loss,

@@ -1,6 +1,6 @@
 """The table of a paper: methods in rows, tasks and budgets in columns, and which of them may be called the best.
 
-A cell is the mean over seeds and the standard deviation of one seed. The highest mean of a column is *the best* only
+A cell is the mean over seeds and the standard deviation of one seed. The best mean of a column is *the best* only
 where seeds say so: the paired difference from every other arm excludes zero, in intervals so wide that all of them
 together hold in 19 of 20 columns (Bonferroni; Dunn 1961). Of one seed, or of arms with other seeds, none is the best.
 """
@@ -13,6 +13,7 @@ from fedlr.errors import InputError
 from fedlr.runs.report.comparison_arms import CONFIDENCE, Interval, mean_interval
 from fedlr.runs.report.comparison_pairs import TaskArms, arms_by_task
 from fedlr.runs.report.run_files import Run
+from fedlr.tasks.evaluation import ACCURACY, Metric
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PaperTable:
 
     labels: Sequence[str]
     columns: Sequence[Column]
+    metric: Metric = ACCURACY
 
     @property
     def runs(self) -> list[Run]:
@@ -67,22 +69,24 @@ class PaperTable:
         return [run for column in self.columns for run in column.runs]
 
 
-def paper_table(runs: Sequence[Run]) -> PaperTable:
-    """Return the table of runs.
+def paper_table(runs: Sequence[Run], metric: Metric = ACCURACY) -> PaperTable:
+    """Return the table of runs, whose scores are of a metric.
 
     Raises:
         InputError: there is none.
     """
     if not runs:
         raise InputError("Expected at least one run for a table, got none")
-    columns = sorted(map(_column, arms_by_task(runs)), key=lambda column: column.order)
-    return PaperTable(sorted({label for column in columns for label in column.cells}), columns)
+    columns = sorted((_column(arms, metric) for arms in arms_by_task(runs)), key=lambda column: column.order)
+    return PaperTable(sorted({label for column in columns for label in column.cells}), columns, metric)
 
 
-def _column(arms: TaskArms) -> Column:
+def _column(arms: TaskArms, metric: Metric) -> Column:
     cells = {label: Cell(_by_seed(runs)) for label, runs in arms.by_label.items()}
-    best = max(cells, key=lambda label: cells[label].mean)
-    if is_best(cells[best].by_seed, [cell.by_seed for label, cell in cells.items() if label != best]):
+    sign = 1.0 if metric.higher_is_better else -1.0
+    above = {label: {seed: sign * value for seed, value in cell.by_seed.items()} for label, cell in cells.items()}
+    best = max(above, key=lambda label: fmean(above[label].values()))
+    if is_best(above[best], [other for label, other in above.items() if label != best]):
         cells[best] = Cell(cells[best].by_seed, is_best=True)
     return Column(arms.task, arms.privacy, cells, arms.by_label)
 
@@ -111,5 +115,5 @@ def _by_seed(runs: Sequence[Run]) -> dict[int | str, float]:
     for run in runs:
         seed = run.summary.seed
         key = f"run {run.summary.adapter_sha256}" if seed is None else seed
-        found.setdefault(key, []).append(run.summary.final_accuracy)
+        found.setdefault(key, []).append(run.summary.final_score)
     return {key: fmean(values) for key, values in found.items()}

@@ -5,6 +5,8 @@ from decimal import ROUND_CEILING, Decimal
 
 from fedlr.tasks.evaluation import Metric
 
+PERCENT = "\u00a0%"
+
 
 def percent(share: float) -> str:
     r"""Return a share in percent, one decimal.
@@ -12,7 +14,7 @@ def percent(share: float) -> str:
     >>> percent(0.8125)
     '81.2\xa0%'
     """
-    return f"{100 * share:.1f}\u00a0%" if math.isfinite(share) else "not a number"
+    return f"{100 * share:.1f}{PERCENT}" if math.isfinite(share) else "not a number"
 
 
 def points(difference: float) -> str:
