@@ -17,6 +17,13 @@ from safetensors import SafetensorError
 from fedlr.errors import InputError, PassingError
 
 
+def cache_folder() -> Path:
+    """Return where this user keeps what can be made again: $FEDLR_CACHE, $XDG_CACHE_HOME/fedlr, or ~/.cache/fedlr."""
+    if named := os.environ.get("FEDLR_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedlr"
+
+
 class NotWritten(InputError):
     """The disk is full or cannot be written; the text names the file."""
 

@@ -6,7 +6,6 @@ the SHA-256 of the file, is whole or absent, and lies in the cache: $FEDLR_CACHE
 """
 
 import hashlib
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
-from fedlr.files import make_folder, whole_folder
+from fedlr.files import cache_folder, make_folder, whole_folder
 
 FORMAT = 1  # of the converted folders
 
@@ -78,10 +77,3 @@ def convert(file: Path, folder: Path) -> None:
     with whole_folder(folder) as partial:
         network.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def cache_folder() -> Path:
-    """Return where things are kept that can be made again."""
-    if named := os.environ.get("FEDLR_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedlr"

@@ -23,6 +23,7 @@ import dp_accounting
 from fedlr.errors import InputError
 from fedlr.errors.ranges import MOST_STEPS, AccountantName, require_delta
 from fedlr.privacy.mechanism import PrivacyBudget, require_sample_rate
+from fedlr.privacy.noise_hints import hint_of, keep_hint
 from fedlr.privacy.sampling import PoissonSampler
 
 Events = Sequence[tuple[dp_accounting.DpEvent, int]]
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 GRID = 1000  # a calibrated noise_multiplier is a multiple of 1 / GRID
 MOST_GUESSES = 60  # of a search; it doubles from 1 to GRID * 2^20 in 30
+NEAR = 4.0  # times the budget, or a part of it, that the Renyi bound of a hint may be
 
 
 def epsilon(events: Events, delta: float, *, accountant: AccountantName = "pld") -> float:
@@ -141,6 +143,14 @@ def calibrate_noise_multiplier(
         event = sampler.dp_event(grid_index / GRID)
         return epsilon([(event, num_steps)], budget.delta, accountant=accountant)
 
+    question = (budget, sample_rate, num_steps, accountant)
+    kept = hint_of(question)
+    if (
+        kept is not None
+        and _is_near(kept, budget, sampler=sampler, num_steps=num_steps)
+        and spent(kept) <= budget.epsilon
+    ):
+        return kept / GRID
     # The search is coarse, so its answer is only where to look: [low, high] grows until low fails and high
     # passes.
     high = _search(budget, sampler=sampler, num_steps=num_steps, accountant=accountant)
@@ -150,7 +160,16 @@ def calibrate_noise_multiplier(
     while low > 0 and spent(low) <= budget.epsilon:
         low, high, stride = max(0, low - stride), low, 2 * stride
     passing = range(low + 1, high)
-    return (low + 1 + bisect_left(passing, True, key=lambda index: spent(index) <= budget.epsilon)) / GRID
+    least = low + 1 + bisect_left(passing, True, key=lambda index: spent(index) <= budget.epsilon)
+    keep_hint(question, least)
+    return least / GRID
+
+
+def _is_near(grid_index: int, budget: PrivacyBudget, *, sampler: PoissonSampler, num_steps: int) -> bool:
+    """Return whether a Renyi bound of the epsilon lies about where the budget does: far from there a loss distribution
+    can take gigabytes."""
+    spent = epsilon([(sampler.dp_event(grid_index / GRID), num_steps)], budget.delta, accountant="rdp")
+    return budget.epsilon / NEAR <= spent <= budget.epsilon * NEAR
 
 
 @lru_cache(maxsize=65536)
