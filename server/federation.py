@@ -23,12 +23,9 @@ from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, request_of
 from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
-from fedlr.runs.prepare import (
-    load_held_out,
-    private_mechanism,
-    working_model,
-)
+from fedlr.runs.prepare import private_mechanism, working_model
 from fedlr.runs.recorder import held_out_labels
+from fedlr.runs.tables import load_held_out
 from fedlr.runs.verdict import HeldOut
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads

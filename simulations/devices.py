@@ -21,7 +21,7 @@ from fedlr.flower.node_key import create_node_key
 from fedlr.models.network import BaseModel
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
-from fedlr.runs.prepare import load_examples
+from fedlr.runs.tables import load_examples
 
 
 def write_devices(

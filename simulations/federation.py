@@ -23,16 +23,8 @@ from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds.round import RoundRequest, ServerState, request_of
 from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
-from fedlr.runs.prepare import (
-    load_examples,
-    local_training,
-    notes,
-    num_rows_of,
-    placement,
-    private_mechanism,
-    with_clients_of,
-    working_model,
-)
+from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
+from fedlr.runs.tables import load_examples, num_rows_of
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task

@@ -20,7 +20,7 @@ from fedlr.config.auto_rates import (
 from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.methods.method import Method
-from fedlr.runs.prepare import num_rows_of
+from fedlr.runs.tables import num_rows_of
 from fedlr.training.rates import ACCUMULATED_NOISE
 from simulations.federation import Federation
 

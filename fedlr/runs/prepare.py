@@ -3,24 +3,18 @@
 Everything that can be wrong with a configuration, the data or the model is found here, before any work.
 """
 
-import os
-from collections.abc import Callable, Iterable, Sequence, Sized
-from functools import partial
-from inspect import signature
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of, with_head
 from fedlr.config.auto_rates import noise_multiplier_of, provisional, resolved_rates
-from fedlr.config.build import build, build_choice, build_method, build_optimizer, checked, naming
+from fedlr.config.build import build_choice, build_method, build_optimizer
 from fedlr.config.rules import check_num_clients
-from fedlr.config.schema import DataSection, Experiment, RuntimeSection, TrainerSection
-from fedlr.data.files import table_files
+from fedlr.config.schema import Experiment, RuntimeSection, TrainerSection
 from fedlr.data.memory import free_memory
 from fedlr.data.partition import Partition
-from fedlr.data.placement import split_train_test, without_texts_of
 from fedlr.data.store import TableStore
 from fedlr.data.table import Table
 from fedlr.errors import InputError
@@ -39,7 +33,7 @@ from fedlr.models.zero_head import check_head_trains
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.runs.validation import scored_rows, with_validation
+from fedlr.runs.tables import load_examples, num_rows_of
 from fedlr.tasks.examples import Examples
 from fedlr.tasks.pictures import EncodedImages
 from fedlr.tasks.task import Task
@@ -49,116 +43,6 @@ from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
 from fedlr.training.supported import check_supported
 from fedlr.training.tuner_supported import check_tuner
-
-
-def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:
-    """Return the examples that clients share out, and those the server holds out for evaluation.
-
-    Raises:
-        InputError: also where a private run would take its label names from private data.
-    """
-    section = experiment.data.section()
-    if experiment.data.num_test is None:
-        check_another_table(experiment.data)
-    data: Table = build(section, "data", seed=seed)
-    named = section.get("labels") or section.get("label_groups")
-    from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
-    if experiment.privacy.epsilon is not None and not experiment.data.public and from_data:
-        raise InputError(
-            "Expected data.labels in a private run, got null: the names that are found tell what the data hold; name "
-            "them as the file spells them, data.labels=[NAME,NAME], or say data.public=true if the data are no secret"
-        )
-    load = partial(load_test_table, seed=seed, label_names=data.label_names)
-    data, validation = with_validation(experiment, data, load=load)
-    if experiment.data.num_test is None:
-        held_out = load(experiment)
-        data = without_texts_of(data, held_out)
-    else:
-        with naming("data", "num_test"):
-            data, held_out = split_train_test(data, num_test=experiment.data.num_test, seed=seed)
-    return data, scored_rows(experiment, held_out, validation)
-
-
-def load_held_out(experiment: Experiment, *, seed: int) -> tuple[Table, int | None]:
-    """Return the examples that a server scores, and how many rows there are with those that are not held out.
-
-    Where the held-out rows are a table of their own nothing else is read, and nobody knows (None).
-
-    Raises:
-        InputError: as `load_examples`.
-    """
-    section = experiment.data.section()
-    if experiment.data.test_path is not None and (section.get("labels") or section.get("label_groups")):
-        return load_test_table(experiment, seed=seed, label_names=None), None
-    data, held_out = load_examples(experiment, seed=seed)
-    return held_out, num_rows_of(experiment, data, held_out)
-
-
-def num_rows_of(experiment: Experiment, data: Sized, held_out: Sized) -> int:
-    """Return how many rows `data.path` has, held-out ones too."""
-    return len(data) + (0 if experiment.data.num_test is None else len(held_out))
-
-
-def check_another_table(data: DataSection) -> None:
-    """Refuse a table of held-out rows that is the one that clients train on, or that could not be read.
-
-    Raises:
-        InputError: which names the two keys.
-    """
-    section = data.section()
-    path = _path_of(data)
-    if data.test_path is not None:
-        own, test = ({os.path.realpath(f.path) for f in table_files(p)} or {p} for p in (path, data.test_path))
-        if shared := sorted(own & test):
-            raise InputError(
-                f"Expected data.test_path to be another table than data.path, got {data.test_path!r}, which is "
-                f"{shared[0]!r} too: rows that were trained on say nothing about others"
-            )
-        return
-    if table_files(path) and section.get("split_column") is None:
-        raise InputError(
-            f"Expected data.test_path with the file or folder {path!r}, got data.test_split={data.test_split!r}: only "
-            "a dataset by name has splits"
-        )
-    if data.test_split == (section.get("train_split") or "train"):
-        raise InputError(
-            f"Expected data.test_split to be another split than data.train_split, got {data.test_split!r} for both"
-        )
-
-
-def _path_of(data: DataSection) -> str:
-    """Return where the clients' rows are, or refuse data that are made up or read by another key."""
-    path = data.section().get("path")
-    if not isinstance(path, str):
-        raise InputError(
-            f"Expected data.num_test with data._target_={data.target}, which has no path, got data.test_path or "
-            "data.test_split"
-        )
-    return path
-
-
-def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[str] | None) -> Table:
-    """Return the rows of the table that is held out, read as that of the clients is.
-
-    Args:
-        experiment: with `data.test_path` or `data.test_split`.
-        seed: as for the clients' table.
-        label_names: the clients', for a table that names none itself.
-
-    Raises:
-        InputError: as for any table; another label than the clients' is one.
-    """
-    section, data = experiment.data.section(), experiment.data
-    _path_of(data)
-    changed: dict[str, Any] = {"path": data.test_path, "train_split": None}
-    if data.test_path is None:
-        changed = {"train_split": data.test_split}
-    if label_names and not section.get("labels") and not section.get("label_groups"):
-        changed["labels"] = list(label_names)
-    if "fetched_by" in section:
-        changed["fetched_by"] = None
-    table: Table = build({**section, **changed}, "data", seed=seed)
-    return table
 
 
 def with_clients_of(experiment: Experiment, partition: Partition) -> Experiment:

@@ -22,7 +22,8 @@ from fedlr.data.partition import Partition, dirichlet, iid
 from fedlr.data.placement import content, num_shared_texts, split_train_test
 from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
-from fedlr.runs.prepare import load_examples, placement
+from fedlr.runs.prepare import placement
+from fedlr.runs.tables import load_examples
 from fedlr.tasks.synthetic import synthetic_text
 
 GROUPS = (

@@ -11,7 +11,7 @@ import pytest
 
 from fedlr.config.schema import compose_experiment
 from fedlr.models.network import tiny_random
-from fedlr.runs.prepare import load_examples
+from fedlr.runs.tables import load_examples
 from fedlr.tasks.reading import check_reading, read_texts
 
 NLI = ("entailment", "neutral", "contradiction")

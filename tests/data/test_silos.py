@@ -19,7 +19,8 @@ from fedlr.data.partition import Partition, by_file, by_group
 from fedlr.data.placement import content, whole_rows
 from fedlr.data.table import LabelledText, load_table
 from fedlr.errors import InputError
-from fedlr.runs.prepare import load_examples, load_held_out, num_rows_of, placement
+from fedlr.runs.prepare import placement
+from fedlr.runs.tables import load_examples, load_held_out, num_rows_of
 from simulations.federation import prepare
 from simulations.plan import make_plan
 

@@ -11,7 +11,8 @@ from fedlr.config.build import build
 from fedlr.config.schema import compose_experiment
 from fedlr.data.partition import Partition
 from fedlr.errors import InputError
-from fedlr.runs.prepare import load_examples, with_clients_of
+from fedlr.runs.prepare import with_clients_of
+from fedlr.runs.tables import load_examples
 
 TABLE = ("experiment=tiny", "data=table", "data.labels=[no,yes]", "num_clients=2", "cohort_size=1")
 TEST = "data.num_test=null data.path=train.csv"

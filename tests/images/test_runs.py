@@ -15,7 +15,7 @@ from fedlr.data.images import LabelledImages
 from fedlr.errors import InputError
 from fedlr.models.usage import code_of_card
 from fedlr.models.vision import pretrained_images, tiny_vit
-from fedlr.runs.prepare import load_examples
+from fedlr.runs.tables import load_examples
 from fedlr.tasks.made_up_images import SHAPES, made_up_images
 from fedlr.training.threads import torch_threads
 from simulations.federation import assemble

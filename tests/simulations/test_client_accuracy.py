@@ -10,7 +10,7 @@ from fedlr.config.build import build, build_method
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.privacy.statement import recompute
-from fedlr.runs.prepare import load_examples
+from fedlr.runs.tables import load_examples
 from simulations.client_accuracy import ClientTests, client_tests, score_clients
 from simulations.simulate import simulate
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.models.usage import code_of_card
-from fedlr.runs.prepare import load_examples
+from fedlr.runs.tables import load_examples
 from fedlr.tasks.reading import _ending, num_positions
 from fedlr.tasks.tokenise import TokenisedText
 from simulations.simulate import simulate

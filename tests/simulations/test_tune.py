@@ -18,9 +18,9 @@ from fedlr.data.placement import all_texts
 from fedlr.data.table import LabelledText
 from fedlr.data.validation import set_apart
 from fedlr.errors import InputError
-from fedlr.runs.prepare import load_examples
 from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.run_files import read_run
+from fedlr.runs.tables import load_examples
 from fedlr.runs.tuned import Tuned, TunedArm, read_tuned, write_tuned
 from simulations import cli
 from simulations.tune import Grid, chosen, grid_of

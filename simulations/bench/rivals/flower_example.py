@@ -29,7 +29,8 @@ from fedlr.models.network import resolve
 from fedlr.models.peft_state import train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.runs.prepare import load_examples, private_mechanism
+from fedlr.runs.prepare import private_mechanism
+from fedlr.runs.tables import load_examples
 from fedlr.streams import SeededRandomness
 from fedlr.tasks.examples import Share
 from fedlr.tasks.losses import class_losses
