@@ -14,11 +14,12 @@ RUN = env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZE
 INSTALLED = .venv/.installed
 FETCHED = .assets/.fetched
 
-.PHONY: help demo images federation test test-slow check format format-check lint types install clean
+.PHONY: help demo lm images federation test test-slow check format format-check lint types install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       a federated, private fine-tuning run on real text, with its report"
+	@echo "make lm         the same for a language model: six reference works, SmolLM2 (fetches 122 MB; needs apt-get)"
 	@echo "make images     six vendors' emoji train one network for pictures (needs npm and apt-get)"
 	@echo "make federation the same over the network: server, proxy and three devices on this machine"
 	@echo "make test       fast tests and doctests"
@@ -29,6 +30,10 @@ help:
 
 demo: $(INSTALLED) $(FETCHED)
 	@$(RUN) .venv/bin/fedlr simulate experiment=demo
+
+lm: $(INSTALLED)
+	@.venv/bin/python -m simulations.assets dictionaries
+	@$(RUN) .venv/bin/fedlr simulate experiment=dictionaries privacy.epsilon=8
 
 images: $(INSTALLED)
 	@.venv/bin/python -m simulations.assets emoji efficientnet

@@ -29,6 +29,11 @@ OWN_DATA = {"text": ["data.path=reviews.csv"]}  # by experiment
 NEEDED = {
     "runtime=superlink": ["deployment.rehearsal=true"],
     "data=table": ["data.path=reviews.csv"],
+    "data=scored_table": ["data.path=reviews.csv", "data.score_range=[0,5]"],
+    "data=chat": ["data.path=chats.jsonl"],
+    "data=images": ["data.path=photos"],
+    "model=causal": ["model.name_or_path=./model"],
+    "model=pretrained_images": ["model.name_or_path=./model"],
     "model=pretrained": ["model.name_or_path=./encoder"],
     "adapter=tuner": ["adapter.system=randlora"],
 }

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fedlr.config.language_rules import check_language
 from fedlr.config.start_rules import check_start
 from fedlr.config.validation_rules import check_validation
 from fedlr.errors import InputError
@@ -22,6 +23,7 @@ def check_together(experiment: "Experiment") -> None:
     """
     e = experiment
     check_start(e)
+    check_language(e)
     if e.privacy.epsilon is not None:
         require_delta(e.privacy.delta, e.privacy.accountant)
     most = e.model.section().get("max_length")

@@ -150,7 +150,7 @@ def with_groups(whole: Evaluation, measures: Mapping[str, float]) -> Evaluation:
 def _conversations(table: Table) -> Conversations:
     if not isinstance(table, Conversations):
         raise InputError(
-            f"Expected conversations for task=causal_lm, got {table.source}, a table of another kind; set data=chat "
-            "(or prompts, alpaca, plain_text), or task"
+            f"Expected conversations for task=causal_lm, got {table.source}, a table of another kind; set data=chat, "
+            "or task"
         )
     return table

@@ -112,7 +112,7 @@ def test_without_npm_or_with_an_unknown_name_it_is_one_sentence(
     assert assets.main(["spam", "--dir", str(tmp_path / "new")]) == 1
     assert "there is no npm here" in capsys.readouterr().err
     assert assets.main(["mails"]) == 1
-    assert "vader or spam or emoji or efficientnet, got 'mails'" in capsys.readouterr().err
+    assert "vader or spam or dictionaries or emoji or efficientnet, got 'mails'" in capsys.readouterr().err
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
     npm.chmod(0o755)

@@ -19,11 +19,11 @@ from fedlr.tasks.losses import IGNORED_LABEL
 from tests.training.small_models import mutant
 
 WORDS = [f"w{i}" for i in range(12)]
-# Of Llama 3, Gemma and Qwen 3: heads of roles, texts without white space at the ends, an empty thought of the last turn.
+# As Gemma and Qwen 3: white space taken off the ends of texts, and an empty thought before the last answer.
 GEMMA = (
     "{{ '<|im_start|>' }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<|im_start|> ' + m['role'] + ' ' + m['content'] | trim + "
-    "'<|im_end|> ' }}{% endfor %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<|im_start|> ' + m['role'] + ' ' }}"
+    "{{ m['content'] | trim + '<|im_end|> ' }}{% endfor %}"
 )
 QWEN = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}{% if loop.last %}{{ 'w10 w11 ' }}{% endif %}"
