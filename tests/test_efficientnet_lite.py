@@ -121,3 +121,18 @@ def test_code_in_an_archive_stays_text() -> None:
     assert called == ("call", "os system", ("ls",))
     with pytest.raises(InputError, match="opcodes of a state dict, got INST"):
         read_plain(io.BytesIO(b"(ios\nsystem\n."))
+
+
+def test_without_its_top_the_network_ends_with_the_last_block() -> None:
+    tensors = published()
+    whole, config = ours(tensors, 64), EfficientNetLiteConfig(image_size=64, num_labels=7)
+    config.has_top = False  # as from_pretrained sets what a caller gives
+    short = EfficientNetLiteForImageClassification(config)
+    assert short.config.hidden_size == short.classifier.in_features == 320
+    short.load_state_dict(
+        {k: v for k, v in folded(tensors).items() if ".top." not in k and "classifier" not in k}, strict=False
+    )
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = short.eval().efficientnet(x).last_hidden_state
+        assert torch.equal(F.relu6(whole.efficientnet.top(states)), whole.efficientnet(x).last_hidden_state)

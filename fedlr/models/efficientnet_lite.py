@@ -35,16 +35,17 @@ STRIDE = 32  # pixels of a picture's side for one of the last map's
 
 
 class EfficientNetLiteConfig(PretrainedConfig):  # type: ignore[misc]  # of a package without types
-    """Shape of the network; `image_size` is the side of a picture, a multiple of 32."""
+    """Shape of the network; `image_size` is the side of a picture, a multiple of 32.
+
+    Without its top the network ends with the last block: a fourth of the features, and of a head's noise.
+    """
 
     model_type = MODEL_TYPE
 
-    def __init__(self, image_size: int = 224, **others: Any) -> None:
-        self.image_size, self.num_channels, self.hidden_size = image_size, 3, TOP
+    def __init__(self, image_size: int = 224, has_top: bool = True, **others: Any) -> None:
+        self.image_size, self.has_top, self.num_channels, self.hidden_size = image_size, has_top, 3, TOP
         self.initializer_range = others.pop("initializer_range", 0.02)
-        super().__init__(
-            **{name: value for name, value in others.items() if name not in ("num_channels", "hidden_size")}
-        )
+        super().__init__(**{key: value for key, value in others.items() if key not in ("num_channels", "hidden_size")})
 
 
 class Stem(nn.Module):
@@ -100,6 +101,7 @@ class EfficientNetLiteModel(_OfLite):
         super().__init__(config)
         if config.image_size % STRIDE:
             raise InputError(f"Expected image_size to be a multiple of {STRIDE}, got {config.image_size}")
+        config.hidden_size = TOP if config.has_top else STAGES[-1][-1]  # has_top may be set after the file was read
         self.embeddings = Stem()
         self.layers, inside = nn.ModuleList(), STEM
         for blocks, kernel, stride, expansion, outside in STAGES:
@@ -107,15 +109,15 @@ class EfficientNetLiteModel(_OfLite):
                 step = stride if index == 0 else 1
                 self.layers.append(Block(inside, outside, kernel=kernel, stride=step, expansion=expansion))
                 inside = outside
-        self.top = nn.Linear(inside, TOP)
+        self.top = nn.Linear(inside, TOP) if config.has_top else None
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_others: object) -> BaseModelOutput:
-        """Map pictures (N, 3, side, side) to the last map (N, T, 1280)."""
+        """Map pictures (N, 3, side, side) to the last map (N, T, 1280), or (N, T, 320) without the top."""
         states = self.embeddings(pixel_values)
         for layer in self.layers:
             states = layer(states)
-        return BaseModelOutput(last_hidden_state=F.relu6(self.top(states)))
+        return BaseModelOutput(last_hidden_state=states if self.top is None else F.relu6(self.top(states)))
 
 
 class EfficientNetLiteForImageClassification(_OfLite):
@@ -125,7 +127,7 @@ class EfficientNetLiteForImageClassification(_OfLite):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.efficientnet = EfficientNetLiteModel(config)
-        self.classifier = nn.Linear(TOP, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_others: object) -> ImageClassifierOutput:

@@ -96,9 +96,10 @@ def picture_usage(base: BaseModel, processor: PictureProcessor) -> str:
 
 
 def _loading(base: BaseModel, where: str, processor: PictureProcessor) -> str:
-    num_labels = len(base.network.config.id2label or {})
-    own = base.network.config.model_type == MODEL_TYPE
-    sized = f", image_size={processor.height}" if own else ""
+    config = base.network.config
+    own = config.model_type == MODEL_TYPE
+    num_labels = len(config.id2label or {})
+    sized = f", image_size={processor.height}, has_top={config.has_top}" if own else ""
     if base.pooling is None:
         return _LOADED.format(where=where, num_labels=num_labels, sized=sized)
     pool = _POOL[base.pooling.removesuffix(NORMALISED)]

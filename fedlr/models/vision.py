@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, ViTConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
-import fedlr.models.efficientnet_lite  # noqa: F401  # lets its folders be loaded by transformers
 from fedlr.errors import InputError, in_range
+from fedlr.models.efficientnet_lite import MODEL_TYPE  # lets its folders be loaded by transformers
 from fedlr.models.fingerprint import tensor_fingerprint
 from fedlr.models.network import (
     BaseModel,
@@ -42,6 +42,7 @@ def pretrained_images(
     head_std: float | None = 0,
     pooling: str | None = None,
     image_size: int | None = None,
+    has_top: bool = True,
     fetched_by: str | None = None,
 ) -> BaseModel:
     """Load an image classifier by Hugging Face name, from a local folder, or from an installed package.
@@ -55,6 +56,8 @@ def pretrained_images(
             of the head is zero, so it must train.
         pooling: what the head reads of a picture's states, one of `models.pooling.POOLINGS`; None: what the class does.
         image_size: side of a picture, for a network without positions; None: the model's own.
+        has_top: of EfficientNet-lite, whether its last convolution, to 1280 channels, is there; false: the head reads
+            the 320 of the last block.
         fetched_by: the command that fetches the folder, told where it is missing.
 
     Raises:
@@ -68,7 +71,8 @@ def pretrained_images(
     if pooling not in (None, *POOLINGS):
         raise InputError(f"Expected model.pooling to be null, or one of {', '.join(POOLINGS)}, got {pooling!r}")
     drawn = {"initializer_range": head_std} if head_std else {}
-    sized = {} if image_size is None else {"image_size": image_size}
+    sized: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    sized |= {} if has_top else {"has_top": False}
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(location)
         with seeded(seed):
@@ -89,6 +93,8 @@ def pretrained_images(
         raise
     except Exception as error:  # each of the formats in such a folder has errors of its own
         raise _not_loaded(name_or_path, location, error) from error
+    if not has_top and network.config.model_type != MODEL_TYPE:
+        raise InputError(f"Expected model.has_top=true for {name_or_path}, which is no EfficientNet-lite, got false")
     absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     drawn_body, source = drawn_modules(network, absent), published_as or name_or_path
     processor = _processor(network.config, settings, name_or_path)
