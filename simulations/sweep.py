@@ -195,10 +195,11 @@ class _Processes:
     def _started(self) -> "subprocess.Popen[str]":
         threads = max(1, len(os.sched_getaffinity(0)) // self._num_jobs)
         shared = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        # A session of its own: an interrupt from the keyboard reaches this process, which then ends the others.
+        # It finds modules where this process does, and no folder of the user's in place of ours. A session of its own,
+        # as an interrupt from the keyboard is for this process, which then ends the others.
         process = subprocess.Popen(
-            [sys.executable, "-m", WORKER],
-            env={**shared, **os.environ},
+            [sys.executable, "-P", "-m", WORKER],
+            env={**shared, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -206,6 +207,8 @@ class _Processes:
         )
         with self._lock:
             self._processes.add(process)
+            if self._stopped.is_set():
+                process.terminate()
         return process
 
     def _hand_over(self, process: "subprocess.Popen[str]", job: Job) -> None:
@@ -245,9 +248,11 @@ class _Processes:
             print(f"{_title(job, self._total)}: {why}", file=sys.stderr, flush=True)
 
     def _stop(self) -> None:
-        self._stopped.set()
+        with self._lock:
+            self._stopped.set()
+            for process in self._processes:
+                process.terminate()
         for process in self._processes:
-            process.terminate()
             process.wait()
 
 

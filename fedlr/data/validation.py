@@ -4,8 +4,6 @@ A share of a table is set apart by a hash of each row that no seed keys: every s
 what is left, so no row on which a setting was chosen is one that a figure is told of.
 """
 
-from typing import cast
-
 import numpy as np
 
 from fedlr.data.placement import AnyTable, positions_of, whole_rows
@@ -30,5 +28,4 @@ def set_apart(data: AnyTable, share: float) -> tuple[AnyTable, AnyTable]:
             f"Expected num_validation to leave rows of {data.source} on both sides, got {share:g}, which sets apart "
             f"{int(is_apart.sum())} of {len(data)}"
         )
-    apart = np.flatnonzero(is_apart)
-    return cast(AnyTable, data.subset(np.flatnonzero(~is_apart))), cast(AnyTable, data.subset(apart))
+    return data.subset(np.flatnonzero(~is_apart)), data.subset(np.flatnonzero(is_apart))

@@ -96,7 +96,8 @@ def tracked(name: str | None, run_dir: Path, *, is_offline: bool, say: Callable[
             try:
                 tracker.log(numbers(row), step=row[STEP])
             except Exception as error:
-                tracker = _give_up(str(name), error, say=say)
+                tracker = None
+                _give_up(str(name), error, say=say)
 
     try:
         yield line
@@ -118,17 +119,17 @@ class TensorBoard:
     def __init__(self, run_dir: Path, is_offline: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=0)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=0)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Write the numbers of one line."""
         for key, value in values.items():
-            self._writer.add_scalar(key.replace(".", "/", 1), value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key.replace(".", "/", 1), value, step)
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WeightsAndBiases:

@@ -193,7 +193,7 @@ def test_processes_share_the_runs_and_one_that_dies_is_replaced(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("simulations.sweep.WORKER", "tests.simulations.echo_worker")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     jobs = cli.expand([*FAST, "-m", "seed=9,1,7,9,2,3"])
     said: list[str] = []
     done = run_sweep(jobs, [compose_experiment(FAST)] * 6, num_jobs=2, say=said.append)
@@ -225,19 +225,17 @@ def test_side_by_side_is_as_alone(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_process_ends_with_the_sweep_that_started_it() -> None:
-    worker = [sys.executable, "-m", "simulations.sweep_worker"]
-    process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=with_code())
-    assert process.stdin is not None and process.stdout is not None
-    long = [*FAST, "num_rounds=100000"]
-    process.stdin.write(json.dumps({"overrides": long, "unfinished": None}) + "\n")
-    process.stdin.flush()
-    assert "federated" in process.stdout.readline()
-    process.stdin.close()
-    assert process.wait(timeout=60) == 1
-
-
-def with_code() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    busy = "import time; from simulations import sweep_worker as w; w.serve = lambda *a, **b: time.sleep(900); w.main()"
+    idle = "from simulations import sweep_worker as w; w.main()"
+    asked = json.dumps({"overrides": [], "unfinished": None}) + "\n"
+    code = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [
+        subprocess.Popen([sys.executable, "-c", one], stdin=subprocess.PIPE, text=True, env=code)
+        for one in (busy, idle)
+    ]
+    for process, text in zip(both, (asked, ""), strict=True):
+        process.communicate(text)
+    assert [process.returncode for process in both] == [1, 0]
 
 
 @pytest.mark.parametrize(
