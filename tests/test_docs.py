@@ -30,6 +30,7 @@ from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.statement import no_privacy_statement
 from fedlr.rounds.validate import rejection
 from fedlr.runs.commands import option
+from simulations.audit.options import split_options
 from simulations.cli import expand, flag, jobs_option
 
 pytestmark = pytest.mark.usefixtures("rendered_pictures")
@@ -45,6 +46,7 @@ COMMANDS = (
         "compare",
         "report",
         "statement",
+        "audit",
         "methods",
         "adapters",
         "bench",
@@ -87,7 +89,9 @@ def check_command(line: str) -> None:
         jobs_option(words, is_sweep=True)
         option(words, "--tuned", "a file")
         flag(words, "--skip-done")
-    if name in ("simulate", "plan", "federation", "server"):
+    if name == "audit":
+        words = split_options(words)[1]
+    if name in ("simulate", "plan", "federation", "server", "audit"):
         composed: set[str] = set()  # of a sweep, every value once: not every combination
         for overrides in expand(words):
             if not composed.issuperset(overrides):

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import calibrate_noise_multiplier
 from fedlr.privacy.audit.finding import NUM_RUNS, Finding
+from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.directory import LEDGER
@@ -68,9 +70,15 @@ class Audit:
     planted: list[Planted] = field(default_factory=list)
 
     @property
+    def failed(self) -> list[str]:
+        """Return the checks that found something else than is accounted."""
+        checks = [(one.check, one.holds) for one in self.findings] + [(one.check, one.holds) for one in self.bounds]
+        return [check for check, holds in checks if not holds]
+
+    @property
     def holds(self) -> bool:
         """Whether everything is as accounted."""
-        return all(one.holds for one in (*self.findings, *self.bounds))
+        return not self.failed
 
     @property
     def missed(self) -> list[str]:
@@ -157,12 +165,11 @@ def bound(f: Federation, check: str, options: Options, *, generator: np.random.G
         with tempfile.TemporaryDirectory() as folder:
             ledger = create_ledger(f, Path(folder) / LEDGER)
             assert ledger is not None
-            clients = range(len(f.clients))
             run = guess_canaries(
                 f if number == 0 else with_fresh_noise(f, generator),
                 accounted=f.mechanism,
                 ledger=ledger,
-                spent=lambda ledger=ledger: max(ledger.spent_all(clients).values()),
+                spent=partial(most_spent, ledger, len(f.clients)),
                 guessed=options.guesses,
                 generator=generator,
             )
@@ -170,6 +177,11 @@ def bound(f: Federation, check: str, options: Options, *, generator: np.random.G
         if found.holds:
             break
     return found
+
+
+def most_spent(ledger: PrivacyLedger, num_clients: int) -> float:
+    """Return the epsilon of the client that spent most."""
+    return max(ledger.spent_all(range(num_clients)).values())
 
 
 WHAT = {

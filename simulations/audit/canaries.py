@@ -1,13 +1,14 @@
 """The one-run audit: rows put into training by fair coins, and guessed from what the clients released.
 
 All rows of the federation under audit are canaries, at the clients that hold them. The run is a real one: cohorts,
-ledger, pools, aggregation, finaliser. The auditor stands where a curious server stands: it sees what each round sends out
-and what each client sends back, knows every canary, and not the coins (Steinke, Nasr and Jagielski 2023, algorithm 1).
+ledger, pools, aggregation, finaliser. The auditor stands where a curious server stands: it sees what each round sends
+out and what each client sends back, knows every canary, and not the coins (Steinke, Nasr and Jagielski 2023, algorithm
+1).
 
 How it guesses: a client's update of a round carries, in known noise, the clipped gradients of the canaries that are in.
 The best linear estimate of the coins, given all gradients at the model that was sent, scores each canary; the scores of
-all rounds add up. Where the optimizer is not linear or steps start elsewhere, the estimate is worse and the bound lower,
-never wrong.
+all rounds add up. Where the optimizer is not linear or steps start elsewhere, the estimate is worse and the bound
+lower, never wrong.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -151,14 +151,13 @@ def table(found: "Audit") -> list[str]:
 
 def conclusion(found: "Audit") -> str:
     """Return the result in one sentence."""
-    failed = [one.check for one in (*found.findings, *found.bounds) if not one.holds]
     first = found.bounds[0].run
-    if failed:
-        text = f"not as accounted: {listed(failed)}"
+    if found.failed:
+        text = f"not as accounted: {listed(found.failed)}"
     else:
         text = (
-            f"as accounted: epsilon is at least {first.lower_bound:.2f} (95 %, one run) and at most {first.epsilon:.2f} "
-            "(accounted)"
+            f"as accounted: epsilon is at least {first.lower_bound:.2f} (95 %, one run) and at most "
+            f"{first.epsilon:.2f} (accounted)"
         )
     if found.missed:
         return f"{text}; planted and not found: {listed(found.missed)}"

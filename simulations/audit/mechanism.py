@@ -1,8 +1,8 @@
-"""The mechanism audit: the noise, the clip and the draws of a federation's own training path, against what is accounted.
+"""The mechanism audit: noise, clip and draws of a federation's own training path, against what is accounted.
 
 Every number comes from releases of real pools (`simulations.audit.probe`): of clients without rows, whose noised sums
-are noise alone; of clients with whole batches, less the same without noise; of neighbouring clients, which differ by one
-row; and of clients whose rows are one row many times over, so that the norm of a sum counts the batch.
+are noise alone; of clients with whole batches, less the same without noise; of neighbouring clients, which differ by
+one row; and of clients whose rows are one row many times over, so that the norm of a sum counts the batch.
 """
 
 import math
@@ -34,6 +34,7 @@ MOST_ROUNDS, LEAST_ROUNDS = 500, 3
 FAR_ABOVE, BEYOND = 1e6, 1e38
 NUM_NEIGHBOURS, NUM_OTHERS = 18, 12  # rows that are added, one by one, to so many others
 NUM_COUNTED = 400  # batches whose rows are counted
+MOST_COUNTED = 2_000  # rows of each of their clients
 NUM_DRAWS, NUM_DRAWN_FROM = 600, 150  # of the sampler by itself
 SUM_TOLERANCE = 1e-4  # of C: what the order of float32 sums moves
 HALVED_TOLERANCE = 0.1  # of C: over a bfloat16 base, where one example can change how others round
@@ -150,7 +151,7 @@ def noise_findings(noise: Noise, *, std: float) -> list[Finding]:
 
 
 def prefixes(noise: Noise, slots: Sequence[Slot]) -> Floats:
-    """Return the first numbers of each tensor, as many as the smallest has, end to end over all draws: (tensors, ...)."""
+    """Return the first numbers of each tensor, as many as the smallest has, over all draws: (tensors, numbers)."""
     ends = np.cumsum([0, *(noise.sizes[slot] for slot in slots)])
     least = min(noise.sizes[slot] for slot in slots)
     rows = noise.vectors[tuple(slots)]
@@ -254,7 +255,7 @@ def unexplained(f: Federation, answer: Answer, *, lr: float) -> Iterator[float]:
 def draw_findings(f: Federation, *, accounted: Mechanism) -> list[Finding]:
     """Return whether batches are drawn as accounted: those that reach the sums, and those of the sampler."""
     rate = accounted.sample_rate
-    num_rows = min(400, max(16, math.ceil(4 / rate)))
+    num_rows = min(MOST_COUNTED, max(8, math.ceil(2 / rate)))  # few, so that empty batches occur
     sizes = batch_sizes(f, num_rows)
     joined = sampler_draws(f)
     found = [

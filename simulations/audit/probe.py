@@ -1,9 +1,9 @@
 """Reads off what leaves each step of the real training path, just after the noise and before the optimizer.
 
-The path is the one that a run takes: pools, engines, samplers, streams, `train_client` or `train_cohort`. A rule of the
-clients (`fedlr.methods.client_rules.rule`) is handed every noised gradient, so a rule that writes down what it is handed
-is all the instrument there is. A probe leaves the trained values where they are (its optimizer has rate 0), so that
-every step of it starts from the same model; what optimizer and method's rule make of a noised gradient is
+The path is the one that a run takes: pools, engines, samplers, streams, `train_client` or `train_cohort`. A rule of
+the clients (`fedlr.methods.client_rules.rule`) is handed every noised gradient, so a rule that writes down what it is
+handed is all the instrument there is. A probe leaves the trained values where they are (its optimizer has rate 0), so
+that every step of it starts from the same model; what optimizer and method's rule make of a noised gradient is
 post-processing.
 """
 

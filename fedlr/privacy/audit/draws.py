@@ -48,7 +48,8 @@ def sizes_p_value(sizes: NDArray[np.int64], *, num_rows: int, sample_rate: float
 def independence_p_value(joined: NDArray[np.bool_], *, sample_rate: float) -> float:
     """Return the p-value of who joined which draw, if all N x K decisions are independent coins of one probability.
 
-    The count of all, each row's over the draws, each pair of rows' joint count, and each pair of draws' overlap are binomial.
+    The count of all, each row's over the draws, each pair of rows' joint count, and each pair of draws' overlap are
+    binomial.
 
     Args:
         joined: (K, N), whether a row is in a draw.

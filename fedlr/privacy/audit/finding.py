@@ -1,9 +1,9 @@
 """One line of an audit: what was measured, what it should be, and how the two are compared.
 
 A statistical check fails where its p-value is below `LEVEL`; a bound that holds with 95 % confidence fails where
-`NUM_RUNS` independent runs in a row exceed what is accounted. With at most `MOST_CHECKS` of the one and `MOST_BOUNDS` of
-the other, a mechanism that is right fails an audit with probability at most `FALSE_ALARM` (Bonferroni). Where several
-p-values belong to one check, `worst_of` has multiplied the smallest by their number already.
+`NUM_RUNS` independent runs in a row exceed what is accounted. With at most `MOST_CHECKS` of the one and `MOST_BOUNDS`
+of the other, a mechanism that is right fails an audit with probability at most `FALSE_ALARM` (Bonferroni). Where
+several p-values belong to one check, `worst_of` has multiplied the smallest by their number already.
 """
 
 from collections.abc import Sequence

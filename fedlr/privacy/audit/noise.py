@@ -69,7 +69,8 @@ def largest_correlation(vectors: Floats) -> tuple[float, float]:
 def shared_part_p_value(vectors: Floats, *, std: float) -> float:
     """Return the p-value of the scale of the sum of K independent vectors: a small part that all share adds up in it.
 
-    >>> apart, shared = np.random.default_rng(0).standard_normal((80, 500)), np.random.default_rng(1).standard_normal(500)
+    >>> generator = np.random.default_rng(0)
+    >>> apart, shared = generator.standard_normal((80, 500)), generator.standard_normal(500)
     >>> shared_part_p_value(apart, std=1.0) > 0.01, shared_part_p_value(apart + 0.2 * shared, std=1.04**0.5) < 1e-10
     (True, True)
     """

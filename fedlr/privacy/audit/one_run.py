@@ -61,7 +61,7 @@ def epsilon_lower_bound(
     if not refutes(0.0):
         return 0.0
     low, high = 0.0, LARGEST
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if refutes(middle) else (low, middle)
     return low
