@@ -277,7 +277,11 @@ def notes(
         )
     if cut := encoded.num_truncated + test.num_truncated:
         total = len(data) + len(held_out)
-        found.append(f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length)")
+        most = experiment.task.section().get("max_response")
+        answers = f", or their answers to {most} (task.max_response)" if most else ""
+        found.append(
+            f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length){answers}"
+        )
     if experiment.runtime.base_dtype == "bfloat16" and experiment.privacy.epsilon is not None:
         found.append(
             "over a bfloat16 base one example can change how others round, by hundredths of the clip bound; epsilon "
