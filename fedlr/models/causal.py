@@ -7,7 +7,7 @@ Notable choices:
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -43,7 +43,7 @@ def pretrained_causal(
         location = str(converted(file))
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-        network, report = AutoModelForCausalLM.from_pretrained(
+        network, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             location, trust_remote_code=False, use_safetensors=True, dtype=DTYPES[dtype], output_loading_info=True
         )
     except Exception as error:  # each of the formats in such a folder has errors of its own

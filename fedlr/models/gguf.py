@@ -8,6 +8,7 @@ the SHA-256 of the file, is whole or absent, and lies in the cache: $FEDLR_CACHE
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,11 +61,15 @@ def convert(file: Path, folder: Path) -> None:
     """
     if find_spec("gguf") is None:
         raise InputError(f"Expected the package gguf, which reads {file.name}, got none; pip install --no-deps gguf")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "trust_remote_code": False,
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         # De-quantised in float32, which is exact, and rounded once.
-        network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        network: Any = cast(Any, AutoModelForCausalLM).from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # of a format with errors of its own
         raise InputError(
             f"Expected a GGUF file of a causal language model that transformers reads, got {file.name}: "
