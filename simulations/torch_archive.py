@@ -42,7 +42,7 @@ def legacy_tensors(content: bytes) -> dict[str, Tensor]:
         raise error if isinstance(error, InputError) else InputError("Expected the file of a state dict") from error
 
 
-_KINDS = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
+_KINDS: dict[str, np.dtype[Any]] = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *, storages: Any) -> Tensor:
@@ -58,7 +58,7 @@ def read_plain(stream: io.BytesIO) -> Any:
         InputError: for an opcode that is not among the few.
     """
     stack: list[Any] = []
-    memory: dict[int, Any] = {}
+    memory: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in _PUSHED:
             stack.append(argument)
