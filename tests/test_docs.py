@@ -90,7 +90,7 @@ def check_command(line: str) -> None:
         option(words, "--tuned", "a file")
         flag(words, "--skip-done")
     if name == "audit":
-        words = split_options(words)[1]
+        words = [word for word in split_options(words)[1] if "=" in word]
     if name in ("simulate", "plan", "federation", "server", "audit"):
         composed: set[str] = set()  # of a sweep, every value once: not every combination
         for overrides in expand(words):
