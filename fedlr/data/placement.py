@@ -23,7 +23,7 @@ from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
 
 # Steps of Purpose.PARTITION: 0 draws the clients' label proportions.
-_SPLIT_STEP, _CLIENT_STEP = 1, 2
+_SPLIT_STEP, _CLIENT_STEP, _VALIDATION_STEP = 1, 2, 3
 
 AnyTable = TypeVar("AnyTable", bound=Table)
 
@@ -50,7 +50,12 @@ def all_texts(data: Table) -> frozenset[str]:
 
 def client_positions(texts: Sequence[str], *, seed: int) -> NDArray[np.float64]:
     """Return where in [0, 1) each text lies for a partition over clients, shape (N,); each depends on itself alone."""
-    return positions_of(texts, seed=seed, step=_CLIENT_STEP)
+    return _positions(texts, seed=seed, step=_CLIENT_STEP)
+
+
+def validation_positions(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Return where in [0, 1) each text lies for being set apart, shape (N,): by itself alone, whatever the seed."""
+    return _positions(texts, seed=0, step=_VALIDATION_STEP)
 
 
 def split_train_test(data: AnyTable, *, num_test: float, seed: int) -> tuple[AnyTable, AnyTable]:
@@ -68,7 +73,7 @@ def split_train_test(data: AnyTable, *, num_test: float, seed: int) -> tuple[Any
     Raises:
         InputError: when `num_test` leaves one of the two sides without rows, or a label without a training example.
     """
-    positions = positions_of(whole_rows(data), seed=seed, step=_SPLIT_STEP)
+    positions = _positions(whole_rows(data), seed=seed, step=_SPLIT_STEP)
     is_test = positions < num_test if 0 < num_test < 1 else _lowest(data, positions, num_test=int(num_test))
     if is_test.all() or not is_test.any():
         raise InputError(
@@ -113,8 +118,7 @@ def num_shared_texts(data: Table, indices: Sequence[NDArray[np.int64]]) -> int:
     return len(shared)
 
 
-def positions_of(texts: Sequence[str], *, seed: int, step: int) -> NDArray[np.float64]:
-    """Return where in [0, 1) each text lies for a step of placing rows, shape (N,); each depends on itself alone."""
+def _positions(texts: Sequence[str], *, seed: int, step: int) -> NDArray[np.float64]:
     key = stream(seed, Purpose.PARTITION, step=step).bytes(32)
     digests = b"".join(blake2b(content(text).encode(), digest_size=8, key=key).digest() for text in texts)
     return (np.frombuffer(digests, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -6,10 +6,8 @@ what is left, so no row on which a setting was chosen is one that a figure is to
 
 import numpy as np
 
-from fedlr.data.placement import AnyTable, positions_of, whole_rows
+from fedlr.data.placement import AnyTable, validation_positions, whole_rows
 from fedlr.errors import InputError
-
-_VALIDATION_STEP = 3  # after those of the split and of the clients (`fedlr.data.placement`)
 
 
 def set_apart(data: AnyTable, share: float) -> tuple[AnyTable, AnyTable]:
@@ -22,7 +20,7 @@ def set_apart(data: AnyTable, share: float) -> tuple[AnyTable, AnyTable]:
     Raises:
         InputError: one of the two sides has no rows.
     """
-    is_apart = positions_of(whole_rows(data), seed=0, step=_VALIDATION_STEP) < share
+    is_apart = validation_positions(whole_rows(data)) < share
     if is_apart.all() or not is_apart.any():
         raise InputError(
             f"Expected num_validation to leave rows of {data.source} on both sides, got {share:g}, which sets apart "
