@@ -164,7 +164,7 @@ def cost_lines(federation: Federation) -> list[str]:
         stored = ", less those that lie in runtime.cache_dir already" if e.runtime.cache_dir else ""
         times = "once" if passes == 1 else f"{passes} times, once in each process"
         lines.append(
-            f"            {duration(prefix_s)}: {num_texts(federation):,} texts pass the frozen layers {times}{stored}"
+            f"            {duration(prefix_s)}: {num_texts(federation):,} rows pass the frozen layers {times}{stored}"
         )
     return [
         *lines,

@@ -25,17 +25,27 @@ from simulations import cli
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-OWN_DATA = {"text": ["data.path=reviews.csv"]}  # by experiment
+OWN_DATA = {  # by experiment
+    "text": ["data.path=reviews.csv"],
+    "chat": ["data.path=chats.jsonl", "model.name_or_path=./model"],
+}
 NEEDED = {
     "runtime=superlink": ["deployment.rehearsal=true"],
     "data=table": ["data.path=reviews.csv"],
     "data=scored_table": ["data.path=reviews.csv", "data.score_range=[0,5]"],
-    "data=chat": ["data.path=chats.jsonl"],
+    "data=chat": ["data.path=chats.jsonl", "data.max_length=64"],
+    "data=dictionaries": ["data.max_length=64"],
     "data=images": ["data.path=photos"],
     "model=causal": ["model.name_or_path=./model"],
     "model=pretrained_images": ["model.name_or_path=./model"],
     "model=pretrained": ["model.name_or_path=./encoder"],
     "adapter=tuner": ["adapter.system=randlora"],
+}
+
+
+OF_LANGUAGE_MODELS = {
+    *("data=chat", "data=dictionaries", "data=synthetic_chat", "task=causal_lm"),
+    *("model=causal", "model=smollm2", "model=tiny_causal"),
 }
 
 
@@ -49,7 +59,10 @@ def test_experiment_composes_and_builds_all_that_needs_no_data(name: str) -> Non
     optimizer = build_optimizer(experiment.trainer)([torch.nn.Parameter(torch.zeros(1))])
     assert optimizer.defaults["lr"] == experiment.trainer.optimizer.section()["lr"]
     budget, mechanism = private_mechanism(experiment)
-    assert budget is not None and mechanism is not None and mechanism.noise_multiplier > 0
+    if experiment.privacy.epsilon is None:
+        assert budget is None and mechanism is None
+    else:
+        assert budget is not None and mechanism is not None and mechanism.noise_multiplier > 0
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -78,7 +91,8 @@ def test_every_option_composes_and_the_commands_in_its_header_do(path: Path) -> 
     group = path.parent.name
     if path.parent != CONFIGS and group != "experiment":
         choice = f"{group}={path.stem}"
-        check_sections(compose_experiment(["experiment=tiny", choice, *NEEDED.get(choice, [])]))
+        tiny = "tiny_lm" if choice in OF_LANGUAGE_MODELS else "tiny"
+        check_sections(compose_experiment([f"experiment={tiny}", choice, *NEEDED.get(choice, [])]))
     commands = re.findall(r"^# (?:Run: )?fedlr (?:simulate|plan) (.*)$", path.read_text(encoding="utf-8"), re.M)
     for command in commands:
         for overrides in cli.expand(shlex.split(command)):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fedlr.data.placement as places
-import fedlr.runs.prepare
+import fedlr.runs.tables
 from fedlr.config.build import build
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.data.partition import Partition, by_file, by_group
@@ -142,7 +142,7 @@ def test_a_test_table_is_held_out_whole_and_nothing_of_it_is_trained_on(
 
     for mutant in (stays, leaves_from_the_test_table):
         with monkeypatch.context() as patch:
-            patch.setattr(fedlr.runs.prepare, "without_texts_of", mutant)
+            patch.setattr(fedlr.runs.tables, "without_texts_of", mutant)
             with pytest.raises(AssertionError):
                 check_own_test(train, test)
 

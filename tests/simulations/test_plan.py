@@ -131,7 +131,7 @@ def test_a_plan_says_what_the_states_of_the_frozen_layers_take_and_keeps_none(he
     num_bytes = f.test.hidden.nbytes + f.clients[0].table.hidden.nbytes
     in_memory = make_plan(compose_experiment(cached))
     assert f"{size(num_bytes)} for states" in in_memory and "disk" not in in_memory
-    assert said[0] in in_memory and "600 texts" in said[0]
+    assert said[0] in in_memory and "600 rows" in said[0]
     stored = make_plan(compose_experiment([*cached, "runtime.cache_dir=kept"]))
     assert f"disk        {size(num_bytes)} for states of the frozen layers, in kept" in stored
     assert "less those that lie in runtime.cache_dir" in stored
