@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlr.adapters.state import num_bytes
 from fedlr.config.auto_rates import alone_rounds
@@ -77,10 +79,9 @@ def measure(prepared: Federation) -> Costs:
         if e.runtime.cache_prefix:
             started = time.perf_counter()
             few = past_frozen(whole, few, f.caches_features, num_threads=1, store=TableStore())
-            states = getattr(few, "hidden", None)
-            assert states is not None
+            hidden: NDArray[Any] = getattr(few, "hidden")  # noqa: B009  # of texts and of pictures
             prefix = Measured(time.perf_counter() - started, num_tokens(f) / measured_tokens)
-            state_bytes = states.nbytes // len(states)
+            state_bytes = hidden.itemsize * hidden.shape[-1]
         probe = replace(f, working=working, side=SideWeights(working), test=few)
         step = measure_step(probe)
         evaluation = measure_evaluation(probe, num_tokens=num_states(f, f.test))

@@ -28,13 +28,15 @@ from fedlr.errors import InputError
 
 MODEL_TYPE = "fedlr_efficientnet_lite"
 # Of each stage: blocks, side of the kernel, stride of the first block, expansion, channels that leave.
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
-STAGES += ((1, 3, 1, 6, 320),)
+STAGES = (
+    *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
+    *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
+)
 STEM, TOP = 32, 1280
 STRIDE = 32  # pixels of a picture's side for one of the last map's
 
 
-class EfficientNetLiteConfig(PretrainedConfig):  # type: ignore[misc]  # of a package without types
+class EfficientNetLiteConfig(PretrainedConfig):
     """Shape of the network; `image_size` is the side of a picture, a multiple of 32.
 
     Without its top the network ends with the last block: a fourth of the features, and of a head's noise.
@@ -82,7 +84,7 @@ class Block(nn.Module):
         return x + y if self.adds else y
 
 
-class _OfLite(PreTrainedModel):  # type: ignore[misc]
+class _OfLite(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix, main_input_name = "efficientnet", "pixel_values"
 
@@ -110,7 +112,7 @@ class EfficientNetLiteModel(_OfLite):
                 self.layers.append(Block(inside, outside, kernel=kernel, stride=step, expansion=expansion))
                 inside = outside
         self.top = nn.Linear(inside, TOP) if config.has_top else None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, **_others: object) -> BaseModelOutput:
         """Map pictures (N, 3, side, side) to the last map (N, T, 1280), or (N, T, 320) without the top."""
@@ -127,8 +129,8 @@ class EfficientNetLiteForImageClassification(_OfLite):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.efficientnet = EfficientNetLiteModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, **_others: object) -> ImageClassifierOutput:
         """Map pictures (N, 3, side, side) to logits (N, K)."""

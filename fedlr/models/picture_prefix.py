@@ -69,7 +69,7 @@ def encode_picture_prefix(
             raise AssertionError("a forward pass goes through every layer")
 
         shape, kind = _shape(states, model)
-        key = {**_pictures(data), "pictures": PICTURES}
+        key: dict[str, str | int] = {**_pictures(data), "pictures": PICTURES}
         return _encoded(
             states, model, data, lambda: {**_identity(model), **key}, shape, kind, num_threads=num_threads, store=store
         )
@@ -83,7 +83,7 @@ def encode_picture_features(
     As `encode_picture_prefix`, for a model that `fedlr.models.prefix.without_encoder` takes whose adapters are zero.
     """
     network = _pooled_network(model)
-    key = {**_pictures(data), "pictures": PICTURES}
+    key: dict[str, str | int] = {**_pictures(data), "pictures": PICTURES}
 
     def features(inputs: dict[str, Tensor]) -> Tensor:
         found: Tensor = network.features(**inputs)

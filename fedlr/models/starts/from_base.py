@@ -48,9 +48,10 @@ def inform(model: nn.Module, tokenizer: PreTrainedTokenizerBase | PictureProcess
     if source == WEIGHTS:
         matrices = {path: weight_of(layer.get_base_layer()) for path, layer in adapted_layers(model).items()}
     else:
-        reads_pictures = isinstance(tokenizer, PictureProcessor)
-        made_up = made_up_pictures(tokenizer, seed=seed) if reads_pictures else made_up_text(tokenizer, seed=seed)
-        matrices = input_moments(model, made_up)
+        if isinstance(tokenizer, PictureProcessor):
+            matrices = input_moments(model, made_up_pictures(tokenizer, seed=seed))
+        else:
+            matrices = input_moments(model, made_up_text(tokenizer, seed=seed))
     directions = principal_rows if source == WEIGHTS else leading_rows
     chosen = {}
     for path, layer in read_adapter(model).factors().items():
