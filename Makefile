@@ -1,10 +1,11 @@
 # `make demo` and `make test` each work alone on a fresh clone: they build .venv, fetch the data, then run.
 # Another Python: make demo PYTHON=/path/to/python3.12      More for pytest: make test PYTEST_ARGS="-k ledger"
-# One process instead of one for each core, for a debugger or a short look: make test WORKERS=0
+# One process in place of several, for a debugger or a short look: make test WORKERS=0
 
 PYTHON ?=
 PYTEST_ARGS ?=
-WORKERS ?= logical
+# One more than there are cores: a few tests wait for processes of their own, and take a core from nobody.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --no-input -qq
 
 # Nothing is looked up or reported while we run; only the two steps below marked "download" use the network.
