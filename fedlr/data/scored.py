@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlr.data.rows import Row
-from fedlr.data.table import Columns, Source, Table, columns_of, read_sources
-from fedlr.data.values import as_name, as_number, text_problem
+from fedlr.data.table import Columns, Example, Source, Table, columns_of, read_sources, texts_and_group
+from fedlr.data.values import as_number
 from fedlr.errors import InputError
 
 
@@ -102,7 +102,7 @@ def load_scored_table(
         groups = tuple(client for client, one in zip(clients, found, strict=True) for _ in one)
     return ScoredText(
         texts=tuple(row.text for row in rows),
-        scores=np.array([row.score for row in rows], dtype=np.float32),
+        scores=np.array([row.label for row in rows], dtype=np.float32),
         score_range=(low, high),
         groups=groups,
         source=name,
@@ -112,14 +112,6 @@ def load_scored_table(
     )
 
 
-@dataclass(frozen=True)
-class _Scored:
-    text: str
-    score: float
-    group: str
-    pair: str
-
-
 def _range(given: Sequence[Any]) -> tuple[float, float]:
     numbers = [found for x in given if (found := None if isinstance(x, str) else _number(x)) is not None]
     if len(numbers) != 2 or len(given) != 2 or numbers[0] >= numbers[1]:
@@ -127,7 +119,7 @@ def _range(given: Sequence[Any]) -> tuple[float, float]:
     return numbers[0], numbers[1]
 
 
-def _cleaned(source: Source, columns: Columns, low: float, high: float, *, drop: bool) -> list[_Scored]:
+def _cleaned(source: Source, columns: Columns, low: float, high: float, *, drop: bool) -> list[Example]:
     found = []
     for row in source.table.rows:
         scored, problem = _clean(row, columns, low, high)
@@ -139,15 +131,12 @@ def _cleaned(source: Source, columns: Columns, low: float, high: float, *, drop:
     return found
 
 
-def _clean(row: Row, columns: Columns, low: float, high: float) -> tuple[_Scored | None, str]:
+def _clean(row: Row, columns: Columns, low: float, high: float) -> tuple[Example | None, str]:
     """Return what a row holds, or what is wrong with it."""
-    if row.problem:
-        return None, f": {row.problem}"
-    values = dict(zip(columns.names, row.values, strict=True))
-    for column in (columns.text, columns.pair):
-        if column is not None and (problem := text_problem(values[column])):
-            return None, f", column {column!r}: {problem}"
-    score = _number(values[columns.label])
+    values, problem = texts_and_group(row, columns)
+    if values is None:
+        return None, problem
+    score = _number(values.label)
     if score is None:
         return None, f", column {columns.label!r}: the score is missing or no number"
     if not low <= score <= high:
@@ -155,10 +144,7 @@ def _clean(row: Row, columns: Columns, low: float, high: float) -> tuple[_Scored
             f", column {columns.label!r}: the score is outside data.score_range=[{low:g},{high:g}], which is declared "
             "for all rows"
         )
-    group, problem = ("", "") if columns.group is None else as_name(values[columns.group])
-    if problem:
-        return None, f", column {columns.group!r}: the group {problem}"
-    return _Scored(values[columns.text], score, group, "" if columns.pair is None else values[columns.pair]), ""
+    return values._replace(label=score), ""
 
 
 def _number(value: Any) -> float | None:

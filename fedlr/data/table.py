@@ -115,7 +115,7 @@ class Example(NamedTuple):
     """One usable row; group and pair are '' where the table has no such column."""
 
     text: str
-    label: str
+    label: Any  # a name, or before it is checked what the file has
     group: str = ""
     pair: str = ""
 
@@ -301,13 +301,10 @@ def _clean(
     row: Row, columns: Columns, class_names: tuple[str, ...] | None, allowed: tuple[str, ...] | None
 ) -> tuple[Example | None, str]:
     """Return what a row holds, or what is wrong with it."""
-    if row.problem:
-        return None, f": {row.problem}"
-    values = dict(zip(columns.names, row.values, strict=True))
-    for column in (columns.text, columns.pair):
-        if column is not None and (problem := text_problem(values[column])):
-            return None, f", column {column!r}: {problem}"
-    label = values[columns.label]
+    values, problem = texts_and_group(row, columns)
+    if values is None:
+        return None, problem
+    label = values.label
     where = f", column {columns.label!r}: the label"
     known = allowed or ()
     name, problem = as_name(label, known=known) if class_names is None else class_name(label, class_names)
@@ -318,10 +315,22 @@ def _clean(
             f"{where} is not one of {', '.join(map(repr, allowed[:20]))}; if data.labels is wrong, spell it as the "
             "file does (case counts), or set data.label_column"
         )
+    return values._replace(label=name), ""
+
+
+def texts_and_group(row: Row, columns: Columns) -> tuple[Example | None, str]:
+    """Return a row with its label as it stands, or what is wrong with its texts or its group."""
+    if row.problem:
+        return None, f": {row.problem}"
+    values = dict(zip(columns.names, row.values, strict=True))
+    for column in (columns.text, columns.pair):
+        if column is not None and (problem := text_problem(values[column])):
+            return None, f", column {column!r}: {problem}"
     group, problem = ("", "") if columns.group is None else as_name(values[columns.group])
     if problem:
         return None, f", column {columns.group!r}: the group {problem}"
-    return Example(values[columns.text], name, group, "" if columns.pair is None else values[columns.pair]), ""
+    pair = "" if columns.pair is None else values[columns.pair]
+    return Example(values[columns.text], values[columns.label], group, pair), ""
 
 
 def _check_enough(source: str, rows: Sequence[Example], num_dropped: int, columns: Columns) -> None:
