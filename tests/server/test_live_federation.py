@@ -1,11 +1,101 @@
-"""A federation of processes has the simulation's numbers."""
+"""A federation of processes over TLS: the simulation's numbers, whatever is killed or frozen in between.
 
+Every process is real: SuperLink, proxy, server and devices, as `fedlr federation` starts them. What is killed gets
+SIGKILL and is started again by the watch, as systemd would. One file, so that one process of tests waits for all of it
+while the others compute.
+"""
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from client.settings import load_settings
+from fedlr.config.schema import compose_experiment
 from simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
-from tests.server.live import charges, rehearsed, simulated
+from simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
+from simulations.simulate import simulate
+from tests.server.whole_federation import lines
+
+LIVE = ("runtime=superlink", "deployment.rehearsal=true")
+THREE = (
+    "experiment=tiny",
+    "data.num_examples=120",
+    "data.num_test=24",
+    "num_clients=3",
+    "cohort_size=3",
+    "runtime.num_workers=1",
+)
+
+
+@contextmanager
+def rehearsed(folder: Path, *overrides: str, spare: float = 1.0) -> Iterator[Rehearsal]:
+    words = [*THREE, *overrides]
+    with Rehearsal(compose_experiment([*words, *LIVE]), words, folder, say=print, spare=spare) as found:
+        yield found
+
+
+def simulated(folder: Path, *overrides: str) -> Path:
+    words = [*THREE, *overrides, f"tracking.output_dir={folder}"]
+    return simulate(compose_experiment(words), say=lambda line: None)
+
+
+def rounds_of(rehearsal: Rehearsal) -> list[int]:
+    return [row["rounds_completed"] for row in lines(rehearsal.run_dir / "metrics.jsonl")]
+
+
+def charges(rehearsal: Rehearsal) -> list[int]:
+    ledgers = [load_settings(path).open_ledger() for path in rehearsal.settings]
+    return [0 if ledger is None else ledger.participations(0) for ledger in ledgers]
+
+
+def wait_for(rehearsal: Rehearsal, num_rounds: int, *, timeout_s: float = 300.0) -> None:
+    """Watch until so many rounds are done."""
+    deadline, metrics = time.monotonic() + timeout_s, rehearsal.run_dir / "metrics.jsonl"
+    while not (metrics.exists() and rounds_of(rehearsal)[-1] >= num_rounds):
+        assert time.monotonic() < deadline, f"{num_rounds} rounds within {timeout_s} s"
+        rehearsal.step()
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_with_all_rounds_and_nothing_counted_twice(
+    num_kills: int, tmp_path: Path
+) -> None:
+    # Every client in every round: an update that was lost or counted twice would show in the adapter.
+    words = (
+        "num_rounds=10",
+        "deployment.min_updates=3",
+        "deployment.round_deadline_s=15",
+        "deployment.max_attempts=99",
+    )
+    draw = random.Random(num_kills)
+    with rehearsed(tmp_path / "live", *words) as rehearsal:
+        names = [SERVER, SUPERLINK, PROXY, *(path.stem for path in rehearsal.settings)]
+        killed: Counter[str] = Counter()
+        for number in range(num_kills):
+            # Spread over the rounds, so that the run is not over before the last.
+            wait_for(rehearsal, (number * 9) // num_kills)
+            time.sleep(draw.uniform(0.0, 2.0))
+            name = names[number % len(names)] if number < len(names) else draw.choice(names)
+            if rehearsal.processes[name].code is None:
+                rehearsal.processes[name].send(signal.SIGKILL)
+                killed[name] += 1
+            rehearsal.step()
+        rehearsal.watch(timeout_s=600)
+        assert killed.total() >= num_kills * 0.8 and len(killed) == len(names)
+        assert rounds_of(rehearsal) == list(range(11))
+        assert [row["num_trained"] for row in lines(rehearsal.run_dir / "metrics.jsonl")][1:] == [3] * 10
+        # Seeded noise: what is computed again is the same to the bit and is charged once, never less than once.
+        assert charges(rehearsal) == [10, 10, 10]
+        expected = simulated(tmp_path / "local", "num_rounds=10")
+        assert adapter_difference(expected / "adapter", rehearsal.run_dir / "adapter") <= LARGEST_DIFFERENCE
 
 
 @pytest.mark.timeout(600)
@@ -20,3 +110,27 @@ def test_three_runtimes_are_one_experiment(tmp_path: Path) -> None:
         assert charges(rehearsal) == [3, 3, 3]
         logs = [(rehearsal.logs / f"client-{client}.log").read_text() for client in range(3)]
         assert [log.count("base model") for log in logs] == [1, 1, 1], "loaded once a device"
+
+
+@pytest.mark.timeout(600)
+def test_a_frozen_client_does_not_hold_a_round_and_below_quorum_it_waits_for_them(tmp_path: Path) -> None:
+    words = ("num_rounds=4", "deployment.min_updates=2", "deployment.round_deadline_s=12", "deployment.max_attempts=99")
+    with rehearsed(tmp_path / "live", *words) as rehearsal:
+        wait_for(rehearsal, 1)
+        first, second = rehearsal.devices[:2]
+        first.send(signal.SIGSTOP)
+        wait_for(rehearsal, 2)
+        assert lines(rehearsal.run_dir / "metrics.jsonl")[2]["num_trained"] == 2
+        second.send(signal.SIGSTOP)
+        reached = rounds_of(rehearsal)[-1]
+        log = rehearsal.logs / f"{SERVER}.log"
+        deadline = time.monotonic() + 120
+        while "abandoned" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        # A round that both had answered before they froze may still have ended.
+        assert rounds_of(rehearsal)[-1] <= reached + 1
+        assert "abandoned" in log.read_text()
+        for device in (first, second):
+            device.send(signal.SIGCONT)
+        rehearsal.watch(timeout_s=240)
+        assert rounds_of(rehearsal) == [0, 1, 2, 3, 4]
