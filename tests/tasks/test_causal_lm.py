@@ -11,9 +11,9 @@ from fedlr.errors import InputError
 from fedlr.models.causal import tiny_random_causal
 from fedlr.rounds import evaluate as evaluation_of_rounds
 from fedlr.rounds.evaluate import evaluate
-from fedlr.runs.text_verdict import judge_text
+from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.verdict import HeldOut, Recipe, Result
-from fedlr.tasks.causal_lm import CausalLM, TextAnswers, text_evaluation
+from fedlr.tasks.causal_lm import PERPLEXITY, CausalLM, TextAnswers, text_evaluation
 from fedlr.tasks.losses import causal_lm as plain
 from fedlr.tasks.synthetic import synthetic_text
 from fedlr.tasks.synthetic_chat import WORDS, synthetic_chat
@@ -87,8 +87,13 @@ def test_a_row_without_a_scored_token_has_no_loss_and_no_gradient() -> None:
 )
 def test_a_verdict_is_of_the_interval_of_the_loss(losses, error, word: str) -> None:
     start, final = losses
-    told = judge_text(
-        HeldOut({}, 50), Result(0.1, 0.2, start, final), Recipe(False), first={}, last={"loss_error": error}
+    told = judge_loss(
+        HeldOut({}, 50),
+        Result(0.1, 0.2, start, final),
+        Recipe(False),
+        metric=PERPLEXITY,
+        first={},
+        last={"loss_error": error},
     )
     assert told.word == word and told.num_rows == 50
     assert bool(told.advice) == (word != "learned")
