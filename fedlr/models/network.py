@@ -146,20 +146,38 @@ def pretrained(
         raise
     except Exception as error:  # each of the formats in such a folder has errors of its own
         raise _not_loaded(name_or_path, location, error) from error
+    network, parts = with_head(
+        network, report, num_labels=len(label_names), seed=seed, head_std=head_std, pooling=found
+    )
+    return _frozen(network, tokenizer, published_as or name_or_path, **parts)
+
+
+def with_head(
+    network: PreTrainedModel,
+    report: Mapping[str, Any],
+    *,
+    num_labels: int,
+    seed: int,
+    head_std: float | None,
+    pooling: str | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return a loaded classifier with the head it shall have, and what `BaseModel` keeps of where that came from.
+
+    `report` says which tensors the checkpoint lacked, as transformers tells it; the rest is as in `pretrained`.
+    """
     absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    drawn_body, source = drawn_modules(network, absent), published_as or name_or_path
-    if found is not None:
+    drawn = drawn_modules(network, absent)
+    if pooling is not None:
         unread = _without_pooler(network.base_model)
-        unread = {} if drawn_body else unread  # drawn tensors are nobody's
         std = getattr(network.config, "initializer_range", 0.02) if head_std is None else head_std
         with seeded(seed):
-            ours = PooledClassifier(network.base_model, pooling=found, num_labels=len(label_names), head_std=std)
-        return _frozen(ours, tokenizer, source, unread=unread)
+            encoder = cast(PreTrainedModel, network.base_model)
+            ours = PooledClassifier(encoder, pooling=pooling, num_labels=num_labels, head_std=std)
+        return ours, {"unread": {} if drawn else unread}  # drawn tensors are nobody's
     if head_std == 0:
         _zero_last_layer(network, absent)
     new_head = any(not name.startswith(f"{network.base_model_prefix}.") for name in absent)
-    head = head_modules(network, absent)
-    return _frozen(network, tokenizer, source, drawn=drawn_body, head=head, head_is_drawn=new_head)
+    return network, {"drawn": drawn, "head": head_modules(network, absent), "head_is_drawn": new_head}
 
 
 def _not_loaded(name_or_path: str, location: str, error: Exception) -> InputError:
@@ -360,16 +378,21 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _frozen(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, **parts: Any) -> BaseModel:
+def frozen(network: PreTrainedModel, processor: Any, source: str, **parts: Any) -> BaseModel:
+    """Return a base model that no training changes and no dropout blurs; `parts` are further fields of it."""
     for owner in [*network.modules(), network.config]:
         for name, value in list(vars(owner).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(owner, nn.Dropout)):
                 setattr(owner, name, 0.0)
     network.requires_grad_(False)
+    return BaseModel(network, processor, source, tensor_fingerprint(network), **parts)
+
+
+def _frozen(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, **parts: Any) -> BaseModel:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # as micro-batches are padded
     # A model of several parts, as one that also reads images, looks for it in the part that reads text.
     for config in (network.config, network.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(network, tokenizer, source, tensor_fingerprint(network), **parts)
+    return frozen(network, tokenizer, source, **parts)

@@ -6,28 +6,16 @@ seed or from zero, dropout off. What a model reads of a picture, its `preprocess
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.modeling_utils import PreTrainedModel
 
 from fedlr.errors import InputError, in_range
 from fedlr.models.efficientnet_lite import MODEL_TYPE  # lets its folders be loaded by transformers
-from fedlr.models.fingerprint import tensor_fingerprint
-from fedlr.models.network import (
-    BaseModel,
-    _not_loaded,
-    _without_pooler,
-    _zero_last_layer,
-    drawn_modules,
-    resolve,
-    seeded,
-)
-from fedlr.models.places import head_modules
-from fedlr.models.pooling import POOLINGS, PooledClassifier
+from fedlr.models.network import BaseModel, _not_loaded, frozen, resolve, seeded, with_head
+from fedlr.models.pooling import POOLINGS
 from fedlr.tasks.pictures import PictureProcessor
 
 PATCH = 16  # pixels of a side: what a picture costs where its model has no patches of its own
@@ -95,20 +83,11 @@ def pretrained_images(
         raise _not_loaded(name_or_path, location, error) from error
     if not has_top and network.config.model_type != MODEL_TYPE:
         raise InputError(f"Expected model.has_top=true for {name_or_path}, which is no EfficientNet-lite, got false")
-    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    drawn_body, source = drawn_modules(network, absent), published_as or name_or_path
-    processor = _processor(network.config, settings, name_or_path)
-    if pooling is not None:
-        unread = {} if drawn_body else _without_pooler(network.base_model)
-        std = getattr(network.config, "initializer_range", 0.02) if head_std is None else head_std
-        with seeded(seed):
-            ours = PooledClassifier(network.base_model, pooling=pooling, num_labels=len(label_names), head_std=std)
-        return _frozen(ours, processor, source, unread=unread)
-    if head_std == 0:
-        _zero_last_layer(network, absent)
-    new_head = any(not name.startswith(f"{network.base_model_prefix}.") for name in absent)
-    head = head_modules(network, absent)
-    return _frozen(network, processor, source, drawn=drawn_body, head=head, head_is_drawn=new_head)
+    config = network.config
+    network, parts = with_head(
+        network, report, num_labels=len(label_names), seed=seed, head_std=head_std, pooling=pooling
+    )
+    return frozen(network, _processor(config, settings, name_or_path), published_as or name_or_path, **parts)
 
 
 def tiny_vit(
@@ -147,7 +126,7 @@ def tiny_vit(
     sizes |= {"num_layers": num_layers, "num_heads": num_heads}
     made = {"label_names": list(label_names), "seed": seed, **sizes}
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return _frozen(network, _processor(config, half, "tiny-vit"), "tiny-vit", made=made)
+    return frozen(network, _processor(config, half, "tiny-vit"), "tiny-vit", made=made)
 
 
 def _processor(config: Any, settings: Mapping[str, Any], name: str) -> PictureProcessor:
@@ -176,12 +155,3 @@ def _side(size: Any) -> Any:
     if not isinstance(size, Mapping):
         return size
     return (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
-
-
-def _frozen(network: PreTrainedModel, processor: PictureProcessor, source: str, **parts: Any) -> BaseModel:
-    for owner in [*network.modules(), network.config]:
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(owner, nn.Dropout)):
-                setattr(owner, name, 0.0)
-    network.requires_grad_(False)
-    return BaseModel(network, cast(Any, processor), source, tensor_fingerprint(network), **parts)

@@ -6,7 +6,7 @@ is in the batch.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -140,11 +140,6 @@ def text_evaluation(found: Sequence[TextAnswers]) -> Evaluation:
     perplexity = math.exp(per_token) if per_token < 700 else math.inf
     measures = {"perplexity": perplexity, "loss_error": spread}
     return Evaluation(float(hits.sum() / counts.sum()), float(means.mean()), measures=measures)
-
-
-def with_groups(whole: Evaluation, measures: Mapping[str, float]) -> Evaluation:
-    """Return an evaluation with further measures."""
-    return replace(whole, measures={**whole.measures, **measures})
 
 
 def _conversations(table: Table) -> Conversations:

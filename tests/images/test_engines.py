@@ -18,7 +18,7 @@ from fedlr.adapters.state import HEAD, LORA_B
 from fedlr.errors import InputError
 from fedlr.models.adapter_config import AdapterConfig
 from fedlr.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
-from fedlr.models.network import BaseModel, attach_lora, seeded
+from fedlr.models.network import BaseModel, attach_lora, frozen, seeded
 from fedlr.models.peft_state import adapter_parameters, train_only
 from fedlr.models.picture_prefix import (
     GIVEN_STATES,
@@ -28,7 +28,7 @@ from fedlr.models.picture_prefix import (
 )
 from fedlr.models.pooling import PooledClassifier
 from fedlr.models.prefix import without_encoder
-from fedlr.models.vision import _frozen, tiny_vit
+from fedlr.models.vision import tiny_vit
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.image_classification import image_classification
 from fedlr.tasks.made_up_images import made_up_images
@@ -52,7 +52,7 @@ def lite(pooling: str | None = None) -> BaseModel:
         if pooling is not None:
             network = PooledClassifier(network.base_model, pooling=pooling, num_labels=3, head_std=0.1)
     processor = PictureProcessor(64, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 16)
-    return _frozen(network, processor, "random lite")
+    return frozen(network, processor, "random lite")
 
 
 def adapted(kind: str) -> nn.Module:
