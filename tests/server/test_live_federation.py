@@ -5,6 +5,7 @@ SIGKILL and is started again by the watch, as systemd would. One file, so that o
 while the others compute.
 """
 
+import json
 import random
 import signal
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,6 @@ from fedlr.config.schema import compose_experiment
 from simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
 from simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
 from simulations.simulate import simulate
-from tests.server.whole_federation import lines
 
 LIVE = ("runtime=superlink", "deployment.rehearsal=true")
 THREE = (
@@ -45,8 +46,15 @@ def simulated(folder: Path, *overrides: str) -> Path:
     return simulate(compose_experiment(words), say=lambda line: None)
 
 
+def metrics_of(rehearsal: Rehearsal) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, less one that the server is in the middle of writing."""
+    metrics = rehearsal.run_dir / "metrics.jsonl"
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def rounds_of(rehearsal: Rehearsal) -> list[int]:
-    return [row["rounds_completed"] for row in lines(rehearsal.run_dir / "metrics.jsonl")]
+    return [row["rounds_completed"] for row in metrics_of(rehearsal)]
 
 
 def charges(rehearsal: Rehearsal) -> list[int]:
@@ -56,8 +64,8 @@ def charges(rehearsal: Rehearsal) -> list[int]:
 
 def wait_for(rehearsal: Rehearsal, num_rounds: int, *, timeout_s: float = 300.0) -> None:
     """Watch until so many rounds are done."""
-    deadline, metrics = time.monotonic() + timeout_s, rehearsal.run_dir / "metrics.jsonl"
-    while not (metrics.exists() and rounds_of(rehearsal)[-1] >= num_rounds):
+    deadline = time.monotonic() + timeout_s
+    while num_rounds not in rounds_of(rehearsal):
         assert time.monotonic() < deadline, f"{num_rounds} rounds within {timeout_s} s"
         rehearsal.step()
         time.sleep(0.1)
@@ -91,7 +99,7 @@ def test_killed_at_random_moments_a_run_ends_with_all_rounds_and_nothing_counted
         rehearsal.watch(timeout_s=600)
         assert killed.total() >= num_kills * 0.8 and len(killed) == len(names)
         assert rounds_of(rehearsal) == list(range(11))
-        assert [row["num_trained"] for row in lines(rehearsal.run_dir / "metrics.jsonl")][1:] == [3] * 10
+        assert [row["num_trained"] for row in metrics_of(rehearsal)][1:] == [3] * 10
         # Seeded noise: what is computed again is the same to the bit and is charged once, never less than once.
         assert charges(rehearsal) == [10, 10, 10]
         expected = simulated(tmp_path / "local", "num_rounds=10")
@@ -120,7 +128,7 @@ def test_a_frozen_client_does_not_hold_a_round_and_below_quorum_it_waits_for_the
         first, second = rehearsal.devices[:2]
         first.send(signal.SIGSTOP)
         wait_for(rehearsal, 2)
-        assert lines(rehearsal.run_dir / "metrics.jsonl")[2]["num_trained"] == 2
+        assert metrics_of(rehearsal)[2]["num_trained"] == 2
         second.send(signal.SIGSTOP)
         reached = rounds_of(rehearsal)[-1]
         log = rehearsal.logs / f"{SERVER}.log"
