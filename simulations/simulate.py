@@ -30,6 +30,7 @@ from fedlr.runs.asked import write_asked
 from fedlr.runs.directory import (
     CLIENT_ACCURACY,
     CLIENTS,
+    CONTACT_SHEET,
     LEDGER,
     METRICS,
     append_lines,
@@ -48,6 +49,7 @@ from fedlr.training.threads import torch_threads
 from simulations.alone import Arm, train_alone
 from simulations.checkpoints import Checkpoints
 from simulations.client_accuracy import score_clients
+from simulations.contact_sheet import contact_sheet, named, shown_rows
 from simulations.federation import Federation, assemble, describe
 from simulations.progress import Progress
 from simulations.runtime import make_pool
@@ -104,6 +106,8 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
         write_json(
             run_dir / CLIENT_ACCURACY, score_clients(federation.client_tests, partial(accuracy_on, federation, state))
         )
+    if sheet := contact_sheet(federation, evaluator_of(federation), state):
+        write_json(run_dir / CONTACT_SHEET, sheet)
     leave_behind(federation, run_dir, state)
     told = summary(federation, state, rows, seconds=seconds)
     finish_run(run_dir, told, draw=write_report)
@@ -259,7 +263,7 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
         evaluator = evaluator_of(federation)
         arms = train_alone(federation, pool, client_done=progress.client_done)
         found = [
-            (evaluator.score(scored(arm.state))[0], arm.num_updates, own_accuracy(federation, client_id, arm))
+            (evaluator.score(scored(arm.state))[0], arm.num_updates, of_own_rows(federation, client_id, arm))
             for client_id, arm in enumerate(arms)
         ]
     spent = ledger.spent_all(range(len(found))) if ledger else {}
@@ -280,12 +284,17 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates, _ in found))
 
 
-def own_accuracy(federation: Federation, client_id: int, arm: Arm) -> dict[str, float]:
-    """Return how good a client alone is on held-out rows of its own, where that is told of clients at all."""
-    tests = federation.client_tests
+def of_own_rows(federation: Federation, client_id: int, arm: Arm) -> dict[str, Any]:
+    """Return how good a client alone is on held-out rows of its own, where that is told of clients at all, and what it
+    takes the pictures of the contact sheet for."""
+    tests, shown = federation.client_tests, shown_rows(federation)
     if tests is None or not len(tests.rows[client_id]):
         return {}
-    return {"own_accuracy": accuracy_on(federation, scored(arm.state), tests.rows[client_id])}
+    state = scored(arm.state)
+    own = {"own_accuracy": accuracy_on(federation, state, tests.rows[client_id])}
+    if client_id >= len(shown):
+        return own
+    return {**own, "named": named(evaluator_of(federation), state, shown[client_id])}
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:

@@ -7,6 +7,7 @@ that is said of them, label shares included, is theirs alone and says nothing of
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +71,21 @@ class Evaluator:
         With `personal` tensors it is the mean over the clients that keep them: there is no one model.
         """
         started = time.perf_counter()
-        self._side.merge(state.adapter)
         found = []
         for own in personal or ({},):
-            write_adapter(self._model, {**state.adapter.tensors, **own})
+            self._write(state, own)
             with torch_threads(self._num_threads):
                 found.append(evaluate(self._model, self._test, task=self._task))
         return mean_evaluation(found), time.perf_counter() - started
+
+    @torch.no_grad()
+    def answers(self, state: ServerState, rows: Sequence[int] | np.ndarray) -> Any:
+        """Return what the task tells of these held-out rows, in one micro-batch (`fedlr.tasks.task.Task.answers`)."""
+        self._write(state, {})
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        return self._task.answers(self._model, self._test.batch(rows).to(device))
+
+    def _write(self, state: ServerState, own: Mapping[Slot, Tensor]) -> None:
+        self._side.merge(state.adapter)
+        write_adapter(self._model, {**state.adapter.tensors, **own})

@@ -30,6 +30,7 @@ from fedlr.runs.plain_yaml import plain_yaml
 
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
 CLIENT_ACCURACY = "client_accuracy.json"
+CONTACT_SHEET = "contact_sheet.json"
 AUDIT = "audit.json"
 SUMMARY, REPORT, FINISHED = "summary.json", "report.html", "finished"
 VERSIONS = "versions.json"

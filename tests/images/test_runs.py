@@ -102,6 +102,16 @@ def test_a_head_on_cached_features_trains_privately_on_a_model_folder(tmp_path: 
     assert [client["name"] for client in told["clients"]] == ["chalk", "clay", "ink", "sky"]
     alone = json.loads((run_dir / "baselines" / "alone.json").read_text())["clients"]
     assert len(alone) == 4 and all(0 <= client["own_accuracy"] <= 1 for client in alone)
+    sheet = json.loads((run_dir / "contact_sheet.json").read_text())
+    for shown, scored, apart in zip(sheet["clients"], told["clients"], alone, strict=True):
+        pictures = shown["pictures"]
+        assert len(pictures) == len(apart["named"]) == min(10, scored["num_test"])
+        if scored["num_test"] <= 10:  # all are shown: the shares are those of the scores
+            labels = [picture["label"] for picture in pictures]
+            assert np.mean([picture["named"] for picture in pictures] == np.array(labels)) == scored["accuracy"]
+            assert np.mean(np.array(apart["named"]) == labels) == apart["own_accuracy"]
+    assert any(client["num_test"] <= 10 for client in told["clients"])
+    assert "client 0 (chalk): " in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize("pooling", ["null", "mean_normalised"])

@@ -127,6 +127,12 @@ td.number { white-space: nowrap; min-width: 0; }
 .gallery { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
 figure { margin: 0; padding: 16px 18px; background: var(--paper); border: 1px solid var(--grid);
   border-radius: 8px; display: flex; flex-direction: column; break-inside: avoid; }
+.sheet { display: grid; grid-template-columns: repeat(10, minmax(0, 1fr)); gap: 8px; margin: 0 0 16px; }
+.sheet figure { padding: 4px; border-width: 3px; border-radius: 6px; }
+.sheet .right { border-color: var(--green); }
+.sheet .wrong { border-color: var(--vermillion); }
+.sheet img { display: block; width: 100%; height: auto; border-radius: 2px; background: #fff; }
+.sheet figcaption { font-size: 11.5px; line-height: 1.3; margin-top: 4px; overflow-wrap: anywhere; }
 figure.wide, figure.single { grid-column: 1 / -1; }
 figure.single svg { max-width: 680px; }
 figcaption { font-size: 13.5px; line-height: 1.45; margin-top: 8px; max-width: 95ch; }
@@ -139,6 +145,7 @@ pre { background: var(--paper); border: 1px solid var(--grid); border-radius: 6p
   margin: 0 0 12px; overflow-x: auto; font: 13px/1.5 ui-monospace, Consolas, "Liberation Mono", monospace; }
 @media (max-width: 760px) { .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .gallery { grid-template-columns: minmax(0, 1fr); }
+  .sheet { grid-template-columns: repeat(5, minmax(0, 1fr)); }
   main { padding: 20px 12px 40px; } }
 @media print { body { background: none; font-size: 12px; } main { max-width: none; padding: 0; }
   h2 { break-after: avoid; } pre { white-space: pre-wrap; overflow-wrap: anywhere; } }

@@ -5,11 +5,12 @@ from html import escape
 from pathlib import Path
 
 from fedlr.files import write_whole
-from fedlr.runs.report import client_pictures, cost_pictures, learning_pictures, server_pictures
+from fedlr.runs.report import client_pictures, cost_pictures, learning_pictures, own_rows_picture, server_pictures
 from fedlr.runs.report.audit_text import audit_parts
 from fedlr.runs.report.checks import disagreements, for_nothing
 from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.client_accuracy import client_accuracy_parts
+from fedlr.runs.report.contact_sheet import sheet_parts
 from fedlr.runs.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.runs.report.learned import did_it_learn
 from fedlr.runs.report.overview import headline_card, sentence, worth
@@ -46,13 +47,20 @@ def report_page(run: Run) -> str:
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
             *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),
-            section("What it is worth", [*worth(run), *client_accuracy_parts(run.client_accuracy)]),
+            section("What it is worth", [*worth(run), *_by_client(run)]),
+            *([section("What it takes pictures for", parts)] if (parts := sheet_parts(run.contact_sheet)) else []),
             section("Privacy", [*privacy_parts(run), *audit_parts(run.audit)]),
             section("Learning, and the privacy it took", [gallery(_learning(run))]),
             section("Server, traffic and time", [gallery(_server(run)), *_layers(run), *_answers(run)]),
             section("Check it and use it", reproduce(run)),
         ],
     )
+
+
+def _by_client(run: Run) -> list[str]:
+    told = client_accuracy_parts(run.client_accuracy)
+    picture = own_rows_picture.together_and_alone(run)
+    return [*told, gallery([picture])] if picture else told
 
 
 def _learning(run: Run) -> list[Picture]:

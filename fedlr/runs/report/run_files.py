@@ -11,6 +11,7 @@ from fedlr.errors.messages import shown
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.audit_text import AuditResult, read_audit
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
+from fedlr.runs.report.contact_sheet import SheetRow, read_contact_sheet
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
 from fedlr.tasks.evaluation import ACCURACY, Metric
@@ -104,6 +105,7 @@ class Alone:
     accuracy: float
     score: float
     epsilon: float | None
+    own_accuracy: float | None  # on held-out rows of its own; None: not told
     num_updates: int | None  # that could be used; None: not stated
 
 
@@ -128,6 +130,7 @@ class Run:
     client_accuracy: Sequence[OfClient] = ()
     card: str = ""  # the model card beside the adapter
     asked_config: str = ""  # the configuration as it was asked for
+    contact_sheet: Sequence[SheetRow] = ()
     audit: AuditResult | None = None  # of `fedlr audit RUN_DIR`
 
 
@@ -143,7 +146,7 @@ def read_run(run_dir: Path) -> Run:
     alone = _optional(run_dir / "baselines" / "alone.json")
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
     own = _optional(run_dir / "client_accuracy.json")
-    audit = _optional(run_dir / "audit.json")
+    sheet, audit = _optional(run_dir / "contact_sheet.json"), _optional(run_dir / "audit.json")
     card, asked_config = run_dir / "adapter" / "README.md", run_dir / "asked.yaml"
     baseline, together = (run_dir / "baselines" / arm / "metrics.jsonl" for arm in ("no_privacy", "centralised"))
     summary = _summary(read_record(run_dir / "summary.json"))
@@ -163,6 +166,7 @@ def read_run(run_dir: Path) -> Run:
         alone_privacy=alone.text("privacy") if alone else None,
         adapter_config=adapter.values if adapter else {},
         client_accuracy=read_client_accuracy(own) if own else (),
+        contact_sheet=read_contact_sheet(sheet, alone) if sheet else (),
         card=read_text(card) if card.exists() else "",
         asked_config=_plain(asked_config) if asked_config.exists() else "",
         audit=read_audit(audit) if audit else None,
@@ -363,6 +367,7 @@ def _alone(row: Record) -> Alone:
         row.number("accuracy"),
         row.number("score" if "score" in row.values else "accuracy", may_diverge=True),
         row.optional_number("epsilon", may_diverge=True),
+        row.optional_number("own_accuracy"),
         num_updates,
     )
 
