@@ -52,10 +52,10 @@ def sheet_parts(rows: Sequence[SheetRow]) -> list[str]:
     with_alone = any(picture.named_alone is not None for row in rows for picture in row.pictures)
     told = (
         "Some held-out pictures of each client, evenly spread over its rows and not chosen by how they turned out. "
-        "The frame is green and the sign a tick where the shared adapter names the class, red and a cross where it "
-        "names another, which stands below"
+        "Below each stands its class; a tick and a green frame where the shared adapter names it, else a cross, a red "
+        "frame, and the class that it names"
     )
-    told += "; last, what the client's own adapter says, trained alone." if with_alone else "."
+    told += "; then the same of the client's own adapter, trained alone." if with_alone else "."
     return [paragraph(told), *(f'<h3 class="client">{escape(_called(row))}</h3>\n{_line(row)}' for row in rows)]
 
 
@@ -112,9 +112,13 @@ def _line(row: SheetRow) -> str:
 
 def _picture(one: Shown) -> str:
     is_right = one.named == one.label
-    said = f"{escape(one.label)} ✓" if is_right else f"{escape(one.label)} ✗<br>{escape(one.named)}"
+    said = f"{escape(one.label)}<br>{_verdict(one.named, one.label)}"
     if one.named_alone is not None:
-        said += "<br>alone " + ("✓" if one.named_alone == one.label else f"✗ {escape(one.named_alone)}")
+        said += f"<br>alone {_verdict(one.named_alone, one.label)}"
     kind, label = "right" if is_right else "wrong", escape(one.label, quote=True)
     image = f'<img alt="{label}" src="data:image/png;base64,{one.png}">'
     return f'<figure class="{kind}">{image}<figcaption>{said}</figcaption></figure>'
+
+
+def _verdict(named: str, label: str) -> str:
+    return "✓" if named == label else f"✗ {escape(named)}"
