@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedlr.config.folders import file_of, options
 from fedlr.errors import InputError
 from simulations.cli import command, say
 
@@ -50,7 +51,7 @@ def names() -> list[str]:
     """Return the methods that have a file, sorted."""
     from fedlr.config import schema as experiment
 
-    return sorted(path.stem for path in (experiment.CONFIGS / "method").glob("*.yaml"))
+    return options("method", experiment.CONFIGS)
 
 
 def row(properties: "Properties") -> tuple[str, ...]:
@@ -64,7 +65,7 @@ def described(name: str, width: int) -> str:
     from fedlr.config import schema as experiment
     from simulations.method_properties import NUM_CLIENTS, named_method, properties_of
 
-    text = (experiment.CONFIGS / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    text = file_of("method", name, experiment.CONFIGS).read_text(encoding="utf-8")
     header = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
     one, method = properties_of(name), named_method(name)
     told = [

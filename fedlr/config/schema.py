@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from fedlr.config.folders import check_own, is_group, options, search_path
 from fedlr.config.parts import named
 from fedlr.config.rules import check_together
 from fedlr.errors import InputError
@@ -243,7 +244,8 @@ def compose_experiment(overrides: Sequence[str]) -> Experiment:
     parsed = parse_overrides(overrides)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("config", overrides=[composable(override) for override in parsed])
+            found = [composable(override) for override in parsed]
+            config = compose("config", overrides=[search_path(CONFIGS), *found])
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise InputError(f"Expected a value for {missing[0]}, got none: add {missing[0]}=...")
         tree = OmegaConf.to_container(config, resolve=True)
@@ -295,14 +297,15 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
 
 def check_option(override: Override) -> None:
     """Refuse a choice that is not in the folder of its group; all choices of a sweep are looked at."""
-    group = CONFIGS / override.key_or_group
-    if not group.is_dir() or override.is_delete():
+    group = override.key_or_group
+    if not is_group(group, CONFIGS) or override.is_delete():
         return
-    options = sorted(path.stem for path in group.glob("*.yaml"))
+    known = options(group, CONFIGS)
     swept = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
     for choice in swept:
-        if choice not in options and (choice, override.key_or_group) != ("null", "experiment"):
-            raise InputError(unknown_option(override.key_or_group, choice, options))
+        if choice not in known and (choice, group) != ("null", "experiment"):
+            raise InputError(unknown_option(group, choice, known))
+        check_own(group, choice, CONFIGS)
 
 
 def composable(override: Override) -> str:
@@ -314,8 +317,7 @@ def composable(override: Override) -> str:
             "after the other"
         )
     text = str(override.input_line).lstrip("+")
-    is_group = (CONFIGS / override.key_or_group).is_dir()
-    return text if is_group or override.is_delete() else f"++{text}"
+    return text if is_group(override.key_or_group, CONFIGS) or override.is_delete() else f"++{text}"
 
 
 def check_experiment(tree: Mapping[str, Any]) -> Experiment:
