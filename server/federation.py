@@ -119,8 +119,8 @@ def check_served(experiment: Experiment) -> None:
     e = experiment
     if e.task.target not in TASKS:
         raise InputError(
-            f"Expected task to be one of {', '.join(TASKS)} with runtime={e.runtime.kind}, got {e.task.target}: devices "
-            "have no other code; set runtime=local"
+            f"Expected task to be one of {', '.join(TASKS)} with runtime={e.runtime.kind}, got {e.task.target}: "
+            "devices have no other code; set runtime=local"
         )
     if e.weighting != "uniform":
         raise InputError(

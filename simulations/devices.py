@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from PIL import Image
 
 from fedlr.config.build import build, build_task

@@ -56,7 +56,7 @@ class Terms(Section):
     num_rounds: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # of what is public: the head's start
     model_sha256: Sha256  # of the base model with its head
-    # What does not apply is left out: the terms of a text classification, and their hash, are those of the first release.
+    # What does not apply is left out: terms of a text classification, and their hash, are those of the first release.
     label_names: Annotated[list[Name], Field(max_length=10_000, exclude_if=lambda names: not names)] = []
     label_weights: Annotated[LabelWeights | None, Field(exclude_if=lambda weights: weights is None)] = None
     max_length: PositiveInt
