@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -18,7 +19,7 @@ from fedlr.errors.ranges import (
     LEAST_DIVISOR,
     LEAST_GRAD_NORM,
 )
-from fedlr.flower.terms import Sha256
+from fedlr.flower.task_terms import Sha256, TaskName
 from fedlr.models.tuners.blocks import LORA
 from fedlr.models.tuners.registry import TUNERS
 
@@ -30,6 +31,22 @@ MOST_NAMES = 1_000  # in a list of modules or layers
 MOST_BLOCKS = 10_000  # single slots that a round may name
 MODULE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 HOW_IT_RUNS = ("foreach", "fused", "capturable", "differentiable")  # of torch's optimizers: nothing a server need say
+# Which task the rows of a reader are for, and which models read them.
+TASK_OF_DATA: Mapping[str, TaskName] = {
+    "table": "text_classification",
+    "synthetic": "text_classification",
+    "scored_table": "text_regression",
+    "conversations": "causal_lm",
+    "synthetic_chat": "causal_lm",
+    "images": "image_classification",
+    "made_up_images": "image_classification",
+}
+MODELS_OF_TASK: Mapping[TaskName, tuple[str, ...]] = {
+    "text_classification": ("pretrained", "tiny_random"),
+    "text_regression": ("pretrained", "tiny_random"),
+    "causal_lm": ("pretrained_causal", "tiny_random_causal"),
+    "image_classification": ("pretrained_images", "tiny_vit"),
+}
 
 
 def system_name(name: str) -> str:
@@ -46,6 +63,12 @@ class Policy(Section):
     """The owner's bounds. `allowed_models` are SHA-256 of base models without their heads (`fedlr client doctor`)."""
 
     allowed_models: Annotated[list[Sha256], Field(min_length=1)]
+    # A language model can repeat what it was trained on, word for word: its owner says that it may be one.
+    allowed_tasks: Annotated[list[TaskName], Field(min_length=1)] = [
+        "text_classification",
+        "text_regression",
+        "image_classification",
+    ]
     max_experiments: PositiveInt = 100  # of which this device keeps an adapter and the last replies
     max_rounds: PositiveInt = 1_000  # of one experiment
     max_steps_per_round: PositiveInt = 100
@@ -55,7 +78,7 @@ class Policy(Section):
     max_grad_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 10.0
     min_divisor: Annotated[float, Field(ge=LEAST_DIVISOR)] = 1.0
     max_divisor: Annotated[float, Field(gt=0, le=LARGEST_DIVISOR)] = 1e6
-    max_length: PositiveInt = 512  # tokens of one text
+    max_length: PositiveInt = 512  # tokens of one text or conversation
     max_token_budget: PositiveInt = 65_536  # tokens of one forward pass
     max_rank: PositiveInt = 64
     max_trained_values: PositiveInt = 20_000_000  # of an adapter, as a message brings it

@@ -15,6 +15,9 @@ ledger are touched:
     optimizer, after_noise, client_rule     names of a fixed set, compared as text before anything is imported or
                                             called; arguments are plain numbers and true or false, never sections
     experiment_id                           a bounded number of experiments, as each leaves an adapter on the disk
+    task                                    one that the owner allows, and that the device's own data are for
+    task.template, task.max_response        a name of a fixed set, never a template; a bounded number (`Terms`)
+    task.score_range                        that of the device's own data
     label_names                             equal to the device's own, in order
     pairs                                   as the device's own table has two texts a row, or one
     label_weights                           of these labels, positive, at most 1e9 (`Terms`); they act before the clip
@@ -29,10 +32,10 @@ ledger are touched:
     broadcast, enrolled, side, control      known roles, finite values, shapes of the rank, bounded numbers of values
     scale                                   the one that the terms give
 
-Left to others: the form of a message (`flower.messages`, `flower.records`); the model's hashes, once it is loaded
-(`client.trainee`); whether it fits the model, and what was kept (`rounds.pools.rehearsal`,
-`rounds.pools.client_state`); a role that is personal no more, and a second task under one round's name
-(`client.device`); what is spent (`fedlr.privacy.ledger`).
+Left to others: the form of a message (`flower.messages`, `flower.records`); the hashes of the model and of what turns
+rows into what it reads, once they are loaded (`client.trainee`); whether it fits the model, and what was kept
+(`rounds.pools.rehearsal`, `rounds.pools.client_state`); a role that is personal no more, and a second task under one
+round's name (`client.device`); what is spent (`fedlr.privacy.ledger`).
 """
 
 import math
@@ -69,16 +72,20 @@ from fedlr.adapters.state import (
     side_tensors,
 )
 from fedlr.config.build import build_choice, build_optimizer
-from fedlr.config.parts import OPTIMIZERS, name_of
+from fedlr.config.language_rules import CAUSAL_LM
+from fedlr.config.parts import OPTIMIZERS
 from fedlr.config.schema import Target
 from fedlr.errors import InputError
 from fedlr.errors.messages import shown
 from fedlr.errors.ranges import LEAST_GRAD_NORM
 from fedlr.flower.messages import Request
+from fedlr.flower.task_terms import ScoreTask
 from fedlr.flower.terms import Terms
 from fedlr.models.adapter_config import AUTO_TARGETS
 from fedlr.models.places import ALL_LINEAR
 from fedlr.models.tuners.blocks import LORA, entry_of, role_of
+
+WITH_PAIRS = ("text_classification", "text_regression")  # tasks whose rows may be of two texts
 
 
 class PolicyRefusal(InputError):
@@ -107,9 +114,10 @@ def check_terms(terms: Terms, settings: Settings) -> None:
             _refuse(key, value, f"in [{least:g}, {most:g}] ({source})")
     if not terms.name.isprintable():
         _refuse("name", terms.name, "printable")
+    _check_task(terms, settings)
     if tuple(terms.label_names) != settings.label_names:
         _refuse("label_names", terms.label_names, f"{shown(list(settings.label_names))} (data.labels)")
-    if name_of(settings.data.target, "data") == "table":  # a function of the owner's own is looked at when it ran
+    if settings.task in WITH_PAIRS:  # a function of the owner's own is looked at when it ran
         has_pairs = settings.data.section().get("text_pair_column") is not None
         if terms.pairs != has_pairs:
             fix = "null" if has_pairs else "the column of the second text"
@@ -174,6 +182,19 @@ def _bounds(terms: Terms, policy: Policy) -> Iterator[Bound]:
         least, most = policy.min_noise_multiplier, policy.max_noise_multiplier
         yield Bound("mechanism.noise_multiplier", noise, least, most, f"{p}min_noise_multiplier")
         yield Bound("mechanism.max_grad_norm", norm, LEAST_GRAD_NORM, policy.max_grad_norm, f"{p}max_grad_norm")
+
+
+def _check_task(terms: Terms, settings: Settings) -> None:
+    name, own, allowed = terms.task_name, settings.task, settings.policy.allowed_tasks
+    if name not in allowed:
+        _refuse("task", name, f"{' or '.join(allowed)} (policy.allowed_tasks)")
+    if own not in (None, name):
+        _refuse("task", name, f"{own}, which this device's rows are for (data._target_)")
+    if name == CAUSAL_LM and terms.adapter.train_head:
+        _refuse("adapter.train_head", True, "false for a language model, whose head is its vocabulary")
+    declared = settings.data.section().get("score_range")
+    if isinstance(terms.task, ScoreTask) and declared is not None and list(declared) != terms.task.score_range:
+        _refuse("task.score_range", terms.task.score_range, f"{shown(list(declared))} (data.score_range)")
 
 
 def _check_privacy(terms: Terms, settings: Settings) -> None:

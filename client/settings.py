@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, ValidationError
 from yaml import YAMLError
 
-from client.bounds import Policy
+from client.bounds import MODELS_OF_TASK, TASK_OF_DATA, Policy
+from fedlr.config.parts import name_of
 from fedlr.config.schema import PositiveFloat, PositiveInt, Section, Target, device_name
 from fedlr.data.values import named
 from fedlr.errors import InputError
@@ -22,6 +23,7 @@ from fedlr.errors.messages import dotted, first_problem, one_line, shown
 from fedlr.errors.ranges import require_delta
 from fedlr.flower.addresses import host_and_port
 from fedlr.flower.node_key import require_private
+from fedlr.flower.task_terms import WITH_CLASSES, TaskName
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
 
@@ -81,6 +83,16 @@ class Settings(Section):
         """The names of the labels, in their order: from the file, never from the data."""
         section = self.data.section()
         return tuple(named(label) for label in section.get("labels") or section.get("label_groups") or ())
+
+    @property
+    def task(self) -> TaskName | None:
+        """The task that the data are for; None where a function of the owner's own reads them."""
+        return TASK_OF_DATA.get(name_of(self.data.target, "data"))
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What the outputs of the model's head stand for, in their order."""
+        return ("score",) if self.task == "text_regression" else self.label_names
 
     @property
     def ledger_path(self) -> Path:
@@ -179,8 +191,13 @@ def absolute(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def check_consistent(settings: Settings) -> None:
     """Refuse settings that contradict each other."""
     privacy, policy, section = settings.privacy, settings.policy, settings.data.section()
+    check_model_and_data(settings)
     names = settings.label_names
-    if not isinstance(section.get("labels") or [], list) or len(set(names)) < max(2, len(names)) or "" in names:
+    tasks = policy.allowed_tasks if settings.task is None else [settings.task]
+    if not set(tasks) & set(WITH_CLASSES):
+        if names:
+            raise InputError(f"Expected no data.labels for rows without classes, got {shown(list(names))}")
+    elif not isinstance(section.get("labels") or [], list) or len(set(names)) < max(2, len(names)) or "" in names:
         raise InputError(
             "Expected data.labels to be two or more different names, as names that are found in data tell what they "
             f"hold, got {shown(section.get('labels'))}"
@@ -202,6 +219,23 @@ def check_consistent(settings: Settings) -> None:
             "Expected privacy.randomness=os, got 'seeded': whoever knows the seed can subtract the noise; for a "
             "simulation on data of no one's, set policy.allow_seeded_randomness=true as well"
         )
+
+
+def check_model_and_data(settings: Settings) -> None:
+    """Refuse a model that cannot read such data, and a task that the policy does not allow."""
+    task, data = settings.task, settings.data.target
+    if task is None:
+        return
+    model, fitting = name_of(settings.model.target, "model"), MODELS_OF_TASK[task]
+    if model in sum(MODELS_OF_TASK.values(), ()) and model not in fitting:
+        raise InputError(f"Expected model._target_ to be {fitting[0]} with data._target_={data}, got {model}")
+    if task not in settings.policy.allowed_tasks:
+        raise InputError(
+            f"Expected policy.allowed_tasks to hold {task}, which data._target_={data} is for, got "
+            f"{shown(settings.policy.allowed_tasks)}: without it this device refuses everything"
+        )
+    if task == "causal_lm" and settings.runtime.cache_prefix:
+        raise InputError(f"Expected runtime.cache_prefix=false with data._target_={data}, got true")
 
 
 def check_files(settings: Settings) -> None:

@@ -5,18 +5,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from client.settings import Settings
 from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of
 from fedlr.config.build import build, build_choice
 from fedlr.config.schema import RuntimeSection
-from fedlr.data.table import LabelledText
+from fedlr.data.conversations import Conversations
+from fedlr.data.scored import ScoredText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason
+from fedlr.flower.task_terms import LanguageTask, ScoreTask, reading_sha256
 from fedlr.flower.terms import Terms
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.models.base_delta import SideWeights
@@ -26,14 +27,13 @@ from fedlr.models.tuners.attach import attach
 from fedlr.privacy.mechanism import check_delta
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import Charges, LocalPool
-from fedlr.rounds.pools.rehearsal import Rehearsal, with_largest_id
+from fedlr.rounds.pools.rehearsal import Rehearsal
 from fedlr.rounds.round import RoundRequest
 from fedlr.runs.prepare import check_trainable, local_training, reads_features, working_model
 from fedlr.streams import OsRandomness, SeededRandomness
+from fedlr.tasks.constant_rows import constant_share, constant_table
 from fedlr.tasks.examples import Examples, Share
-from fedlr.tasks.reading import check_reading, read_texts
-from fedlr.tasks.text_classification import TextClassification
-from fedlr.tasks.tokenise import tokenise
+from fedlr.tasks.task import Task
 from fedlr.training.threads import torch_threads
 
 
@@ -60,12 +60,13 @@ class Trainee:
 
     settings: Settings
     terms: Terms
+    task: Task
     model: AdaptedModel
     working: nn.Module
     share: Share
     side: SideWeights  # one, as the pools that follow each other merge into the same weights
     rehearsal: Rehearsal
-    features: bool  # whether a text is kept as what the head reads: then nothing but the head can train
+    features: bool  # whether a row is kept as what the head reads: then nothing but the head can train
 
     @classmethod
     def prepare(
@@ -83,26 +84,25 @@ class Trainee:
             Unfit: the device's model, or its labels or data, are not what the terms need.
             InputError: what the terms ask of them cannot be done here.
         """
+        task, max_length = terms.built_task(), terms.max_length
         with torch_threads(1):
             with unfit("model"):
-                base: BaseModel = build(
-                    settings.model.section(), "model", label_names=tuple(terms.label_names), seed=terms.seed
-                )
-                check_model(base, settings, terms)
-                check_reading(base, max_length=terms.max_length, has_pairs=terms.pairs)
+                base = own_model(settings, terms)
+                rows = constant_rows(task, base, terms, num_long=settings.runtime.num_workers)
+                task.check(base, rows, max_length=max_length)
                 model = attach(base, terms.adapter, seed=terms.seed)
-            constant = constant_rows(base.tokenizer, terms, num_long=settings.runtime.num_workers)
+            constant = constant_share(task, base, rows, max_length=max_length)
             with unfit("data"):
-                tokenised = read_texts(own_examples(settings, terms), base, max_length=terms.max_length)
-            tables: list[Examples] = [
-                constant.table,
-                tokenised,
-            ]  # the constant rows first: where they fail, no text is read
+                encoded = task.encode(base, own_rows(settings, terms), max_length=max_length)
+            # The constant rows first: where they fail, no row of a person's is read.
+            tables: list[Examples] = [constant.table, encoded]
             runtime = runtime_of(settings)
             features = runtime.cache_prefix and features and reads_features(model, {HEAD}, read_adapter(model))
             working, (table, own) = working_model(runtime, model, tables, features=features, say=say)
+        if encoded.num_truncated:
+            say(f"{encoded.num_truncated} of {len(encoded)} rows are cut to {max_length} tokens")
         rehearsal = Rehearsal(replace(constant, table=table), say)
-        return cls(settings, terms, model, working, Share.whole(own), SideWeights(working), rehearsal, features)
+        return cls(settings, terms, task, model, working, Share.whole(own), SideWeights(working), rehearsal, features)
 
     def check(self, block: Block) -> None:
         """Refuse a block of which the engine cannot train the roles.
@@ -110,8 +110,8 @@ class Trainee:
         Raises:
             InputError: which names the layer and the setting to change.
         """
-        task = classification(self.terms)
-        check_trainable(self.model, roles_of(block), self.terms.trainer, self.terms.adapter, first=block, task=task)
+        terms = self.terms
+        check_trainable(self.model, roles_of(block), terms.trainer, terms.adapter, first=block, task=self.task)
 
     def pool(self, client_id: int, enrolled: AdapterState, ledger: Charges | None) -> FusedPool | LocalPool:
         """Return a pool of one client: the same code that trains it in a simulation."""
@@ -123,7 +123,7 @@ class Trainee:
         if not isinstance(rule, ClientRule):
             raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
         is_seeded = terms.randomness == "seeded"
-        training = local_training(trainer, rule, classification(terms))
+        training = local_training(trainer, rule, self.task)
         if terms.mechanism is not None:
             # Each row by itself: tensors or a learning rate of a server's can make a row's gradient hang by more than C
             # on how wide the rows beside it are, as float32 rounds.
@@ -148,25 +148,41 @@ class Trainee:
         return FusedPool(self.working, share, check_parity=check_parity, **common)
 
 
-def classification(terms: Terms) -> TextClassification:
-    """Return the task of the terms."""
-    return TextClassification(tuple(terms.label_names), terms.label_weights)
+def own_model(settings: Settings, terms: Terms) -> BaseModel:
+    """Load the device's base model, and refuse one that is not what the terms name.
+
+    Raises:
+        InputError: with the two hashes.
+    """
+    names = settings.output_names
+    base: BaseModel = build(settings.model.section(), "model", label_names=names, seed=terms.seed)
+    check_model(base, settings, terms)
+    check_tokenizer(base, terms)
+    return base
 
 
-def own_examples(settings: Settings, terms: Terms) -> LabelledText:
+def own_rows(settings: Settings, terms: Terms) -> Table:
     """Read the device's own table.
 
     Raises:
-        InputError: it cannot be read, has other labels than the terms, or is too large for the owner's delta.
+        InputError: it cannot be read, is of another kind than the terms, or is too large for the owner's delta.
     """
-    data: LabelledText = build(settings.data.section(), "data", seed=terms.seed)
+    data: Table = build(settings.data.section(), "data", seed=terms.seed)
     if list(data.label_names) != terms.label_names:
         raise InputError(
             f"Expected the label names {terms.label_names} of the terms in data.labels, got {list(data.label_names)}"
         )
-    if (data.pairs is not None) != terms.pairs:
+    if (getattr(data, "pairs", None) is not None) != terms.pairs:
         wanted, got = ("pairs", "single texts") if terms.pairs else ("single texts", "pairs")
         raise InputError(f"Expected rows of {wanted}, as the terms say, got {got}; set data.text_pair_column")
+    if isinstance(terms.task, LanguageTask) and isinstance(data, Conversations):
+        if data.is_plain == terms.task.has_turns:
+            wanted, got = ("conversations", "plain texts") if data.is_plain else ("plain texts", "conversations")
+            raise InputError(f"Expected rows of {wanted}, as the terms say, got {got}; look at data.format")
+    if isinstance(terms.task, ScoreTask) and isinstance(data, ScoredText):
+        if list(data.score_range) != terms.task.score_range:
+            wanted_range, got_range = terms.task.score_range, list(data.score_range)
+            raise InputError(f"Expected data.score_range={wanted_range}, as the terms say, got {got_range}")
     if settings.privacy.epsilon is not None:
         check_delta(settings.privacy.delta, len(data))
     return data
@@ -180,15 +196,12 @@ def only_head(task: RoundRequest, enrolled: AdapterState | None) -> bool:
     return not any(layer.lora_B.any() for layer in enrolled.factors().values())
 
 
-def constant_rows(tokenizer: PreTrainedTokenizerBase, terms: Terms, *, num_long: int) -> Share:
+def constant_rows(task: Task, base: BaseModel, terms: Terms, *, num_long: int) -> Table:
     """Return a short row and as many of the largest length as are computed side by side; nobody's data."""
-    texts = ("a", *["a " * terms.max_length] * num_long)
-    labels = np.arange(len(texts)) % len(terms.label_names)
-    pairs = texts if terms.pairs else None
-    data = LabelledText(texts, labels, tuple(terms.label_names), None, "constant rows", pairs=pairs)
-    share = Share.whole(tokenise(data, tokenizer, max_length=terms.max_length))
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    return share if largest in tokenizer.all_special_ids else with_largest_id(share, largest)
+    has_turns = not isinstance(terms.task, LanguageTask) or terms.task.has_turns
+    return constant_table(
+        task, base, max_length=terms.max_length, num_long=num_long, has_pairs=terms.pairs, has_turns=has_turns
+    )
 
 
 def check_enrolled(enrolled: AdapterState, own: AdapterState) -> None:
@@ -218,6 +231,26 @@ def check_model(base: BaseModel, settings: Settings, terms: Terms) -> None:
             f"Expected the base model {terms.model_sha256[:12]} of the server, got {base.fingerprint[:12]} from "
             f"{base.source}; install the same package or folder, and set the operator's model.pooling "
             "and model.head_std"
+        )
+
+
+def check_tokenizer(base: BaseModel, terms: Terms) -> None:
+    """Refuse a tokenizer, a chat template, or a processor of pictures that is not the one the terms name.
+
+    Raises:
+        InputError: with the two hashes.
+    """
+    if terms.task is None or isinstance(terms.task, ScoreTask):
+        return
+    if isinstance(terms.task, LanguageTask):
+        what, asked = "tokenizer with its chat template", terms.task
+        found = reading_sha256(base, template=asked.template, has_turns=asked.has_turns)
+    else:
+        what, found = "preprocessor_config.json (size, mean and deviation of pixels)", reading_sha256(base)
+    if found != terms.task.reading_sha256:
+        raise InputError(
+            f"Expected the {what} of SHA-256 {terms.task.reading_sha256[:12]}, as the server has, got {found[:12]} "
+            f"from {base.source}; install the same package or folder, and the same version of tokenizers"
         )
 
 

@@ -12,8 +12,8 @@ from fedlr.adapters.state import num_values
 from fedlr.config.auto_rates import resolved_rates
 from fedlr.config.rules import BASELINES
 from fedlr.config.schema import Experiment
-from fedlr.data.table import LabelledText
 from fedlr.errors import InputError
+from fedlr.flower.task_terms import TASKS, terms_of_task
 from fedlr.flower.terms import Terms
 from fedlr.methods.method import Method
 from fedlr.models.base_delta import SideWeights
@@ -27,6 +27,7 @@ from fedlr.runs.prepare import private_mechanism, working_model
 from fedlr.runs.recorder import held_out_labels
 from fedlr.runs.tables import load_held_out
 from fedlr.runs.verdict import HeldOut
+from fedlr.tasks.evaluation import Metric
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
 
@@ -47,6 +48,7 @@ class Served:
     terms: Terms
     evaluator: Evaluator
     held_out: HeldOut
+    metric: Metric  # of the task
     noise_sd: float | None  # in one number of a client's update, where it is known (fedlr.training.noise)
 
     @property
@@ -84,7 +86,8 @@ def assemble(
         seed=seed,
         model_sha256=parts.base.fingerprint,
         label_names=held_out.label_names,
-        pairs=isinstance(held_out, LabelledText) and held_out.pairs is not None,
+        pairs=getattr(held_out, "pairs", None) is not None,
+        task=terms_of_task(parts.task, parts.base, held_out),
     )
     evaluator = Evaluator(
         working, test, task=parts.task, side=SideWeights(working), num_threads=experiment.runtime.num_workers
@@ -102,6 +105,7 @@ def assemble(
         terms=terms,
         evaluator=evaluator,
         held_out=held_out_labels(test.labels, held_out.label_names),
+        metric=parts.task.metric,
         noise_sd=update_noise(parts.training, mechanism),
     )
 
@@ -113,10 +117,10 @@ def check_served(experiment: Experiment) -> None:
         InputError: which names the key.
     """
     e = experiment
-    if e.task.target != "text_classification":
+    if e.task.target not in TASKS:
         raise InputError(
-            f"Expected task=text_classification with runtime={e.runtime.kind}, got {e.task.target}: devices train "
-            "texts only so far; set runtime=local"
+            f"Expected task to be one of {', '.join(TASKS)} with runtime={e.runtime.kind}, got {e.task.target}: "
+            "devices have no other code; set runtime=local"
         )
     if e.weighting != "uniform":
         raise InputError(

@@ -41,7 +41,7 @@ from fedlr.runs.directory import (
     write_json,
     write_origin,
 )
-from fedlr.runs.recorder import client_rows, metrics_row, summarise
+from fedlr.runs.recorder import client_rows, metrics_row, score_text, summarise
 from fedlr.runs.report import write_report
 from fedlr.runs.verdict import verdict_lines
 from fedlr.training.threads import torch_threads
@@ -187,6 +187,7 @@ class Run:
             "held_out": served.held_out,
             "head_is_drawn": served.base.head_is_drawn,
             "noise_sd": served.noise_sd,
+            "metric": served.metric,
         }
         summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         finish_run(self.run_dir, summary, draw=write_report)
@@ -254,7 +255,7 @@ class Run:
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
         self.say(
-            f"  round {state.round_index}/{self.experiment.num_rounds}  accuracy {row['accuracy']:.3f}   "
+            f"  round {state.round_index}/{self.experiment.num_rounds}  {score_text(row, self.served.metric)}   "
             f"{row['seconds']['round']:.1f} s   {len(diagnostics.trained)} updates"
             + (f"   {lost} without ({', '.join(sorted({d.reason for d in diagnostics.dropouts}))})" if lost else "")
         )

@@ -51,7 +51,8 @@ def write_terms(experiment: Experiment, out: Path, *, run_dir: Path | None) -> s
     write_whole(out, terms.text() + "\n")
     m = terms.mechanism
     noise = "no privacy" if m is None else f"noise multiplier {m.noise_multiplier:g}, sample rate {m.sample_rate:g}"
+    of_rows = f"labels {', '.join(terms.label_names)}" if terms.label_names else f"rows of {terms.max_length} tokens"
     return (
-        f"the terms of {terms.name}, {terms.num_rounds} rounds of {terms.trainer.num_steps} steps, {noise}, labels "
-        f"{', '.join(terms.label_names)}, base model {terms.model_sha256[:12]}"
+        f"the terms of {terms.name}, task {terms.task_name}, {terms.num_rounds} rounds of {terms.trainer.num_steps} "
+        f"steps, {noise}, {of_rows}, base model {terms.model_sha256[:12]}"
     )

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
-from fedlr.config.build import build
+from fedlr.config.build import build, build_task
 from fedlr.config.schema import Experiment
+from fedlr.data.conversations import Conversations
+from fedlr.data.images import LabelledImages
 from fedlr.data.partition import Partition
-from fedlr.data.table import LabelledText
+from fedlr.data.scored import ScoredText
+from fedlr.data.table import LabelledText, Table
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
 from fedlr.flower.node_key import create_node_key
@@ -44,39 +48,71 @@ def write_devices(
     if not experiment.data.public:
         raise InputError("Expected data.public=true to write clients' rows to this machine's disk, got false")
     data, _ = load_examples(experiment, seed=seed)
-    if not isinstance(data, LabelledText):
-        raise InputError(f"Expected task=text_classification for devices, got task={experiment.task.target}")
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
-    base: BaseModel = build(experiment.model.section(), "model", label_names=data.label_names, seed=seed)
+    names = build_task(experiment, data.label_names).output_names(data)
+    base: BaseModel = build(experiment.model.section(), "model", label_names=names, seed=seed)
     make_folder(folder)
     written = []
     for client_id, rows in enumerate(partition.indices):
         own = folder / f"client-{client_id}"
         make_folder(own, mode=0o700)
-        share = data.subset(rows)
-        lines = [
-            json.dumps({"text": text, "label": data.label_names[label], **({} if pair is None else {"pair": pair})})
-            for text, label, pair in zip(share.texts, share.labels, share.pairs or [None] * len(share), strict=True)
-        ]
-        write_whole(own / "rows.jsonl", "\n".join(lines) + "\n")
+        reader = write_rows(data.subset(rows), own)
         create_node_key(own / "device.key", comment=f"client-{client_id}")
         make_folder(own / "state", mode=0o700)
-        settings = settings_of(experiment, own, base, data.label_names, address, root_certificates, spare=spare)
-        if share.pairs is not None:
-            settings["data"]["text_pair_column"] = "pair"
+        settings = settings_of(experiment, own, base, reader, address, root_certificates, spare=spare)
         written.append(folder / f"client-{client_id}.yaml")
         write_whole(written[-1], yaml.safe_dump(settings, sort_keys=False))
         create_ledger(settings)
     return written
 
 
+def write_rows(share: Table, own: Path) -> dict[str, Any]:
+    """Write a client's rows into its folder, in their order; return the section `data` that reads them.
+
+    Raises:
+        InputError: for a table of a kind that devices do not read.
+    """
+    path = own / "rows.jsonl"
+    section: dict[str, Any] = {"path": os.path.abspath(path)}
+    rows: list[dict[str, Any]]
+    if isinstance(share, Conversations):
+        plain, keys = share.is_plain, ("role", "content")
+        turns = [[dict(zip(keys, turn, strict=True)) for turn in row] for row in share.turns]
+        rows = [{"text": row[0]["content"]} if plain else {"messages": row} for row in turns]
+        section |= {"_target_": "conversations", "format": "text" if plain else "messages"}
+    elif isinstance(share, LabelledImages):
+        make_folder(own / "pictures", mode=0o700)
+        rows = []
+        for number, (row, label) in enumerate(zip(share.rows, share.labels, strict=True)):
+            name = f"pictures/{number:06d}.png"  # without loss: the same pixels
+            Image.fromarray(share.pixels[row]).save(own / name)
+            rows.append({"image": name, "label": share.label_names[label]})
+        section |= {"_target_": "images", "image_size": list(share.image_size), "labels": list(share.label_names)}
+    elif isinstance(share, ScoredText | LabelledText):
+        told: list[dict[str, Any]]
+        if isinstance(share, ScoredText):
+            told = [{"score": float(score)} for score in share.scores]
+            section |= {"_target_": "scored_table", "score_range": [float(end) for end in share.score_range]}
+        else:
+            told = [{"label": share.label_names[label]} for label in share.labels]
+            section |= {"_target_": "table", "labels": list(share.label_names)}
+        rows = [{"text": text, **more} for text, more in zip(share.texts, told, strict=True)]
+        if share.pairs is not None:
+            rows = [{**row, "pair": pair} for row, pair in zip(rows, share.pairs, strict=True)]
+            section["text_pair_column"] = "pair"
+    else:
+        raise InputError(f"Expected rows of a kind that devices read, got {type(share).__name__}")
+    write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    return section
+
+
 def settings_of(
     experiment: Experiment,
     own: Path,
     base: BaseModel,
-    label_names: tuple[str, ...],
+    reader: dict[str, Any],
     address: str,
     root_certificates: Path,
     *,
@@ -95,11 +131,7 @@ def settings_of(
         "state_dir": os.path.abspath(own / "state"),
         "dataset_id": f"{e.name} {own.name}",
         "model": e.model.section(),
-        "data": {
-            "_target_": "table",
-            "path": os.path.abspath(own / "rows.jsonl"),
-            "labels": list(label_names),
-        },
+        "data": reader,
         "privacy": {
             "epsilon": e.privacy.epsilon * spare if e.privacy.epsilon is not None else None,
             "delta": e.privacy.delta,
@@ -109,6 +141,8 @@ def settings_of(
         "runtime": {"num_workers": 1, "cache_prefix": e.runtime.cache_prefix},
         "policy": {
             "allowed_models": [base.body_sha256],
+            "allowed_tasks": [e.task.target],
+            "max_length": max(e.data.max_length, 512),
             "allow_seeded_randomness": is_seeded,
             "allow_no_privacy": not is_private,
             "min_noise_multiplier": 0.01,

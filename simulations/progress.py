@@ -9,7 +9,7 @@ from typing import Any
 from fedlr.config.auto_rates import alone_rounds
 from fedlr.config.schema import Experiment
 from fedlr.runs.outcome import SMALLER_STEPS, counted
-from fedlr.runs.recorder import score_of
+from fedlr.runs.recorder import score_text
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.verdict import verdict_lines
 from fedlr.tasks.evaluation import ACCURACY, Metric
@@ -86,8 +86,7 @@ class Progress:
 
     def _score(self, row: Mapping[str, Any]) -> str:
         """Write the headline of a state; one that is not finite has no number."""
-        name, value = self._metric.name, score_of(row, self._metric)
-        told = f"{name} {'not finite' if value is None else self._metric.text(value)}"
+        name, told = self._metric.name, score_text(row, self._metric)
         of_groups = row.get("measures", {}).get(f"macro_{name}")
         return told if of_groups is None else f"{told}, of groups {self._metric.text(of_groups)}"
 

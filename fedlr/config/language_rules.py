@@ -35,10 +35,6 @@ def check_language(experiment: "Experiment") -> None:
             f"Expected data=chat (or dictionaries, synthetic_chat) with task=causal_lm, got {e.data.target}, whose "
             "rows have labels"
         )
-    if e.runtime.kind != "local":
-        raise InputError(
-            f"Expected runtime=local with task=causal_lm, got {e.runtime.kind}: these run in one program only"
-        )
     if e.adapter.train_head:
         raise InputError(
             "Expected adapter.train_head=false with task=causal_lm, got true: a language model's head stays frozen"

@@ -47,10 +47,6 @@ def check_together(experiment: "Experiment") -> None:
             "Expected weighting=uniform, got 'examples': weights by size reveal whether one row is present; "
             "if sizes are public knowledge, say data.public=true"
         )
-    if e.task.target == "image_classification" and e.runtime.kind != "local":
-        raise InputError(
-            f"Expected runtime=local with task=image_classification, got {e.runtime.kind}: devices read no pictures yet"
-        )
     if e.privacy.noise_multiplier is not None and e.privacy.epsilon is None:
         raise InputError(
             f"Expected privacy=dp with privacy.noise_multiplier={e.privacy.noise_multiplier:g}, got no "

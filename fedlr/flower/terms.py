@@ -6,10 +6,11 @@ the device's own (client/settings.py); how updates are aggregated is the server'
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedlr.config.old_names import OLD_NAMES
 from fedlr.config.parts import RULES_OF_PROTOCOL, TARGET
@@ -27,10 +28,11 @@ from fedlr.config.schema import (
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_problem
 from fedlr.errors.ranges import MOST_STEPS
+from fedlr.flower.task_terms import WITH_CLASSES, Sha256, TaskName, TaskTerms, task_of_terms
 from fedlr.models.adapter_config import AdapterConfig
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.tasks.task import Task
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -54,8 +56,8 @@ class Terms(Section):
     num_rounds: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # of what is public: the head's start
     model_sha256: Sha256  # of the base model with its head
-    label_names: Annotated[list[Name], Field(min_length=2, max_length=10_000)]
-    # Weights and pairs are left out where there are none: the terms, and their hash, are then those of before.
+    # What does not apply is left out: terms of a text classification, and their hash, are those of the first release.
+    label_names: Annotated[list[Name], Field(max_length=10_000, exclude_if=lambda names: not names)] = []
     label_weights: Annotated[LabelWeights | None, Field(exclude_if=lambda weights: weights is None)] = None
     max_length: PositiveInt
     pairs: Annotated[bool, Field(exclude_if=lambda pairs: not pairs)] = False  # rows of two texts
@@ -64,6 +66,7 @@ class Terms(Section):
     client_rule: Target | None
     mechanism: MechanismTerms | None
     randomness: Literal["seeded", "os"]
+    task: Annotated[TaskTerms | None, Field(exclude_if=lambda task: task is None)] = None  # None: text_classification
 
     @field_validator("label_weights")
     @classmethod
@@ -86,6 +89,15 @@ class Terms(Section):
             raise ValueError("numbers in divisor and optimizer.lr: auto is found by the server, and sent as a number")
         return value
 
+    @model_validator(mode="after")
+    def _names_what_the_task_has(self) -> Self:
+        if (len(self.label_names) < 2) if self.task_name in WITH_CLASSES else bool(self.label_names):
+            how_many = "two or more" if self.task_name in WITH_CLASSES else "no"
+            raise ValueError(f"a section with {how_many} label_names for task {self.task_name}")
+        if self.pairs and self.task_name not in ("text_classification", "text_regression"):
+            raise ValueError(f"a section without pairs for task {self.task_name}")
+        return self
+
     @classmethod
     def of(
         cls,
@@ -97,6 +109,7 @@ class Terms(Section):
         model_sha256: str,
         label_names: Sequence[str],
         pairs: bool = False,
+        task: TaskTerms | None = None,
     ) -> Self:
         """Return the terms of an experiment."""
         e, rule = experiment, experiment.method.get("client")
@@ -115,6 +128,7 @@ class Terms(Section):
             client_rule=_as_protocol_1(None if rule is None else Target.model_validate(rule)),
             mechanism=None if mechanism is None else MechanismTerms(**vars(mechanism), delta=e.privacy.delta),
             randomness=e.privacy.randomness,
+            task=task,
         )
 
     @classmethod
@@ -127,9 +141,8 @@ class Terms(Section):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise InputError(
-                f"Expected the terms of an experiment: {first_problem(error, {}, prefix='terms')}"
-            ) from error
+            problem = first_problem(error, _plain(text), prefix="terms")
+            raise InputError(f"Expected the terms of an experiment: {problem}") from error
 
     def text(self) -> str:
         """Return the terms as JSON, always the same for the same terms."""
@@ -138,6 +151,15 @@ class Terms(Section):
     def sha256(self) -> str:
         """Return the SHA-256 of `text`: what two parties compare."""
         return hashlib.sha256(self.text().encode()).hexdigest()
+
+    @property
+    def task_name(self) -> TaskName:
+        """The name of the task."""
+        return "text_classification" if self.task is None else self.task.name
+
+    def built_task(self) -> Task:
+        """Return the task: the server's, made anew."""
+        return task_of_terms(self.task, self.label_names, self.label_weights)
 
     def private_steps(self) -> Mechanism | None:
         """Return the mechanism of every step; None without privacy."""
@@ -150,6 +172,16 @@ class Terms(Section):
     def section(self) -> dict[str, Any]:
         """Return the terms as plain values."""
         return self.model_dump(by_alias=True)
+
+
+def _plain(text: str) -> Any:
+    """Return JSON as plain values, to name a key and its value; of what is none, or too deep to be written, nothing."""
+    try:
+        tree = json.loads(text)
+        json.dumps(tree)
+    except (ValueError, RecursionError):
+        return {}
+    return tree
 
 
 def _as_protocol_1(rule: Target | None) -> Target | None:

@@ -88,6 +88,16 @@ def score_of(row: Mapping[str, Any], metric: Metric) -> float | None:
     return found
 
 
+def score_text(row: Mapping[str, Any], metric: Metric) -> str:
+    """Write the headline of a line of metrics.jsonl, with its name; one that is not finite has no number.
+
+    >>> score_text({"accuracy": 0.8125}, ACCURACY)
+    'accuracy 0.812'
+    """
+    value = score_of(row, metric)
+    return f"{metric.name} {'not finite' if value is None else metric.text(value)}"
+
+
 def held_out_labels(labels: np.ndarray, label_names: Sequence[str]) -> HeldOut:
     """Return how often each label occurs in the rows that the server evaluates on, or how many rows there are."""
     if not label_names:

@@ -14,6 +14,8 @@ from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.runs.validation import scored_rows, with_validation
 
+WITHOUT_CLASSES = ("causal_lm", "text_regression")  # tasks whose rows have no label
+
 
 def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:
     """Return the examples that clients share out, and those the server holds out for evaluation.
@@ -52,7 +54,8 @@ def load_held_out(experiment: Experiment, *, seed: int) -> tuple[Table, int | No
         InputError: as `load_examples`.
     """
     section = experiment.data.section()
-    if experiment.data.test_path is not None and (section.get("labels") or section.get("label_groups")):
+    is_named = section.get("labels") or section.get("label_groups") or experiment.task.target in WITHOUT_CLASSES
+    if experiment.data.test_path is not None and is_named:
         return load_test_table(experiment, seed=seed, label_names=None), None
     data, held_out = load_examples(experiment, seed=seed)
     return held_out, num_rows_of(experiment, data, held_out)

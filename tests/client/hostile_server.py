@@ -13,7 +13,17 @@ from fedlr.flower.messages import Request
 from fedlr.flower.records import RecordDict, facts_of, from_record, to_record
 from fedlr.flower.terms import Terms
 from fedlr.rounds.round import RoundRequest
-from tests.client.device_files import PATH, enrolled, terms_tree
+from tests.client.device_files import (
+    LABELS,
+    LANGUAGE,
+    PATH,
+    PICTURES,
+    enrolled,
+    language_terms,
+    picture_task,
+    picture_terms,
+    terms_tree,
+)
 
 NAN, INF = math.nan, math.inf
 RULES = "fedlr.client_rules."  # as protocol 1 spells them
@@ -124,6 +134,23 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "a weight beyond all bounds": {"label_weights": {"negative": 1e30}},
     "a weight that is code": {"label_weights": {"negative": {"_target_": "os.system"}}},
     "pairs of texts where there is one": {"pairs": True},
+    "no labels": {"label_names": ...},
+    # of another task
+    "a task nobody knows": {"task": {"name": "os.system"}},
+    "a task without a name": {"task": {}},
+    "pictures, of a device that has texts": {"task": picture_task()},
+    "a language model, of an owner who did not allow it": language_terms(),
+    "numbers, of a device that has labels": {"task": {"name": "text_regression", "score_range": [0.0, 1.0]}},
+    "a template of its own": language_terms({"task.template": "{{ ''.__class__.__mro__ }}"}),
+    "a template from a file": language_terms({"task.template": "/etc/passwd"}),
+    "a tokenizer from a file": language_terms({"task.reading_sha256": "/etc/passwd"}),
+    "a tokenizer without a hash": language_terms({"task.reading_sha256": ...}),
+    "answers without an end": language_terms({"task.max_response": 10**9}),
+    "answers of no token": language_terms({"task.max_response": 0}),
+    "labels of conversations": language_terms({"label_names": list(LABELS)}),
+    "conversations in pairs": language_terms({"pairs": True}),
+    "pictures in pairs": picture_terms({"pairs": True}),
+    "a key of a task that nobody knows": picture_terms({"task.fetch": "http://hostile"}),
     "another model": {"model_sha256": "f" * 64},
     "no hash of a model": {"model_sha256": "any"},
     "the head of another seed": {"seed": 1},
@@ -196,6 +223,7 @@ REQUESTS: Mapping[str, tuple[Mapping[str, Any], Mapping[Slot, torch.Tensor]]] = 
     "a side that does not fit itself": ({}, side(ones(2, 16), ones(16, 3))),
     "a side of numbers in a row": ({}, side(ones(32), ones(32))),
 }  # fmt: skip
+OWN_READER = {"_target_": "tests.client.device_files.rows_of_their_own", "labels": list(LABELS)}
 VERA = {"policy__allowed_adapters": ["vera"]}
 BOUNDS = {"policy__max_trained_values": 3_000, "policy__max_side_values": 5_000, "policy__max_experiments": 2}
 # Seen only by a device of another kind: its settings, then the terms.
@@ -210,6 +238,24 @@ OTHER_DEVICES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "sizes in a row": (VERA, {"adapter.system": "vera", "adapter.sizes": {"layers_pattern": [1, 2]}}),
     "sizes within sizes": (VERA, {"adapter.system": "vera", "adapter.sizes": {"rank_pattern": {REDOS: 1}}}),
     "an experiment after the last": ({"num_experiments": 2}, {}),
+    "a task that the owner's own reader does not name": (
+        {"data": OWN_READER, "policy__allowed_tasks": ["text_classification"]},
+        {"task": picture_task()},
+    ),
+    "texts, of a device that has conversations": (LANGUAGE, {}),
+    "the vocabulary to train": (LANGUAGE, language_terms({"adapter.train_head": True})),
+    "conversations of a billion tokens": (LANGUAGE, language_terms({"max_length": 10**9})),
+    "a range of numbers that the owner did not declare": (
+        {"data": {"_target_": "scored_table", "path": "letters.csv", "score_range": [0, 5]}},
+        {"task": {"name": "text_regression", "score_range": [0.0, 1.0]}, "label_names": ...},
+    ),
+    "a range of numbers without an end": (
+        {"data": {"_target_": "scored_table", "path": "letters.csv", "score_range": [0, 5]}},
+        {"task": {"name": "text_regression", "score_range": [0.0, INF]}, "label_names": ...},
+    ),
+    "another template": (LANGUAGE, language_terms({"task.reading_sha256": "f" * 64})),
+    "another language model": (LANGUAGE, language_terms({"model_sha256": "f" * 64})),
+    "pixels of another scale": (PICTURES, picture_terms({"task.reading_sha256": "f" * 64})),
 }
 
 
@@ -238,7 +284,10 @@ CASES: Mapping[str, Case] = (
     | {name: Case({}, facts, tensors) for name, (facts, tensors) in REQUESTS.items()}
     | {name: Case(terms, device=device) for name, (device, terms) in OTHER_DEVICES.items()}
 )
-AFTER_THE_MODEL = ("another model", "the head of another seed")  # which must be loaded to have a hash
+AFTER_THE_MODEL = (  # which must be loaded to have a hash
+    *("another model", "the head of another seed"),
+    *("another template", "another language model", "pixels of another scale"),
+)
 
 
 def scale_of(adapter: Mapping[str, Any]) -> float:

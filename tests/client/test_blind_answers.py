@@ -8,25 +8,19 @@ Mutants, which are found out: no rehearsal; a rehearsal after the charge; no com
 kept; a row whose failure is told; a role that is personal no more.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from client.device import Device
 from client.settings import Settings
 from client.trainee import Trainee
 from fedlr.adapters.state import LORA_A, LORA_B, SIDE_A, SIDE_B, Slot
-from fedlr.errors import InputError
-from fedlr.flower.messages import Reply
-from fedlr.flower.records import RecordDict
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.pools.client_state import Kept
@@ -35,6 +29,7 @@ from fedlr.rounds.pools.local import LocalPool
 from fedlr.rounds.pools.rehearsal import Rehearsal
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import HookGradients
+from tests.client.blind import EMPTY, FILLED, Draw, answer
 from tests.client.device_files import PATH, device_settings
 from tests.client.hostile_server import CASES, RULES, Case, ones, section, side
 
@@ -113,20 +108,6 @@ STATES: Mapping[str, Sequence[Case]] = {
 }
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What every Poisson draw of a round gives; a rehearsal draws every row, whatever this is."""
-
-    rows: Sequence[int]
-    original: Callable[..., Any] = field(default=PoissonSampler.draw)
-
-    def __call__(self, sampler: PoissonSampler, num_examples: int, generator: np.random.Generator) -> Any:
-        if sampler.sample_rate == 1.0:
-            return self.original(sampler, num_examples, generator)
-        return np.array(self.rows, dtype=np.int64)
-
-
-EMPTY, FILLED = Draw([]), Draw([0, 3])
 TRAINEES: dict[str, Trainee] = {}
 
 
@@ -171,26 +152,6 @@ def _killed(*_: object) -> None:
 
 def replace_terms(case: Case, engine: str) -> Case:
     return case._replace(terms={**ENGINES[engine], **case.terms})
-
-
-def answer(device: Device, asked: RecordDict, settings: Settings) -> tuple[Any, ...]:
-    before = rows_of(settings.ledger_path)
-    try:
-        sent = device.answer(asked)
-    except InputError:
-        return ("no request",)
-    reply = Reply.read(sent)
-    charged = rows_of(settings.ledger_path)[len(before) :]
-    if reply.facts.refused:
-        assert not charged, f"{reply.facts.refused} after a charge"
-    lengths = sorted(len(part.deflate()) for part in get_all_nested_objects(sent).values())
-    facts = reply.facts.model_dump(exclude={"ledger_head"})
-    return facts, {slot: (t.shape, t.dtype) for slot, t in reply.tensors.items()}, lengths, charged
-
-
-def rows_of(ledger: Path) -> list[Any]:
-    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("hash", "prev", "task")} for row in rows]
 
 
 @pytest.fixture(autouse=True)

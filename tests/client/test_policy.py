@@ -42,6 +42,7 @@ from tests.client.hostile_server import AFTER_THE_MODEL, BOUNDS, CASES, RULES, T
 
 OPENED: list[str] = []
 TRAPPED: set[str] = set()
+ROWS = (".csv", ".jsonl", ".png")  # what a device's data are files of
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -59,7 +60,8 @@ def trap(tmp_path: Path) -> Iterator[Callable[..., Settings]]:
 
     def ready(**changes: Any) -> Settings:
         settings = device_settings(tmp_path / "device", **BOUNDS, **changes)
-        TRAPPED.add(str(tmp_path / "device" / "letters.csv"))
+        files = [path for path in (tmp_path / "device").rglob("*.*") if path.suffix in ROWS]
+        TRAPPED.update(str(path) for path in files if path != settings.ledger_path)
         return settings
 
     OPENED.clear()

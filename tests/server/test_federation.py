@@ -34,7 +34,7 @@ from server.view.adapter_files import find_adapter
 from server.view.refusals import NotThere
 from simulations.federation import assemble
 from simulations.simulate import create_ledger, run_rounds
-from tests.server.whole_federation import SMALL, Federation, close_all, experiment, lines
+from tests.server.whole_federation import SMALL, Federation, close_all, difference, experiment, lines
 from tests.simulations.small_runs import quiet
 
 
@@ -56,14 +56,6 @@ def simulated(folder: Path, *overrides: str) -> Any:
         f = assemble(e, seed=e.seed or 0)
         state, *_ = run_rounds(f, folder, ledger=create_ledger(f, folder / LEDGER), progress=quiet(e))
     return state
-
-
-def difference(one: Any, other: Any) -> float:
-    pairs = [(one.adapter.tensors[slot], tensor) for slot, tensor in other.adapter.tensors.items()]
-    sides = one.adapter.side, other.adapter.side
-    assert sides[0].keys() == sides[1].keys()
-    pairs += [(part.lora_B @ part.lora_A, sides[1][p].lora_B @ sides[1][p].lora_A) for p, part in sides[0].items()]
-    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
 @contextmanager

@@ -105,3 +105,12 @@ class Federation:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def difference(one: Any, other: Any) -> float:
+    """Return the largest difference of any number of two states of a server."""
+    pairs = [(one.adapter.tensors[slot], tensor) for slot, tensor in other.adapter.tensors.items()]
+    sides = one.adapter.side, other.adapter.side
+    assert sides[0].keys() == sides[1].keys()
+    pairs += [(part.lora_B @ part.lora_A, sides[1][p].lora_B @ sides[1][p].lora_A) for p, part in sides[0].items()]
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)

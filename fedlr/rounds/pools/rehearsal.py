@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.examples import Share
-from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.cohort import FusedSums
 from fedlr.training.fused import ClippedSums
 from fedlr.training.gradients import Gradients
@@ -113,13 +111,3 @@ class SafeGradients:
 
     def close(self) -> None:
         """Do nothing: whoever made the gradients closes them."""
-
-
-def with_largest_id(share: Share, largest: int) -> Share:
-    """Return constant rows whose long ones hold a token id in their middle: the largest that a tokenizer gives."""
-    table = share.table
-    assert isinstance(table, TokenisedText)
-    ids = table.ids.copy()
-    long = np.flatnonzero(table.lengths[1:] > 2) + 1
-    ids[table.offsets[long] + table.lengths[long] // 2] = largest
-    return replace(share, table=replace(table, ids=ids))
