@@ -41,7 +41,7 @@ from fedlr.runs.directory import (
     write_json,
     write_origin,
 )
-from fedlr.runs.recorder import client_rows, metrics_row, summarise
+from fedlr.runs.recorder import client_rows, is_scored, metrics_row, summarise
 from fedlr.runs.report import write_report
 from fedlr.runs.verdict import verdict_lines
 from fedlr.training.threads import torch_threads
@@ -253,8 +253,9 @@ class Run:
         write_whole(folder / f"round-{state.round_index:05d}.safetensors", save(stored))
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
+        told = "not scored" if row["accuracy"] is None else f"accuracy {row['accuracy']:.3f}"
         self.say(
-            f"  round {state.round_index}/{self.experiment.num_rounds}  accuracy {row['accuracy']:.3f}   "
+            f"  round {state.round_index}/{self.experiment.num_rounds}  {told}   "
             f"{row['seconds']['round']:.1f} s   {len(diagnostics.trained)} updates"
             + (f"   {lost} without ({', '.join(sorted({d.reason for d in diagnostics.dropouts}))})" if lost else "")
         )
@@ -275,18 +276,21 @@ class Run:
 
     def _record(self, progress: Progress, diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
         """Write the lines of a state, and of the round that led to it."""
-        evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
+        e, evaluation, evaluate_s = self.experiment, None, 0.0
+        round_index = progress.state.round_index
+        if is_scored(round_index, every=e.tracking.evaluate_every, num_rounds=e.num_rounds):
+            evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
         spent = progress.reports.epsilon.values()
         told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
-        is_last = progress.state.round_index == self.experiment.num_rounds
+        is_last = round_index == e.num_rounds
         row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **told)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:
             rows = client_rows(
                 diagnostics,
                 spent=progress.reports.epsilon,
-                round_index=progress.state.round_index - 1,
-                num_steps=self.experiment.trainer.num_steps,
+                round_index=round_index - 1,
+                num_steps=e.trainer.num_steps,
                 participations=progress.participations,
                 seconds=None,
             )

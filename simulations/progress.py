@@ -38,7 +38,7 @@ class Progress:
         e = experiment
         who = "1 client" if e.num_clients == 1 else f"{e.num_clients} clients, {e.cohort_size} a round"
         self.say(f"\n{name}: {who}")
-        self.say(f"  start        {self._score(row)}   {loss_text(row)}")
+        self.say(f"  start        {self._scored(row)}")
 
     def taken_up(self, num_rounds: int) -> None:
         """Announce a federated run that goes on."""
@@ -54,12 +54,12 @@ class Progress:
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
         absent = f"   without an update: {counted(row['reasons'])}" if row["reasons"] else ""
         self.say(
-            f"  round {number}  {self._score(row)}   {loss_text(row)}   {epsilon}{of_budget}"
+            f"  round {number}  {self._scored(row)}   {epsilon}{of_budget}"
             f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
         )
         if not row["num_trained"]:
             self.say(f"  NO USABLE UPDATE in round {row['rounds_completed']}: the model stays as it was")
-        if row["loss"] is None:
+        if row["accuracy"] is not None and row["loss"] is None:
             self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")
 
     def judged(self, verdict: Mapping[str, Any]) -> None:
@@ -83,6 +83,10 @@ class Progress:
         self.say(f"  {self._metric.name} mean {mean}, worst {worst_text}, best {best_text}")
         if num_idle:
             self.say(f"  NO USABLE UPDATE of {num_idle} clients alone: they stay at the start")
+
+    def _scored(self, row: dict[str, Any]) -> str:
+        """Write headline and loss of a state, or that it has none."""
+        return "not scored" if row["accuracy"] is None else f"{self._score(row)}   {loss_text(row)}"
 
     def _score(self, row: Mapping[str, Any]) -> str:
         """Write the headline of a state; one that is not finite has no number."""

@@ -39,7 +39,7 @@ from fedlr.runs.directory import (
     write_json,
     write_origin,
 )
-from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summarise
+from fedlr.runs.recorder import client_rows, held_out_labels, is_scored, metrics_row, summarise
 from fedlr.runs.report import write_report
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
 from fedlr.streams import Purpose, SeededRandomness, stream
@@ -162,7 +162,9 @@ def run_rounds(
     noise_sd = update_noise(federation.training, federation.mechanism)
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
-        evaluation, evaluate_s = evaluator.score(scored(state), personal=personal)
+        evaluation, evaluate_s = None, 0.0
+        if is_scored(state.round_index, every=e.tracking.evaluate_every, num_rounds=e.num_rounds):
+            evaluation, evaluate_s = evaluator.score(scored(state), personal=personal)
         told = metrics_row(
             state,
             evaluation,

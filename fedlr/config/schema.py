@@ -189,6 +189,7 @@ class TrackingSection(Section):
 
     output_dir: Annotated[str, Field(min_length=1)]
     checkpoint_every: PositiveInt | None
+    evaluate_every: PositiveInt = 1
     run_no_privacy: bool
     run_alone: bool
     run_centralised: bool = False

@@ -22,9 +22,18 @@ from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 NEVER_ASKED = ("offline", "not_sent")
 
 
+def is_scored(round_index: int, *, every: int, num_rounds: int) -> bool:
+    """Return whether the state after so many rounds is scored: the start, every few rounds, and the last.
+
+    >>> [n for n in range(6) if is_scored(n, every=2, num_rounds=5)]
+    [0, 2, 4, 5]
+    """
+    return round_index % every == 0 or round_index == num_rounds
+
+
 def metrics_row(
     state: ServerState,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     *,
     spent: Collection[float],
     diagnostics: RoundDiagnostics | None = None,
@@ -34,6 +43,7 @@ def metrics_row(
 ) -> dict[str, Any]:
     """Return the line of metrics.jsonl for a state, and for the round that led to it.
 
+    `evaluation` is None of a state that is not scored (`is_scored`): accuracy and loss are null, and other scores absent.
     `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
     noise in one number of a client's update, where it is known (`fedlr.training.noise`). Only the last state has a
     confusion matrix: `is_last`.
@@ -45,10 +55,7 @@ def metrics_row(
     train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
     return {
         "rounds_completed": state.round_index,
-        "accuracy": evaluation.accuracy,
-        "loss": finite(evaluation.loss),
         **scores_of(evaluation, is_last=is_last),
-        **({"measures": {k: finite(v) for k, v in evaluation.measures.items()}} if evaluation.measures else {}),
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
@@ -74,12 +81,17 @@ def metrics_row(
     }
 
 
-def scores_of(evaluation: Evaluation, *, is_last: bool) -> dict[str, Any]:
-    """Return what a line of metrics.jsonl has beside accuracy and loss; of a model that was not scored, nothing."""
-    if evaluation.scores is None:
-        return {}
-    told = asdict(evaluation.scores)
-    return {**told, "confusion": told["confusion"] if is_last else None}
+def scores_of(evaluation: Evaluation | None, *, is_last: bool) -> dict[str, Any]:
+    """Return how good a state is, as a line of metrics.jsonl has it; one that was not scored has null."""
+    if evaluation is None:
+        return {"accuracy": None, "loss": None}
+    found: dict[str, Any] = {"accuracy": evaluation.accuracy, "loss": finite(evaluation.loss)}
+    if evaluation.scores is not None:
+        told = asdict(evaluation.scores)
+        found |= {**told, "confusion": told["confusion"] if is_last else None}
+    if evaluation.measures:
+        found["measures"] = {name: finite(value) for name, value in evaluation.measures.items()}
+    return found
 
 
 def score_of(row: Mapping[str, Any], metric: Metric) -> float | None:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedlr.runs.report.picture import MOST_CLIENTS, Picture, drawn
+from fedlr.runs.report.released import scored
 from fedlr.runs.report.run_files import Run
 from fedlr.runs.report.svg import colour, legend, marker, round_axis, score_axis
 from fedlr.tasks.evaluation import ACCURACY
@@ -22,8 +23,8 @@ def accuracy_by_round(run: Run) -> Picture:
         if run.alone:
             _paint_alone(axes, run)
         if run.no_privacy:
-            rounds = [state.rounds_completed for state in run.no_privacy]
-            scores = [state.score for state in run.no_privacy]
+            rounds = [state.rounds_completed for state in scored(run.no_privacy)]
+            scores = [state.score for state in scored(run.no_privacy)]
             axes.plot(
                 rounds,
                 scores,
@@ -32,9 +33,9 @@ def accuracy_by_round(run: Run) -> Picture:
                 marker=marker("s", rounds),
                 label="without privacy",
             )
-        rounds = [state.rounds_completed for state in run.states]
-        scores = [state.score for state in run.states]
-        axes.plot(rounds, scores, color=colour("blue"), marker=marker("o", run.states), label="this run")
+        rounds = [state.rounds_completed for state in scored(run.states)]
+        scores = [state.score for state in scored(run.states)]
+        axes.plot(rounds, scores, color=colour("blue"), marker=marker("o", rounds), label="this run")
         axes.margins(x=0.03, y=0.08)
         round_axis(axes)
         score_axis(axes, metric)
@@ -55,7 +56,8 @@ def accuracy_by_epsilon(run: Run) -> Picture:
     """Score against the privacy spent to reach it."""
     metric = run.summary.metric
     name, title = "accuracy-epsilon", f"{metric.name.capitalize()} against privacy spent"
-    points = [(s.epsilon_max or 0.0, s.score, s.rounds_completed) for s in run.states if _is_finite(s.epsilon_max)]
+    states = [state for state in scored(run.states) if _is_finite(state.epsilon_max)]
+    points = [(state.epsilon_max or 0.0, state.score, state.rounds_completed) for state in states]
     if not points:
         return Picture(name, title, "This run states no finite epsilon, so there is no privacy axis to draw on.")
     alone = [(one.epsilon, one.score) for one in run.alone if one.epsilon is not None and math.isfinite(one.epsilon)]
@@ -68,7 +70,7 @@ def accuracy_by_epsilon(run: Run) -> Picture:
             [p[0] for p in points],
             [p[1] for p in points],
             color=colour("blue"),
-            marker=marker("o", run.states),
+            marker=marker("o", points),
             label="this run",
         )
         for index in sorted({0, len(points) - 1}):

@@ -24,6 +24,7 @@ class State:
     """One line of metrics.jsonl: the federation after `rounds_completed` rounds."""
 
     rounds_completed: int
+    is_scored: bool  # else accuracy and score are not a number
     accuracy: float
     score: float  # the headline: accuracy, or what else `Summary.metric` names
     loss: float | None
@@ -218,6 +219,8 @@ def _states(path: Path, metric: Metric) -> list[State]:
     rounds = [state.rounds_completed for state in states]
     if rounds[:1] != [0] or rounds != sorted(set(rounds)):
         raise InputError(f"Expected rounds_completed to rise from 0 in {path}, got {rounds[:8]}")
+    if not states[0].is_scored:
+        raise InputError(f"Expected an accuracy in the first line of {path}, got null: a run scores its start")
     return states
 
 
@@ -225,9 +228,11 @@ def _state(row: Record, metric: Metric = ACCURACY) -> State:
     measures = row.nested("measures") if row.values.get("measures") else row
     told = measures if metric.name in measures.values else row
     score = told.optional_number(metric.name, may_diverge=True)
+    accuracy = None if row.get("accuracy") is None else row.number("accuracy")
     return State(
         rounds_completed=row.count("rounds_completed"),
-        accuracy=row.number("accuracy"),
+        is_scored=accuracy is not None,
+        accuracy=math.nan if accuracy is None else accuracy,
         score=math.nan if score is None else score,
         loss=row.optional_number("loss", may_diverge=True),
         scores={name: row.number(name) for name in SCORES if row.values.get(name) is not None},
