@@ -43,6 +43,7 @@ from fedlr.runs.directory import (
 )
 from fedlr.runs.recorder import client_rows, is_scored, metrics_row, summarise
 from fedlr.runs.report import write_report
+from fedlr.runs.selection import told
 from fedlr.runs.verdict import verdict_lines
 from fedlr.training.threads import torch_threads
 from server.federation import Served, assemble
@@ -167,6 +168,14 @@ class Run:
         )
         statement = with_origin(statement, served.origin)
         write_json(self.run_dir / "privacy.json", statement)
+        rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
+        numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
+        numbers |= {
+            "held_out": served.held_out,
+            "head_is_drawn": served.base.head_is_drawn,
+            "noise_sd": served.noise_sd,
+        }
+        summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         for name in ("adapter", "adapter.partial"):  # of a process that was killed here
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
         export_adapter(
@@ -180,15 +189,8 @@ class Run:
             statement=statement,
             personal=served.method.personal,
             has_pairs=served.terms.pairs,
+            released=told(summary["released"]),
         )
-        rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
-        numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
-        numbers |= {
-            "held_out": served.held_out,
-            "head_is_drawn": served.base.head_is_drawn,
-            "noise_sd": served.noise_sd,
-        }
-        summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         finish_run(self.run_dir, summary, draw=write_report)
         for line in verdict_lines(summary["verdict"]):
             self.say(line)
@@ -253,9 +255,9 @@ class Run:
         write_whole(folder / f"round-{state.round_index:05d}.safetensors", save(stored))
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
-        told = "not scored" if row["accuracy"] is None else f"accuracy {row['accuracy']:.3f}"
+        score = "not scored" if row["accuracy"] is None else f"accuracy {row['accuracy']:.3f}"
         self.say(
-            f"  round {state.round_index}/{self.experiment.num_rounds}  {told}   "
+            f"  round {state.round_index}/{self.experiment.num_rounds}  {score}   "
             f"{row['seconds']['round']:.1f} s   {len(diagnostics.trained)} updates"
             + (f"   {lost} without ({', '.join(sorted({d.reason for d in diagnostics.dropouts}))})" if lost else "")
         )
@@ -281,9 +283,9 @@ class Run:
         if is_scored(round_index, every=e.tracking.evaluate_every, num_rounds=e.num_rounds):
             evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
         spent = progress.reports.epsilon.values()
-        told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
+        known: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
         is_last = round_index == e.num_rounds
-        row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **told)
+        row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **known)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:
             rows = client_rows(

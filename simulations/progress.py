@@ -10,7 +10,8 @@ from fedlr.config.auto_rates import alone_rounds
 from fedlr.config.schema import Experiment
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.recorder import score_of
-from fedlr.runs.report.wording import epsilon_text
+from fedlr.runs.report.wording import count, epsilon_text
+from fedlr.runs.selection import LAST, VALIDATION, told
 from fedlr.runs.verdict import verdict_lines
 from fedlr.tasks.evaluation import ACCURACY, Metric
 
@@ -62,8 +63,21 @@ class Progress:
         if row["accuracy"] is not None and row["loss"] is None:
             self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")
 
-    def judged(self, verdict: Mapping[str, Any]) -> None:
-        """Say whether the run learned, and what to change first where it did not."""
+    def arm_done(self, experiment: Experiment, *, num_rounds: int) -> None:
+        """Say that an arm stopped before its last round, if it did."""
+        e = experiment
+        if num_rounds == e.num_rounds:
+            return
+        self._total -= (e.num_rounds - num_rounds) * e.cohort_size
+        self.say(
+            f"  stopped: {count(e.patience or 0, 'scored round')} without a better model on validation rows"
+            + (f"; epsilon is that of all {e.num_rounds} announced rounds" if e.privacy.epsilon is not None else "")
+        )
+
+    def judged(self, verdict: Mapping[str, Any], released: Mapping[str, Any]) -> None:
+        """Say which model is released where it is not the last, whether the run learned, and what to change if not."""
+        if released["model"] != LAST:
+            self.say(f"\n{told(released)}")
         for line in verdict_lines(verdict):
             self.say(line)
 
@@ -86,14 +100,20 @@ class Progress:
 
     def _scored(self, row: dict[str, Any]) -> str:
         """Write headline and loss of a state, or that it has none."""
-        return "not scored" if row["accuracy"] is None else f"{self._score(row)}   {loss_text(row)}"
+        if row["accuracy"] is None:
+            return "not scored"
+        found = f"{self._score(row)}   {loss_text(row)}"
+        if VALIDATION not in row:
+            return found
+        value = row[VALIDATION][self._metric.name]
+        return f"{found}   on validation rows {'not finite' if value is None else self._metric.text(value)}"
 
     def _score(self, row: Mapping[str, Any]) -> str:
         """Write the headline of a state; one that is not finite has no number."""
         name, value = self._metric.name, score_of(row, self._metric)
-        told = f"{name} {'not finite' if value is None else self._metric.text(value)}"
+        text = f"{name} {'not finite' if value is None else self._metric.text(value)}"
         of_groups = row.get("measures", {}).get(f"macro_{name}")
-        return told if of_groups is None else f"{told}, of groups {self._metric.text(of_groups)}"
+        return text if of_groups is None else f"{text}, of groups {self._metric.text(of_groups)}"
 
     def left(self) -> str:
         """Return the estimated time left, as minutes and seconds."""

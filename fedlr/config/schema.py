@@ -213,6 +213,8 @@ class Experiment(Section):
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     average_last: Annotated[int, Field(ge=1, le=100)] = 1
+    release: Literal["last", "best"] = "last"
+    patience: Count | None = None
     task: Target = Target(_target_="text_classification")  # as every run before there was a choice
     model: Target
     data: DataSection

@@ -16,6 +16,7 @@ from fedlr.methods.method import Method
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.outcome import finite, problem_of
+from fedlr.runs.selection import Selection
 from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
 from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 
@@ -40,13 +41,15 @@ def metrics_row(
     evaluate_s: float,
     noise_sd: float | None = None,
     is_last: bool = False,
+    validation: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """Return the line of metrics.jsonl for a state, and for the round that led to it.
 
-    `evaluation` is None of a state that is not scored (`is_scored`): accuracy and loss are null, and other scores absent.
+    `evaluation` is None of a state that is not scored (`is_scored`): accuracy and loss are null, others absent.
+    `validation` is its score on validation rows, where a model is chosen by them (`fedlr.runs.selection`).
     `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
-    noise in one number of a client's update, where it is known (`fedlr.training.noise`). Only the last state has a
-    confusion matrix: `is_last`.
+    noise in one number of a client's update, where it is known (`fedlr.training.noise`). A state that may be
+    the released one has a confusion matrix: `is_last`.
     """
     d = diagnostics
     errors = d.aggregation_error if d else {}
@@ -56,6 +59,7 @@ def metrics_row(
     return {
         "rounds_completed": state.round_index,
         **scores_of(evaluation, is_last=is_last),
+        **({} if validation is None else {"validation": dict(validation)}),
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
@@ -175,11 +179,16 @@ def summarise(
     head_is_drawn: bool = True,
     noise_sd: float | None = None,
     metric: Metric = ACCURACY,
+    num_validation: int | None = None,
 ) -> dict[str, Any]:
-    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not."""
-    e, first, last = experiment, rows[0], rows[-1]
+    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not.
+
+    `state` is the released one, and the scores are those of its line.
+    """
+    e, first, selection = experiment, rows[0], Selection.of(experiment, metric)
+    last = selection.released(rows)
     is_private = e.privacy.epsilon is not None
-    problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal))
+    problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal), released=last)
     outcome = Result(
         start_accuracy=first["accuracy"],
         final_accuracy=last["accuracy"],
@@ -211,7 +220,8 @@ def summarise(
         "start_score": score_of(first, metric),
         "final_score": score_of(last, metric),
         "measures": last.get("measures", {}),
-        "epsilon_max": last["epsilon_max"],
+        "released": selection.record(rows, num_rounds=e.num_rounds, num_validation=num_validation),
+        "epsilon_max": rows[-1]["epsilon_max"],
         "delta": e.privacy.delta if is_private else None,
         "adapter_sha256": state.adapter.fingerprint(),
         "num_trained_parameters": num_trained_values,

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedlr.runs.report.picture import MOST_CLIENTS, Picture, drawn
-from fedlr.runs.report.released import scored
+from fedlr.runs.report.released import released, scored
 from fedlr.runs.report.run_files import Run
 from fedlr.runs.report.svg import colour, legend, marker, round_axis, score_axis
 from fedlr.tasks.evaluation import ACCURACY
@@ -16,7 +16,7 @@ from fedlr.tasks.evaluation import ACCURACY
 
 def accuracy_by_round(run: Run) -> Picture:
     """Score of the shared adapter after each round, against the two baselines."""
-    metric = run.summary.metric
+    metric, is_chosen = run.summary.metric, any(state.validation for state in run.states)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -36,6 +36,8 @@ def accuracy_by_round(run: Run) -> Picture:
         rounds = [state.rounds_completed for state in scored(run.states)]
         scores = [state.score for state in scored(run.states)]
         axes.plot(rounds, scores, color=colour("blue"), marker=marker("o", rounds), label="this run")
+        if is_chosen:
+            _paint_validation(axes, run)
         axes.margins(x=0.03, y=0.08)
         round_axis(axes)
         score_axis(axes, metric)
@@ -43,6 +45,7 @@ def accuracy_by_round(run: Run) -> Picture:
 
     caption = f"{'Higher' if metric.higher_is_better else 'Lower'} is better; round 0 is the start, before any training"
     caption += "; the dashed line is the same run without privacy" if run.no_privacy else ""
+    caption += "; the dotted line is the score on validation rows, the ring the released model" if is_chosen else ""
     caption += "; the band spans the clients that train alone, lowest to highest" if run.alone else ""
     return drawn(
         "accuracy",
@@ -93,6 +96,23 @@ def accuracy_by_epsilon(run: Run) -> Picture:
     drawn_alone = ", the upright line all clients alone" if len(alone) > MOST_CLIENTS else ", one cross a client alone"
     caption += f"{drawn_alone if alone else ''}."
     return drawn(name, title, caption, paint)
+
+
+def _paint_validation(axes: Axes, run: Run) -> None:
+    """Draw what the model was chosen by, and a ring around it."""
+    found = [(s.rounds_completed, s.validation.get(run.summary.metric.name)) for s in run.states if s.validation]
+    rounds, scores = zip(*((number, math.nan if score is None else score) for number, score in found), strict=True)
+    axes.plot(rounds, scores, color=colour("grey"), linestyle=":", label="on validation rows")
+    final = released(run)
+    axes.plot(
+        [final.rounds_completed],
+        [final.score],
+        "o",
+        color=colour("vermillion"),
+        markerfacecolor="none",
+        markersize=11,
+        label="released",
+    )
 
 
 def _paint_alone(axes: Axes, run: Run) -> None:

@@ -11,6 +11,7 @@ from fedlr.errors.messages import shown
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.audit_text import AuditResult, read_audit
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
+from fedlr.runs.report.of_selection import released_of, validation_of
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
 from fedlr.tasks.evaluation import ACCURACY, Metric
@@ -28,6 +29,7 @@ class State:
     accuracy: float
     score: float  # the headline: accuracy, or what else `Summary.metric` names
     loss: float | None
+    validation: Mapping[str, float | None]  # headline and loss on validation rows, where a model is chosen by them
     scores: Mapping[str, float]  # by name, of `SCORES`; those that the file has
     confusion: tuple[tuple[int, ...], ...] | None
     epsilon_max: float | None
@@ -80,6 +82,7 @@ class Summary:
     bytes_down: int
     seconds: float
     problem: str | None  # why the whole run was for nothing
+    released: Mapping[str, object]  # which model it is (fedlr.runs.selection); empty: not stated, the last
     verdict: Verdict | None  # None: not stated
     label_names: tuple[str, ...]  # of the classes; empty: not stated
 
@@ -235,6 +238,7 @@ def _state(row: Record, metric: Metric = ACCURACY) -> State:
         accuracy=math.nan if accuracy is None else accuracy,
         score=math.nan if score is None else score,
         loss=row.optional_number("loss", may_diverge=True),
+        validation=validation_of(row, metric),
         scores={name: row.number(name) for name in SCORES if row.values.get(name) is not None},
         confusion=_confusion(row),
         epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
@@ -343,6 +347,7 @@ def _summary(row: Record) -> Summary:
         bytes_down=row.integer("bytes_down"),
         seconds=row.number("seconds"),
         problem=None if row.values.get("problem") is None else row.text("problem"),
+        released=released_of(row),
         verdict=_verdict(row),
         label_names=tuple(map(str, row.items("label_names"))) if row.values.get("label_names") is not None else (),
     )
