@@ -18,15 +18,17 @@ from safetensors.torch import save
 
 from fedlr.adapters.client_ranks import num_rows_and_columns
 from fedlr.adapters.state import side_tensors
+from fedlr.config.schedules import rates_after
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError, PassingError
 from fedlr.files import make_folder, sync_file, write_whole
 from fedlr.models.export import export_adapter
 from fedlr.privacy.reported import reported_statement
-from fedlr.privacy.statement import with_origin
+from fedlr.privacy.statement import with_choices, with_origin
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
 from fedlr.runs.checkpoint import latest_checkpoint, reading_facts, save_checkpoint
+from fedlr.runs.choices import choices_of
 from fedlr.runs.directory import (
     CHECKPOINTS,
     CLIENTS,
@@ -158,16 +160,6 @@ class Run:
     def leave_behind(self) -> str | None:
         """Write statement, adapter, summary and report; return why all was for nothing, if it was (`runs.outcome`)."""
         e, served, state = self.experiment, self.served, scored(self.progress.state)
-        statement = reported_statement(
-            e.privacy.delta if served.mechanism else None,
-            self.progress.reports.epsilon,
-            self.progress.reports.last_heads(),
-            num_clients=e.num_clients,
-            randomness=e.privacy.randomness,
-            mechanism=served.mechanism,
-        )
-        statement = with_origin(statement, served.origin)
-        write_json(self.run_dir / "privacy.json", statement)
         rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
         numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
         numbers |= {
@@ -176,6 +168,16 @@ class Run:
             "noise_sd": served.noise_sd,
         }
         summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
+        statement = reported_statement(
+            e.privacy.delta if served.mechanism else None,
+            self.progress.reports.epsilon,
+            self.progress.reports.last_heads(),
+            num_clients=e.num_clients,
+            randomness=e.privacy.randomness,
+            mechanism=served.mechanism,
+        )
+        statement = with_choices(with_origin(statement, served.origin), choices_of(e, summary["released"]))
+        write_json(self.run_dir / "privacy.json", statement)
         for name in ("adapter", "adapter.partial"):  # of a process that was killed here
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
         export_adapter(
@@ -283,7 +285,13 @@ class Run:
         if is_scored(round_index, every=e.tracking.evaluate_every, num_rounds=e.num_rounds):
             evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
         spent = progress.reports.epsilon.values()
-        known: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
+        rates = rates_after(e, round_index)
+        known: dict[str, Any] = {
+            "rates": rates,
+            "diagnostics": diagnostics,
+            "evaluate_s": evaluate_s,
+            "noise_sd": self.served.noise_sd,
+        }
         is_last = round_index == e.num_rounds
         row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **known)
         append_lines(self.run_dir / METRICS, [row])

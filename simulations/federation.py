@@ -113,8 +113,15 @@ class Federation:
             self,
             experiment=experiment,
             method=method,
-            training=local_training(experiment.trainer, method.client, self.task),
+            training=local_training(experiment.trainer, method.client, self.task, num_rounds=experiment.num_rounds),
         )
+
+    def over(self, num_rounds: int) -> "Federation":
+        """Return the same federation with learning rates that run their course over another number of rounds."""
+        if (rates := self.training.rates).is_constant and self.method.server_rates.is_constant:
+            return self
+        method = replace(self.method, server_rates=self.method.server_rates.over(num_rounds))
+        return replace(self, method=method, training=replace(self.training, rates=rates.over(num_rounds)))
 
 
 def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Federation:

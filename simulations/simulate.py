@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
-from fedlr.config.auto_rates import found_text
+from fedlr.config.auto_rates import alone_rounds, found_text
+from fedlr.config.schedules import rates_after
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
@@ -182,6 +183,7 @@ def run_rounds(
                 noise_sd=noise_sd,
                 is_last=found.is_over or found.is_best,
                 validation=found.validation,
+                rates=rates_after(e, state.round_index),
             )
         )
         append_lines(folder / METRICS, rows[-1:])
@@ -267,7 +269,7 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
         progress.say("the clients alone were cut off, and their noise cannot be drawn again: they are left out")
         return
     progress.alone()
-    federation = federation.at_rate_of("alone_lr")
+    federation = federation.at_rate_of("alone_lr").over(alone_rounds(federation.experiment))
     ledger = open_ledger(federation, path) if path.exists() else create_ledger(federation, path)
     with closing(make_pool(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)

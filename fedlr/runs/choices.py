@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fedlr.config.schedules import client_rates, server_rates
 from fedlr.config.schema import Experiment
 from fedlr.runs.selection import BEST
 
@@ -18,7 +19,11 @@ def choices_of(experiment: Experiment, released: Mapping[str, Any]) -> tuple[str
     if e.privacy.epsilon is None:
         return ()
     found = []
-    rows = f"{released['num_validation']:,} validation rows ({_source(e)})"
+    if not (client_rates(e).is_constant and server_rates(e).is_constant):
+        found.append(
+            "the learning rate of each round: by its public number alone; it reads no rows and costs no epsilon"
+        )
+    rows = f"{released['num_validation'] or 0:,} validation rows ({_source(e)})"
     if e.release == BEST:
         found.append(
             f"which model is released: the best of the scored ones on {rows}; no client trains on them, so it costs no "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlr.config.auto_rates import schedule_of
 from fedlr.config.schema import Experiment
 from fedlr.methods.method import Method
 from fedlr.rounds.round import RoundDiagnostics, ServerState
@@ -42,10 +43,12 @@ def metrics_row(
     noise_sd: float | None = None,
     is_last: bool = False,
     validation: Mapping[str, float | None] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the line of metrics.jsonl for a state, and for the round that led to it.
 
     `evaluation` is None of a state that is not scored (`is_scored`): accuracy and loss are null, others absent.
+    `rates` are the factors of the round's learning rates (`fedlr.config.schedules.rates_after`), where they change.
     `validation` is its score on validation rows, where a model is chosen by them (`fedlr.runs.selection`).
     `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
     noise in one number of a client's update, where it is known (`fedlr.training.noise`). A state that may be
@@ -73,7 +76,8 @@ def metrics_row(
         else None,
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
-        "noise_to_signal": d.change.noise_to_signal(noise_sd) if d and d.change else None,
+        **({} if rates is None else {"rates": dict(rates)}),
+        "noise_to_signal": d.change.noise_to_signal(_at(noise_sd, rates)) if d and d.change else None,
         "bytes_up": d.bytes_up if d else 0,
         "bytes_down": d.bytes_down if d else 0,
         "seconds": {
@@ -83,6 +87,11 @@ def metrics_row(
             "round": train_s + aggregate_s + evaluate_s,
         },
     }
+
+
+def _at(noise_sd: float | None, rates: Mapping[str, float] | None) -> float | None:
+    """Return the noise of an update at the clients' rate of its round: SGD is linear in it."""
+    return noise_sd if noise_sd is None or rates is None else noise_sd * rates["clients"]
 
 
 def scores_of(evaluation: Evaluation | None, *, is_last: bool) -> dict[str, Any]:
@@ -126,7 +135,7 @@ def recipe_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | 
         num_rounds=e.num_rounds,
         lr=lr if isinstance(lr, float | int) else None,
         gathered_noise=gathered_noise(
-            noise_sd, num_rounds=e.num_rounds, cohort_size=e.cohort_size, server_momentum=e.server_momentum
+            noise_sd, rounds=schedule_of(e, (0.0, 1.0)).accumulated_rounds(), cohort_size=e.cohort_size
         ),
         has_label_weights=bool(e.data.label_weights),
     )

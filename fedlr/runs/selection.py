@@ -87,7 +87,7 @@ class Selection:
             "num_averaged": min(self.average_last, max(1, row["rounds_completed"])),
             "num_rounds": rows[-1]["rounds_completed"],
             "stopped_early": rows[-1]["rounds_completed"] < num_rounds,
-            "num_validation": num_validation,
+            "num_validation": num_validation if self.is_active else None,
             VALIDATION: row.get(VALIDATION),
         }
 

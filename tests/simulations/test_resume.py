@@ -91,6 +91,11 @@ JOBS: dict[str, Job] = {
         + ["trainer.optimizer.lr=30"],
         [("sent", 2), ("aggregated", 3), ("after", 3)],
     ),
+    "rates that decay": (
+        ["method=fedadam", "method.aggregate.bias_correction=true", "trainer.lr_schedule=cosine", "num_rounds=3"]
+        + ["server_lr_schedule=linear", "server_warmup_rounds=1"],
+        [("sent", 3)],
+    ),
     "every third round": (["num_rounds=4", "tracking.checkpoint_every=3"], [("sent", 3), ("aggregated", 4)]),
 }
 
