@@ -123,7 +123,7 @@ class Trainee:
         if not isinstance(rule, ClientRule):
             raise InputError(f"Expected client_rule to make a ClientRule, got {type(rule).__name__}")
         is_seeded = terms.randomness == "seeded"
-        training = local_training(trainer, rule, self.task)
+        training = local_training(trainer, rule, self.task, num_rounds=terms.num_rounds)
         if terms.mechanism is not None:
             # Each row by itself: tensors or a learning rate of a server's can make a row's gradient hang by more than C
             # on how wide the rows beside it are, as float32 rounds.

@@ -18,15 +18,17 @@ from safetensors.torch import save
 
 from fedlr.adapters.client_ranks import num_rows_and_columns
 from fedlr.adapters.state import side_tensors
+from fedlr.config.schedules import rates_after
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError, PassingError
 from fedlr.files import make_folder, sync_file, write_whole
 from fedlr.models.export import export_adapter
 from fedlr.privacy.reported import reported_statement
-from fedlr.privacy.statement import with_origin
+from fedlr.privacy.statement import with_choices, with_origin
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
 from fedlr.runs.checkpoint import latest_checkpoint, reading_facts, save_checkpoint
+from fedlr.runs.choices import choices_of
 from fedlr.runs.directory import (
     CHECKPOINTS,
     CLIENTS,
@@ -41,8 +43,9 @@ from fedlr.runs.directory import (
     write_json,
     write_origin,
 )
-from fedlr.runs.recorder import client_rows, metrics_row, score_text, summarise
+from fedlr.runs.recorder import client_rows, is_scored, metrics_row, score_text, summarise
 from fedlr.runs.report import write_report
+from fedlr.runs.selection import told
 from fedlr.runs.verdict import verdict_lines
 from fedlr.training.threads import torch_threads
 from server.federation import Served, assemble
@@ -157,6 +160,15 @@ class Run:
     def leave_behind(self) -> str | None:
         """Write statement, adapter, summary and report; return why all was for nothing, if it was (`runs.outcome`)."""
         e, served, state = self.experiment, self.served, scored(self.progress.state)
+        rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
+        numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
+        numbers |= {
+            "held_out": served.held_out,
+            "head_is_drawn": served.base.head_is_drawn,
+            "noise_sd": served.noise_sd,
+            "metric": served.metric,
+        }
+        summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         statement = reported_statement(
             e.privacy.delta if served.mechanism else None,
             self.progress.reports.epsilon,
@@ -165,7 +177,7 @@ class Run:
             randomness=e.privacy.randomness,
             mechanism=served.mechanism,
         )
-        statement = with_origin(statement, served.origin)
+        statement = with_choices(with_origin(statement, served.origin), choices_of(e, summary["released"]))
         write_json(self.run_dir / "privacy.json", statement)
         for name in ("adapter", "adapter.partial"):  # of a process that was killed here
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
@@ -180,16 +192,8 @@ class Run:
             statement=statement,
             personal=served.method.personal,
             has_pairs=served.terms.pairs,
+            released=told(summary["released"]),
         )
-        rows = [json.loads(line) for line in (self.run_dir / METRICS).read_text().splitlines()]
-        numbers: dict[str, Any] = {"num_trained_values": served.num_trained_values, "seconds": self.progress.seconds}
-        numbers |= {
-            "held_out": served.held_out,
-            "head_is_drawn": served.base.head_is_drawn,
-            "noise_sd": served.noise_sd,
-            "metric": served.metric,
-        }
-        summary = summarise(e, served.start, state, rows, method=served.method, seed=served.seed, **numbers)
         finish_run(self.run_dir, summary, draw=write_report)
         for line in verdict_lines(summary["verdict"]):
             self.say(line)
@@ -254,8 +258,9 @@ class Run:
         write_whole(folder / f"round-{state.round_index:05d}.safetensors", save(stored))
         self._commit(done)
         lost = len(diagnostics.cohort) - len(diagnostics.trained)
+        score = "not scored" if row["accuracy"] is None else score_text(row, self.served.metric)
         self.say(
-            f"  round {state.round_index}/{self.experiment.num_rounds}  {score_text(row, self.served.metric)}   "
+            f"  round {state.round_index}/{self.experiment.num_rounds}  {score}   "
             f"{row['seconds']['round']:.1f} s   {len(diagnostics.trained)} updates"
             + (f"   {lost} without ({', '.join(sorted({d.reason for d in diagnostics.dropouts}))})" if lost else "")
         )
@@ -276,18 +281,27 @@ class Run:
 
     def _record(self, progress: Progress, diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
         """Write the lines of a state, and of the round that led to it."""
-        evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
+        e, evaluation, evaluate_s = self.experiment, None, 0.0
+        round_index = progress.state.round_index
+        if is_scored(round_index, every=e.tracking.evaluate_every, num_rounds=e.num_rounds):
+            evaluation, evaluate_s = self.served.evaluator.score(scored(progress.state))
         spent = progress.reports.epsilon.values()
-        told: dict[str, Any] = {"diagnostics": diagnostics, "evaluate_s": evaluate_s, "noise_sd": self.served.noise_sd}
-        is_last = progress.state.round_index == self.experiment.num_rounds
-        row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **told)
+        rates = rates_after(e, round_index)
+        known: dict[str, Any] = {
+            "rates": rates,
+            "diagnostics": diagnostics,
+            "evaluate_s": evaluate_s,
+            "noise_sd": self.served.noise_sd,
+        }
+        is_last = round_index == e.num_rounds
+        row = metrics_row(progress.state, evaluation, spent=spent, is_last=is_last, **known)
         append_lines(self.run_dir / METRICS, [row])
         if diagnostics is not None:
             rows = client_rows(
                 diagnostics,
                 spent=progress.reports.epsilon,
-                round_index=progress.state.round_index - 1,
-                num_steps=self.experiment.trainer.num_steps,
+                round_index=round_index - 1,
+                num_steps=e.trainer.num_steps,
                 participations=progress.participations,
                 seconds=None,
             )

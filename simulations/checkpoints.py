@@ -24,6 +24,7 @@ from fedlr.rounds.round import ServerState
 from fedlr.runs.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
 from fedlr.runs.report.run_files import check_rows
+from simulations.choosing import Chooser
 from simulations.federation import Federation
 
 
@@ -72,14 +73,14 @@ class Checkpoints:
         check_rows(self.metrics, self.clients, where=str(self._folder))
         return found
 
-    def save(self, state: ServerState, kept: Kept, *, num_lines: Mapping[str, int]) -> None:
+    def save(self, state: ServerState, kept: Kept, chooser: Chooser, *, num_lines: Mapping[str, int]) -> None:
         """Write a checkpoint if it is time for one: at the start, every few rounds, and at the end.
 
         Raises:
             InputError: the disk is full or cannot be written; what was there is whole.
         """
         number = state.round_index
-        if self._every is None or (number % self._every and number != self._num_rounds):
+        if self._every is None or (number % self._every and not chooser.is_over):
             return
         for name in (METRICS, CLIENTS):
             sync_file(self._folder / name)  # before the checkpoint that counts their lines
@@ -88,12 +89,22 @@ class Checkpoints:
             "ledger_head": self._ledger.head() if self._ledger else None,
             "num_lines": dict(num_lines),
             "seconds": self.seconds(),
+            **chooser.facts(),
         }
-        save_checkpoint(self._folder / CHECKPOINTS, state, facts, more=kept.tensors())
+        more = {**kept.tensors(), **chooser.tensors()}
+        save_checkpoint(self._folder / CHECKPOINTS, state, facts, more=more)
 
     def seconds(self) -> float:
         """Return how long the arm has run, the time before it went on included."""
         return self.seconds_before + time.perf_counter() - self._started
+
+
+class _Best(Section):
+    """What `Chooser.facts` says of the best model so far."""
+
+    round_index: int
+    scale: float
+    sha256: str
 
 
 class _Facts(Section):
@@ -109,6 +120,7 @@ class _Facts(Section):
     ledger_head: str | None
     num_lines: dict[str, int]
     seconds: float
+    best: _Best | None = None
 
 
 def check_facts(checkpoint: Checkpoint, folder: Path) -> None:

@@ -24,7 +24,7 @@ from fedlr.rounds.round import RoundRequest, ServerState, request_of
 from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
 from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
-from fedlr.runs.tables import load_examples, num_rows_of
+from fedlr.runs.tables import load_tables, num_rows_of
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
@@ -47,6 +47,7 @@ class Federation:
     origin: str | None  # a sentence, where the start was made from public examples
     clients: tuple[Share, ...]
     test: Examples
+    validation: Examples | None  # by which a model is chosen; None: none is
     client_tests: ClientTests | None  # which rows of the test are whose, where the adapter is scored for each client
     label_names: tuple[str, ...]
     has_pairs: bool  # rows are of two texts
@@ -112,8 +113,15 @@ class Federation:
             self,
             experiment=experiment,
             method=method,
-            training=local_training(experiment.trainer, method.client, self.task),
+            training=local_training(experiment.trainer, method.client, self.task, num_rounds=experiment.num_rounds),
         )
+
+    def over(self, num_rounds: int) -> "Federation":
+        """Return the same federation with learning rates that run their course over another number of rounds."""
+        if (rates := self.training.rates).is_constant and self.method.server_rates.is_constant:
+            return self
+        method = replace(self.method, server_rates=self.method.server_rates.over(num_rounds))
+        return replace(self, method=method, training=replace(self.training, rates=rates.over(num_rounds)))
 
 
 def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Federation:
@@ -133,10 +141,12 @@ def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = 
 def past_frozen_layers(f: Federation, *, say: Callable[[str], None]) -> Federation:
     """Return a prepared federation whose texts have passed the frozen layers, where those are cached."""
     table = f.clients[0].table
-    tables = [table, f.test]
-    working, (table, test) = working_model(f.experiment.runtime, f.model, tables, features=f.caches_features, say=say)
+    tables = [table, f.test, *filter(None, [f.validation])]
+    working, passed = working_model(f.experiment.runtime, f.model, tables, features=f.caches_features, say=say)
+    table, test, *validation = passed
     clients = tuple(Share(table, client.rows) for client in f.clients)
-    return replace(f, working=working, clients=clients, test=test, side=SideWeights(working))
+    found = {"clients": clients, "test": test, "validation": validation[0] if validation else None}
+    return replace(f, working=working, side=SideWeights(working), **found)
 
 
 def prepare(experiment: Experiment, *, seed: int) -> Federation:
@@ -146,7 +156,8 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         InputError: for anything that could not run as configured.
     """
     method = check_parts(experiment)
-    data, held_out = load_examples(experiment, seed=seed)
+    data, held_out, validation = load_tables(experiment, seed=seed)
+    validated = () if validation is None else (validation,)
     partition: Partition = build(
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
@@ -163,13 +174,13 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
     parts = assemble_parts(
         experiment,
-        (data, held_out),
+        (data, held_out, *validated),
         seed=seed,
         mechanism=mechanism,
         weights=weights,
-        private_texts=all_texts(data) | all_texts(held_out),
+        private_texts=frozenset().union(*map(all_texts, (data, held_out, *validated))),
     )
-    encoded, test = parts.examples
+    encoded, test, *rest = parts.examples
     sizes = num_rows_and_columns(parts.start.adapter)
     return Federation(
         experiment=experiment,
@@ -183,11 +194,12 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         origin=parts.origin,
         clients=tuple(Share(encoded, rows) for rows in partition.indices),
         test=test,
+        validation=rest[0] if rest else None,
         client_tests=tests,
         label_names=data.label_names,
         has_pairs=getattr(data, "pairs", None) is not None,
         source=data.source,
-        data_sha256=fingerprint(data, held_out),
+        data_sha256=fingerprint(data, held_out, *validated),
         budget=budget,
         mechanism=mechanism,
         training=parts.training,

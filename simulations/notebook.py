@@ -184,7 +184,7 @@ def train(
 def score(federation: "Federation", state: "ServerState") -> "Evaluation":
     """Return how good a state's adapter is on the held-out rows, which are public; nothing is noised."""
     from fedlr.rounds.round import scored
-    from simulations.simulate import evaluator_of
+    from simulations.choosing import evaluator_of
 
     return evaluator_of(federation).score(scored(state))[0]
 

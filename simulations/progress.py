@@ -10,7 +10,8 @@ from fedlr.config.auto_rates import alone_rounds
 from fedlr.config.schema import Experiment
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.recorder import score_text
-from fedlr.runs.report.wording import epsilon_text
+from fedlr.runs.report.wording import count, epsilon_text
+from fedlr.runs.selection import LAST, VALIDATION, told
 from fedlr.runs.verdict import verdict_lines
 from fedlr.tasks.evaluation import ACCURACY, Metric
 
@@ -38,7 +39,7 @@ class Progress:
         e = experiment
         who = "1 client" if e.num_clients == 1 else f"{e.num_clients} clients, {e.cohort_size} a round"
         self.say(f"\n{name}: {who}")
-        self.say(f"  start        {self._score(row)}   {loss_text(row)}")
+        self.say(f"  start        {self._scored(row)}")
 
     def taken_up(self, num_rounds: int) -> None:
         """Announce a federated run that goes on."""
@@ -54,16 +55,29 @@ class Progress:
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
         absent = f"   without an update: {counted(row['reasons'])}" if row["reasons"] else ""
         self.say(
-            f"  round {number}  {self._score(row)}   {loss_text(row)}   {epsilon}{of_budget}"
+            f"  round {number}  {self._scored(row)}   {epsilon}{of_budget}"
             f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
         )
         if not row["num_trained"]:
             self.say(f"  NO USABLE UPDATE in round {row['rounds_completed']}: the model stays as it was")
-        if row["loss"] is None:
+        if row["accuracy"] is not None and row["loss"] is None:
             self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")
 
-    def judged(self, verdict: Mapping[str, Any]) -> None:
-        """Say whether the run learned, and what to change first where it did not."""
+    def arm_done(self, experiment: Experiment, *, num_rounds: int) -> None:
+        """Say that an arm stopped before its last round, if it did."""
+        e = experiment
+        if num_rounds == e.num_rounds:
+            return
+        self._total -= (e.num_rounds - num_rounds) * e.cohort_size
+        self.say(
+            f"  stopped: {count(e.patience or 0, 'scored round')} without a better model on validation rows"
+            + (f"; epsilon is that of all {e.num_rounds} announced rounds" if e.privacy.epsilon is not None else "")
+        )
+
+    def judged(self, verdict: Mapping[str, Any], released: Mapping[str, Any]) -> None:
+        """Say which model is released where it is not the last, whether the run learned, and what to change if not."""
+        if released["model"] != LAST:
+            self.say(f"\n{told(released)}")
         for line in verdict_lines(verdict):
             self.say(line)
 
@@ -84,11 +98,21 @@ class Progress:
         if num_idle:
             self.say(f"  NO USABLE UPDATE of {num_idle} clients alone: they stay at the start")
 
+    def _scored(self, row: dict[str, Any]) -> str:
+        """Write headline and loss of a state, or that it has none."""
+        if row["accuracy"] is None:
+            return "not scored"
+        found = f"{self._score(row)}   {loss_text(row)}"
+        if VALIDATION not in row:
+            return found
+        value = row[VALIDATION][self._metric.name]
+        return f"{found}   on validation rows {'not finite' if value is None else self._metric.text(value)}"
+
     def _score(self, row: Mapping[str, Any]) -> str:
         """Write the headline of a state; one that is not finite has no number."""
-        name, told = self._metric.name, score_text(row, self._metric)
+        name, text = self._metric.name, score_text(row, self._metric)
         of_groups = row.get("measures", {}).get(f"macro_{name}")
-        return told if of_groups is None else f"{told}, of groups {self._metric.text(of_groups)}"
+        return text if of_groups is None else f"{text}, of groups {self._metric.text(of_groups)}"
 
     def left(self) -> str:
         """Return the estimated time left, as minutes and seconds."""

@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
-from fedlr.config.auto_rates import found_text
+from fedlr.config.auto_rates import alone_rounds, found_text
+from fedlr.config.schedules import rates_after
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin, with_public
-from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
+from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_choices, with_origin, with_public
+from fedlr.rounds.evaluate import MOST_SCORED
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
 from fedlr.runs.asked import write_asked
+from fedlr.runs.choices import choices_of
 from fedlr.runs.directory import (
     CLIENT_ACCURACY,
     CLIENTS,
@@ -42,12 +44,14 @@ from fedlr.runs.directory import (
 )
 from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summarise
 from fedlr.runs.report import write_report
+from fedlr.runs.selection import told
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
 from simulations.alone import Arm, train_alone
 from simulations.checkpoints import Checkpoints
+from simulations.choosing import Chooser, charge_the_rest, evaluator_of
 from simulations.client_accuracy import score_clients
 from simulations.contact_sheet import contact_sheet, named, shown_rows
 from simulations.federation import Federation, assemble, describe
@@ -100,7 +104,6 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     tracking, offline = federation.experiment.tracking, federation.experiment.runtime.offline
     with tracked(tracking.tracker, run_dir, is_offline=offline, say=progress.say) as track:
         state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress, track=track)
-    state = scored(state)
     run_baselines(federation, run_dir, progress=progress)
     if federation.client_tests is not None:
         write_json(
@@ -108,12 +111,12 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
         )
     if sheet := contact_sheet(federation, evaluator_of(federation), state):
         write_json(run_dir / CONTACT_SHEET, sheet)
-    leave_behind(federation, run_dir, state)
-    told = summary(federation, state, rows, seconds=seconds)
-    finish_run(run_dir, told, draw=write_report)
-    progress.judged(told["verdict"])
-    if told["problem"]:
-        raise InputError(f"{told['problem']} (all that there is of the run is in {run_dir})")
+    result = summary(federation, state, rows, seconds=seconds)
+    leave_behind(federation, run_dir, state, result["released"])
+    finish_run(run_dir, result, draw=write_report)
+    progress.judged(result["verdict"], result["released"])
+    if result["problem"]:
+        raise InputError(f"{result['problem']} (all that there is of the run is in {run_dir})")
 
 
 def summary(
@@ -133,6 +136,7 @@ def summary(
         head_is_drawn=federation.base.head_is_drawn,
         noise_sd=update_noise(federation.training, federation.mechanism),
         metric=federation.task.metric,
+        num_validation=len(federation.test if federation.validation is None else federation.validation),
     )
 
 
@@ -145,7 +149,8 @@ def run_rounds(
     track: Callable[[Mapping[str, Any]], None] = nowhere,
     name: str = "federated",
 ) -> tuple[ServerState, list[dict[str, Any]], float]:
-    """Train the federation, from its latest checkpoint if there is one; return its state, metrics and seconds.
+    """Train the federation, from its latest checkpoint if there is one; return the state that is released, metrics and
+    seconds.
 
     It writes one line of metrics a round, which `track` gets too, and one line for each client asked.
     """
@@ -155,10 +160,12 @@ def run_rounds(
     state, rows, num_asked = found.state if found else federation.start, checkpoints.metrics, len(checkpoints.clients)
     for row in rows:
         track(row)
-    if found and state.round_index == e.num_rounds:
+    chooser = Chooser(federation, rows)
+    if found:
+        chooser.take_back(found, where=folder)
+    if found and chooser.is_over:
         progress.taken_up(state.round_index)
-        return state, rows, checkpoints.seconds_before
-    evaluator = evaluator_of(federation)
+        return chooser.released(state), rows, checkpoints.seconds_before
     # A round changes what its cohort has spent, and nobody else's: enrolled clients cost nothing.
     spent = spent_in_rounds(ledger, range(e.num_clients), state.round_index)
     participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
@@ -166,19 +173,25 @@ def run_rounds(
     noise_sd = update_noise(federation.training, federation.mechanism)
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
-        evaluation, evaluate_s = evaluator.score(scored(state), personal=personal)
-        told = metrics_row(
-            state,
-            evaluation,
-            spent=spent.values(),
-            diagnostics=diagnostics,
-            evaluate_s=evaluate_s,
-            noise_sd=noise_sd,
-            is_last=state.round_index == e.num_rounds,
+        found = chooser.score(state, personal=personal)
+        if found.is_over and state.round_index < e.num_rounds:
+            charge_the_rest(federation, ledger, num_rounds=state.round_index)
+            spent.update(spent_in_rounds(ledger, range(e.num_clients), e.num_rounds))
+        rows.append(
+            metrics_row(
+                state,
+                found.evaluation,
+                spent=spent.values(),
+                diagnostics=diagnostics,
+                evaluate_s=found.seconds,
+                noise_sd=noise_sd,
+                is_last=found.is_over or found.is_best,
+                validation=found.validation,
+                rates=rates_after(e, state.round_index),
+            )
         )
-        rows.append(told)
         append_lines(folder / METRICS, rows[-1:])
-        track(told)
+        track(rows[-1])
         return rows[-1]
 
     with closing(make_pool(federation, ledger)) as pool:
@@ -187,7 +200,7 @@ def run_rounds(
             pool.kept.take_back(found.more)
         else:
             progress.arm(f"{name}, {'private' if ledger else 'no privacy'}", e, record(state))
-            checkpoints.save(state, pool.kept, num_lines={METRICS: 1, CLIENTS: 0})
+            checkpoints.save(state, pool.kept, chooser, num_lines={METRICS: 1, CLIENTS: 0})
         rounds = federated_rounds(
             state,
             pool=pool,
@@ -219,9 +232,12 @@ def run_rounds(
             )
             append_lines(folder / CLIENTS, asked)
             num_asked += len(diagnostics.cohort)
-            checkpoints.save(state, pool.kept, num_lines={METRICS: len(rows), CLIENTS: num_asked})
+            checkpoints.save(state, pool.kept, chooser, num_lines={METRICS: len(rows), CLIENTS: num_asked})
             progress.round_done(row, num_clients=len(diagnostics.cohort))
-    return state, rows, checkpoints.seconds()
+            if chooser.is_over:
+                break
+    progress.arm_done(e, num_rounds=state.round_index)
+    return chooser.released(state), rows, checkpoints.seconds()
 
 
 def spent_in_rounds(ledger: PrivacyLedger | None, clients: Iterable[int], num_rounds: int) -> dict[int, float]:
@@ -257,7 +273,7 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
         progress.say("the clients alone were cut off, and their noise cannot be drawn again: they are left out")
         return
     progress.alone()
-    federation = federation.at_rate_of("alone_lr")
+    federation = federation.at_rate_of("alone_lr").over(alone_rounds(federation.experiment))
     ledger = open_ledger(federation, path) if path.exists() else create_ledger(federation, path)
     with closing(make_pool(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)
@@ -297,7 +313,7 @@ def of_own_rows(federation: Federation, client_id: int, arm: Arm) -> dict[str, A
     return {**own, "named": named(evaluator_of(federation), state, shown[client_id])}
 
 
-def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:
+def leave_behind(federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]) -> None:
     """Write the privacy statement and the adapter."""
     if federation.budget is None:
         statement = no_privacy_statement(federation.experiment.num_clients)
@@ -305,6 +321,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         clients = range(federation.experiment.num_clients)
         statement = privacy_statement(run_dir / LEDGER, clients, placed_by=federation.placed_by)
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
+    statement = with_choices(statement, choices_of(federation.experiment, released))
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)
@@ -319,6 +336,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> N
         statement=statement,
         personal=federation.method.personal,
         has_pairs=federation.has_pairs,
+        released=told(released),
     )
 
 
@@ -361,14 +379,3 @@ def accuracy_on(federation: Federation, state: ServerState, rows: NDArray[np.int
     """Return the accuracy of a state on some of the held-out rows."""
     evaluator = evaluator_of(replace(federation, test=federation.test.subset(rows)))
     return evaluator.score(state)[0].accuracy
-
-
-def evaluator_of(federation: Federation) -> Evaluator:
-    """Return what scores states on the held-out rows."""
-    return Evaluator(
-        federation.working,
-        federation.test,
-        task=federation.task,
-        side=federation.side,
-        num_threads=federation.experiment.runtime.num_workers,
-    )

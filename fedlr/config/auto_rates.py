@@ -8,6 +8,7 @@ why, is in `fedlr.training.rates`.
 from collections.abc import Mapping
 from typing import Any
 
+from fedlr.config.schedules import client_rates, server_rates
 from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import calibrate_noise_multiplier
@@ -176,6 +177,8 @@ def schedule_of(experiment: Experiment, server_step: tuple[float, float], *, alo
         nesterov=bool(optimizer.get("nesterov", False)),
         server_momentum=e.server_momentum or momentum,
         server_lr=lr,
+        client_rates=client_rates(e),
+        server_rates=server_rates(e),
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedlr.config.auto_rates import provisional
 from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place_of, section_of
+from fedlr.config.schedules import server_rates
 from fedlr.config.schema import DataSection, Experiment, TrainerSection
 from fedlr.config.slots import check_kind, check_name
 from fedlr.data.partition import Partition
@@ -107,8 +108,11 @@ def build_method(experiment: Experiment) -> Method:
         method = function(**arguments, **{k: v for k, v in built.items() if k in parameters})
     if not isinstance(method, Method):
         raise InputError(f"Expected method._target_ to make a Method, got {plain[TARGET]!r}")
-    # A key of the root: one for all methods.
-    return replace(method, server_momentum=experiment.server_momentum) if experiment.server_momentum else method
+    # Keys of the root: one for all methods.
+    if experiment.server_momentum:
+        method = replace(method, server_momentum=experiment.server_momentum)
+    rates = server_rates(experiment)
+    return method if rates.is_constant else replace(method, server_rates=rates)
 
 
 def build_choice(choice: Any, where: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedlr.config.language_rules import check_language
+from fedlr.config.schedules import check_schedules
 from fedlr.config.start_rules import check_start
 from fedlr.config.validation_rules import check_validation
 from fedlr.errors import InputError
@@ -31,6 +32,7 @@ def check_together(experiment: "Experiment") -> None:
         raise InputError(f"Expected data.max_length <= model.max_length={most}, got {e.data.max_length}")
     check_held_out(e)
     check_validation(e)
+    check_schedules(e)
     if e.num_clients == 0 and e.runtime.kind != "local":
         raise InputError(
             f"Expected num_clients to be a number with runtime={e.runtime.kind}, got null: a server counts devices, "

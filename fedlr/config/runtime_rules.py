@@ -99,6 +99,11 @@ def check_server_step(experiment: Experiment, method: Method) -> None:
             "coordinates that last from round to round, so that the head alone could have a momentum; set "
             "server_momentum=0"
         )
+    if e.release == "best" and method.personal:
+        raise InputError(
+            f"Expected release=last for method={name}, which leaves a part of the model with each client, got best: "
+            "what clients keep is of the last round"
+        )
     if e.average_last == 1:
         return
     for what, why in (

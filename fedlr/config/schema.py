@@ -24,6 +24,7 @@ from fedlr.errors import InputError
 from fedlr.errors.limits import check_limits, check_word
 from fedlr.errors.messages import dotted_keys, first_problem, one_line, unknown_key, unknown_option
 from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO
+from fedlr.methods.rate_schedule import CONSTANT
 from fedlr.models.adapter_config import AdapterConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -85,6 +86,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of rounds, steps or clients
 Threads = Annotated[int, Field(ge=1, le=1024)]
 LabelWeights = Annotated[dict[str, PositiveFloat], BeforeValidator(label_names)]
 Rate = Annotated[float, Field(gt=0, le=1), between(1e-7, 1)]  # below, Renyi divergences round to less than nothing
+LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 LearningRate = Annotated[float, Field(allow_inf_nan=False), between(1e-12, 1e6)]
 
 
@@ -139,6 +141,9 @@ class TrainerSection(Section):
     sample_rate: Rate
     divisor: Annotated[float, Field(allow_inf_nan=False), between(1e-9, 1e9)] | Literal["auto"]
     optimizer: Target
+    # Left out where every round has the whole rate: the terms that devices are sent are then those of before.
+    lr_schedule: Annotated[LrSchedule, Field(exclude_if=lambda name: name == CONSTANT)] = "constant"
+    warmup_rounds: Annotated[int, Field(ge=0, le=1_000_000, exclude_if=lambda rounds: not rounds)] = 0
     after_noise: Target | None
     engine: Literal["fused", "opacus"]
     check_parity: bool
@@ -190,6 +195,7 @@ class TrackingSection(Section):
 
     output_dir: Annotated[str, Field(min_length=1)]
     checkpoint_every: PositiveInt | None
+    evaluate_every: PositiveInt = 1
     run_no_privacy: bool
     run_alone: bool
     run_centralised: bool = False
@@ -212,7 +218,11 @@ class Experiment(Section):
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    server_lr_schedule: LrSchedule = "constant"
+    server_warmup_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     average_last: Annotated[int, Field(ge=1, le=100)] = 1
+    release: Literal["last", "best"] = "last"
+    patience: Count | None = None
     task: Target = Target(_target_="text_classification")  # as every run before there was a choice
     model: Target
     data: DataSection

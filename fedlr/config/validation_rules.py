@@ -29,6 +29,7 @@ def check_validation(experiment: "Experiment") -> None:
             "Expected validation rows with tracking.evaluate_on=validation, got none: add data.num_validation=0.1, a "
             "share of public rows, or data.validation_path, a table of the server's own"
         )
+    check_selection(experiment, has_rows=bool(given))
     if given and experiment.runtime.kind != "local":
         raise InputError(
             f"Expected data.{next(iter(given))}=null with runtime={experiment.runtime.kind}, got a validation split: "
@@ -39,4 +40,35 @@ def check_validation(experiment: "Experiment") -> None:
             f"Expected data.num_validation=null in a private run, got {data.num_validation:g}: what is chosen on "
             "private rows costs epsilon, which nothing here accounts for; choose on rows of the server's own "
             "(data.validation_path), or say data.public=true if the data are no secret"
+        )
+
+
+def check_selection(experiment: "Experiment", *, has_rows: bool) -> None:
+    """Refuse to choose a model, or when to stop, by rows that there are not, and a patience that no run can lose.
+
+    Raises:
+        InputError: which names the keys.
+    """
+    e = experiment
+    asked = [("release", "last", e.release)] if e.release != "last" else []
+    asked += [("patience", "null", e.patience)] if e.patience is not None else []
+    if not asked:
+        return
+    key, without, value = asked[0]
+    if e.runtime.kind != "local":
+        raise InputError(
+            f"Expected {key}={without} with runtime={e.runtime.kind}, got {value}: a server of devices has no "
+            "validation rows; set runtime=local"
+        )
+    if not has_rows:
+        raise InputError(
+            f"Expected validation rows with {key}={value}, got none: add data.validation_path, a table of the "
+            "server's own that no client trains on, or, of public data, data.num_validation=0.1; test rows are for "
+            "the figure that is told"
+        )
+    num_scored = -(-e.num_rounds // e.tracking.evaluate_every)
+    if e.patience is not None and e.patience >= num_scored:
+        raise InputError(
+            f"Expected patience < {num_scored}, the rounds that are scored of num_rounds={e.num_rounds}, got "
+            f"{e.patience}: no run could stop; lower it, or tracking.evaluate_every"
         )

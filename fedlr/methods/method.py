@@ -18,6 +18,9 @@ from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.momentum import turned, with_momentum
 from fedlr.methods.aggregate.server_optimizer import FedAdam, FedAvgM, FedYogi
 from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.methods.rate_schedule import RateSchedule
+
+SERVER_OPTIMIZERS = (FedAvgM, FedAdam, FedYogi)
 
 
 class BlockSchedule(Protocol):
@@ -82,6 +85,8 @@ class Method:
         dynamic_ranks: whether the server changes the rank of a layer from round to round, for all clients.
         client: what clients do with a noised gradient.
         server_momentum: of the server's step, in [0, 1); a key of the experiment (`fedlr.methods.aggregate.momentum`).
+        server_rates: what the step of a server with a momentum or an optimizer is multiplied with, by round.
+        server_rate: the factor of one round (`at`), of a step with momentum.
     """
 
     name: str
@@ -95,6 +100,18 @@ class Method:
     dynamic_ranks: bool = False
     client: ClientRule = ClientRule()
     server_momentum: float = 0.0
+    server_rates: RateSchedule = RateSchedule()
+    server_rate: float = 1.0
+
+    def at(self, round_index: int) -> "Method":
+        """Return the method as it is in a round: the rate of its server's step follows the schedule."""
+        factor = self.server_rates.factor(round_index)
+        if factor == 1.0:
+            return self
+        own = self.aggregate
+        if isinstance(own, SERVER_OPTIMIZERS):
+            return replace(self, aggregate=replace(own, lr=own.lr * factor))
+        return replace(self, server_rate=factor)
 
     @property
     def server_step(self) -> tuple[float, float]:
@@ -126,6 +143,7 @@ class Method:
             before,
             aggregated,
             momentum=self.server_momentum,
+            rate=self.server_rate,
             moves=lambda slot: slot.role in roles and in_block(slot, block),
         )
         return turned(moved, self.finalise(moved))
@@ -152,6 +170,12 @@ class Method:
             self._check_dynamic_ranks()
         if self.server_momentum:
             self._check_momentum()
+        if not (self.server_rates.is_constant or self.server_momentum or isinstance(self.aggregate, SERVER_OPTIMIZERS)):
+            raise InputError(
+                f"Expected server_lr_schedule=constant and server_warmup_rounds=0 for method={self.name}, whose server "
+                "takes what its clients sent without a step of its own, got a schedule; set trainer.lr_schedule, which "
+                "is the clients' rate, or server_momentum"
+            )
 
     def check_finalised(self, before: AdapterState, after: AdapterState) -> None:
         """Refuse what a round did to an adapter that the method does not declare."""
@@ -172,7 +196,7 @@ class Method:
             raise InputError(f"Expected method.mixed_ranks=false {why}: a layer has one rank for all clients")
 
     def _check_momentum(self) -> None:
-        if isinstance(self.aggregate, FedAvgM | FedAdam | FedYogi):
+        if isinstance(self.aggregate, SERVER_OPTIMIZERS):
             raise InputError(
                 f"Expected server_momentum=0 for method={self.name}, whose server has an optimizer of its own, got "
                 f"{self.server_momentum:g}; set that one's in method.aggregate"

@@ -31,7 +31,7 @@ tags: [{tag}, federated-learning, differential-privacy]
 # {name}
 
 {article} {system} adapter for `{base}`, trained by a federation with `{method}` (fedlr).
-Base tensors: SHA-256 `{base_sha256}`. {reading}
+Base tensors: SHA-256 `{base_sha256}`. {reading}{released}
 {personal}
 In this folder:
 
@@ -67,8 +67,11 @@ def export_adapter(
     statement: dict[str, Any],
     personal: Sequence[str] = (),
     has_pairs: bool = False,
+    released: str = "",
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card with the privacy statement.
+
+    `released` says which model of the run it is.
 
     The tokenizer lies beside it, with the run's pad token, and the card's lines of Python open both (`models.usage`).
 
@@ -98,6 +101,7 @@ def export_adapter(
         base=source,
         base_sha256=base.fingerprint,
         reading=reading_text(base),
+        released=f" {released[0].upper()}{released[1:]}." if released else "",
         usage=usage_of(base, max_length=max_length, has_pairs=has_pairs),
         labels="" if is_causal else labels_text(model),
         adapter_sha256=adapter.fingerprint(),

@@ -151,11 +151,16 @@ def with_public(statement: dict[str, Any], taken_as_public: Sequence[str]) -> di
     return {**statement, "taken_as_public": list(taken_as_public)} if taken_as_public else statement
 
 
+def with_choices(statement: dict[str, Any], choices: Sequence[str]) -> dict[str, Any]:
+    """Return a statement that also says what the run decided while it ran, what that read and what it cost."""
+    return {**statement, "choices": list(choices)} if choices else statement
+
+
 def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
-    Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, and the origin
-    of the start are taken from privacy.json: the ledger has none of them.
+    Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, what was
+    decided on the way, and the origin of the start are taken from privacy.json: the ledger has none of them.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -181,6 +186,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         found = no_privacy_statement(num_clients)
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
+    found = with_choices(found, stated.get("choices") or ())
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")

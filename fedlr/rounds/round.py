@@ -162,6 +162,7 @@ def run_round(
     smaller rank (`ranks`, by id; None: all have the adapter's) has zeros beyond it here; one that moved too far beside
     the others is left out (`fedlr.rounds.outlying`). A round without a usable update keeps the adapter, and counts.
     """
+    method = method.at(state.round_index)
     task = request_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
 

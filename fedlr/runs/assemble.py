@@ -107,7 +107,7 @@ def assemble(
         base=base,
         model=model,
         method=method,
-        training=local_training(e.trainer, method.client, task),
+        training=local_training(e.trainer, method.client, task, num_rounds=e.num_rounds),
         start=start,
         origin=begun.origin,
         examples=examples,

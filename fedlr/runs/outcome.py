@@ -32,15 +32,21 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 
 def problem_of(
-    start: AdapterState, end: AdapterState, rows: Sequence[Mapping[str, Any]], *, keeps: bool = False
+    start: AdapterState,
+    end: AdapterState,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    keeps: bool = False,
+    released: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Return why the whole run was for nothing, with what to change; None where it was not.
 
     Args:
         start: the adapter before the first round.
-        end: after the last.
+        end: the adapter that is released.
         rows: the lines of metrics.jsonl.
         keeps: whether clients train tensors that they keep, which no adapter of the server shows.
+        released: the line of `end`; None: the last.
     """
     rounds = rows[1:]
     if rounds and not any(row["num_trained"] for row in rounds):
@@ -52,7 +58,7 @@ def problem_of(
             f"Expected at least one update that can be used, got none in {len(rounds)} rounds ({counted(reasons)}): "
             f"the model is the one it started from; {advice}"
         )
-    if rows[-1]["loss"] is None:
+    if (released or rows[-1])["loss"] is None:
         return f"Expected a model whose outputs are finite, got a loss that is not; {SMALLER_STEPS}"
     if rounds and not keeps and not has_moved(start, end):
         return (

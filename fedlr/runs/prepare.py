@@ -21,6 +21,7 @@ from fedlr.errors import InputError
 from fedlr.methods.client_rules.chain import Chain
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.methods.method import Method
+from fedlr.methods.rate_schedule import RateSchedule
 from fedlr.models.adapter_config import AdapterConfig
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import LAYOUT
@@ -170,8 +171,13 @@ def state_store(runtime: RuntimeSection, *, say: Callable[[str], None]) -> Table
     return TableStore(folder, max_bytes=memory // 2 or None, say=say)
 
 
-def local_training(trainer: TrainerSection, rule: ClientRule, task: Task | None = None) -> LocalTraining:
-    """Return what each client does in a round; `rule` is the method's, and the losses are the task's."""
+def local_training(
+    trainer: TrainerSection, rule: ClientRule, task: Task | None = None, *, num_rounds: int = 1
+) -> LocalTraining:
+    """Return what each client does in a round; `rule` is the method's, and the losses are the task's.
+
+    `num_rounds` is the run's, over which the rate follows its schedule.
+    """
     optimizer = build_optimizer(trainer)
     if trainer.engine == "fused":
         check_elementwise(optimizer)
@@ -191,6 +197,7 @@ def local_training(trainer: TrainerSection, rule: ClientRule, task: Task | None 
         divisor=trainer.number_divisor(),
         sampler=PoissonSampler(trainer.sample_rate),
         rule=rule,
+        rates=RateSchedule(trainer.lr_schedule, trainer.warmup_rounds, num_rounds),
         **({} if task is None else {"loss": task.losses}),
     )
 

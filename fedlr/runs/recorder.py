@@ -11,32 +11,48 @@ from typing import Any
 
 import numpy as np
 
+from fedlr.config.auto_rates import schedule_of
 from fedlr.config.schema import Experiment
 from fedlr.methods.method import Method
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.outcome import finite, problem_of
+from fedlr.runs.selection import Selection
 from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
 from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 
 NEVER_ASKED = ("offline", "not_sent")
 
 
+def is_scored(round_index: int, *, every: int, num_rounds: int) -> bool:
+    """Return whether the state after so many rounds is scored: the start, every few rounds, and the last.
+
+    >>> [n for n in range(6) if is_scored(n, every=2, num_rounds=5)]
+    [0, 2, 4, 5]
+    """
+    return round_index % every == 0 or round_index == num_rounds
+
+
 def metrics_row(
     state: ServerState,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     *,
     spent: Collection[float],
     diagnostics: RoundDiagnostics | None = None,
     evaluate_s: float,
     noise_sd: float | None = None,
     is_last: bool = False,
+    validation: Mapping[str, float | None] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the line of metrics.jsonl for a state, and for the round that led to it.
 
+    `evaluation` is None of a state that is not scored (`is_scored`): accuracy and loss are null, others absent.
+    `rates` are the factors of the round's learning rates (`fedlr.config.schedules.rates_after`), where they change.
+    `validation` is its score on validation rows, where a model is chosen by them (`fedlr.runs.selection`).
     `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
-    noise in one number of a client's update, where it is known (`fedlr.training.noise`). Only the last state has a
-    confusion matrix: `is_last`.
+    noise in one number of a client's update, where it is known (`fedlr.training.noise`). A state that may be
+    the released one has a confusion matrix: `is_last`.
     """
     d = diagnostics
     errors = d.aggregation_error if d else {}
@@ -45,10 +61,8 @@ def metrics_row(
     train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
     return {
         "rounds_completed": state.round_index,
-        "accuracy": evaluation.accuracy,
-        "loss": finite(evaluation.loss),
         **scores_of(evaluation, is_last=is_last),
-        **({"measures": {k: finite(v) for k, v in evaluation.measures.items()}} if evaluation.measures else {}),
+        **({} if validation is None else {"validation": dict(validation)}),
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
@@ -62,7 +76,8 @@ def metrics_row(
         else None,
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
-        "noise_to_signal": d.change.noise_to_signal(noise_sd) if d and d.change else None,
+        **({} if rates is None else {"rates": dict(rates)}),
+        "noise_to_signal": d.change.noise_to_signal(_at(noise_sd, rates)) if d and d.change else None,
         "bytes_up": d.bytes_up if d else 0,
         "bytes_down": d.bytes_down if d else 0,
         "seconds": {
@@ -74,12 +89,22 @@ def metrics_row(
     }
 
 
-def scores_of(evaluation: Evaluation, *, is_last: bool) -> dict[str, Any]:
-    """Return what a line of metrics.jsonl has beside accuracy and loss; of a model that was not scored, nothing."""
-    if evaluation.scores is None:
-        return {}
-    told = asdict(evaluation.scores)
-    return {**told, "confusion": told["confusion"] if is_last else None}
+def _at(noise_sd: float | None, rates: Mapping[str, float] | None) -> float | None:
+    """Return the noise of an update at the clients' rate of its round: SGD is linear in it."""
+    return noise_sd if noise_sd is None or rates is None else noise_sd * rates["clients"]
+
+
+def scores_of(evaluation: Evaluation | None, *, is_last: bool) -> dict[str, Any]:
+    """Return how good a state is, as a line of metrics.jsonl has it; one that was not scored has null."""
+    if evaluation is None:
+        return {"accuracy": None, "loss": None}
+    found: dict[str, Any] = {"accuracy": evaluation.accuracy, "loss": finite(evaluation.loss)}
+    if evaluation.scores is not None:
+        told = asdict(evaluation.scores)
+        found |= {**told, "confusion": told["confusion"] if is_last else None}
+    if evaluation.measures:
+        found["measures"] = {name: finite(value) for name, value in evaluation.measures.items()}
+    return found
 
 
 def score_of(row: Mapping[str, Any], metric: Metric) -> float | None:
@@ -120,7 +145,7 @@ def recipe_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | 
         num_rounds=e.num_rounds,
         lr=lr if isinstance(lr, float | int) else None,
         gathered_noise=gathered_noise(
-            noise_sd, num_rounds=e.num_rounds, cohort_size=e.cohort_size, server_momentum=e.server_momentum
+            noise_sd, rounds=schedule_of(e, (0.0, 1.0)).accumulated_rounds(), cohort_size=e.cohort_size
         ),
         has_label_weights=bool(e.data.label_weights),
     )
@@ -173,11 +198,16 @@ def summarise(
     head_is_drawn: bool = True,
     noise_sd: float | None = None,
     metric: Metric = ACCURACY,
+    num_validation: int | None = None,
 ) -> dict[str, Any]:
-    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not."""
-    e, first, last = experiment, rows[0], rows[-1]
+    """Return summary.json from the metrics of all rounds: what came of them, whether the model learned, and why not.
+
+    `state` is the released one, and the scores are those of its line.
+    """
+    e, first, selection = experiment, rows[0], Selection.of(experiment, metric)
+    last = selection.released(rows)
     is_private = e.privacy.epsilon is not None
-    problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal))
+    problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal), released=last)
     outcome = Result(
         start_accuracy=first["accuracy"],
         final_accuracy=last["accuracy"],
@@ -209,7 +239,8 @@ def summarise(
         "start_score": score_of(first, metric),
         "final_score": score_of(last, metric),
         "measures": last.get("measures", {}),
-        "epsilon_max": last["epsilon_max"],
+        "released": selection.record(rows, num_rounds=e.num_rounds, num_validation=num_validation),
+        "epsilon_max": rows[-1]["epsilon_max"],
         "delta": e.privacy.delta if is_private else None,
         "adapter_sha256": state.adapter.fingerprint(),
         "num_trained_parameters": num_trained_values,

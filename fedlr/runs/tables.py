@@ -23,6 +23,14 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:
     Raises:
         InputError: also where a private run would take its label names from private data.
     """
+    return load_tables(experiment, seed=seed)[:2]
+
+
+def load_tables(experiment: Experiment, *, seed: int) -> tuple[Table, Table, Table | None]:
+    """Return what `load_examples` does, and the validation rows by which a model is chosen.
+
+    None: no model is, or all scores are of validation rows. Validation rows that are test rows too are no part of them.
+    """
     section = experiment.data.section()
     if experiment.data.num_test is None:
         check_another_table(experiment.data)
@@ -42,7 +50,11 @@ def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:
     else:
         with naming("data", "num_test"):
             data, held_out = split_train_test(data, num_test=experiment.data.num_test, seed=seed)
-    return data, scored_rows(experiment, held_out, validation)
+    chooses = experiment.release == "best" or experiment.patience is not None
+    scored = scored_rows(experiment, held_out, validation)
+    if validation is None or not chooses or experiment.tracking.evaluate_on == "validation":
+        return data, scored, None
+    return data, scored, without_texts_of(validation, held_out)
 
 
 def load_held_out(experiment: Experiment, *, seed: int) -> tuple[Table, int | None]:

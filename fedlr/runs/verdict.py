@@ -22,8 +22,6 @@ from typing import Any
 
 from scipy.special import betaincinv
 
-from fedlr.training.rates import accumulation
-
 LEARNED, DID_NOT_LEARN, CANNOT_BE_TOLD = "learned", "did not learn", "cannot be told"
 CONFIDENCE = 0.95
 USEFUL_GAIN = 0.05
@@ -167,19 +165,19 @@ def enough_rows(bar: float) -> int:
     return 0 if gain <= 0 else math.ceil((1.96 / gain) ** 2 * bar * (1 - bar) / 20) * 20
 
 
-def gathered_noise(
-    noise_sd: float | None, *, num_rounds: int, cohort_size: int, server_momentum: float = 0.0
-) -> float | None:
+def gathered_noise(noise_sd: float | None, *, rounds: float, cohort_size: int) -> float | None:
     """Return the standard deviation of all noise in one trained number after the run, of a plain mean of clients.
 
     Public: constants of the configuration alone. None where that of one update is not known.
 
-    >>> gathered_noise(0.2, num_rounds=20, cohort_size=5)
+    `rounds` is h of `fedlr.training.rates`: how many rounds' noise there is, each at its own rate.
+
+    >>> gathered_noise(0.2, rounds=20, cohort_size=5)
     0.4
     """
     if noise_sd is None:
         return None
-    return noise_sd * math.sqrt(accumulation(server_momentum, num_rounds) / cohort_size)
+    return noise_sd * math.sqrt(rounds / cohort_size)
 
 
 def judge(held_out: HeldOut, outcome: Result, recipe: Recipe) -> Verdict:

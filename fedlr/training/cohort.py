@@ -152,7 +152,7 @@ def train_cohort(
         raise ValueError("Expected the shares of a cohort to be rows of one table, got several tables")
     max_grad_norm = math.inf if mechanism is None else mechanism.max_grad_norm
     theta = nn.Parameter(stack.theta, requires_grad=False)  # the optimizer writes into the stack
-    optimizer = training.optimizer([theta])
+    optimizer = training.optimizer_of([theta], round_index=round_index)
     rule, inputs, slots = training.rule, inputs or RuleInputs(), frozenset(stack.shapes)
     start = stack.by_slot(stack.theta.clone()) if rule.changes else {}
     for step in range(training.num_steps):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
+from fedlr.methods.rate_schedule import RateSchedule
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
 from fedlr.streams import Randomness
@@ -42,6 +43,15 @@ class LocalTraining:
     sampler: Sampler
     rule: ClientRule = ClientRule()
     loss: PerExampleLoss = class_losses  # of one example, before its gradient is clipped
+    rates: RateSchedule = RateSchedule()  # of the optimizer's rate, by round
+
+    def optimizer_of(self, parameters: Iterable[nn.Parameter], *, round_index: int) -> torch.optim.Optimizer:
+        """Return a fresh optimizer, at the rate of a round."""
+        optimizer, factor = self.optimizer(parameters), self.rates.factor(round_index)
+        if factor != 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+        return optimizer
 
     def __post_init__(self) -> None:
         """Refuse numbers that no step could use."""
@@ -97,7 +107,7 @@ def train_client(
     if training.rule.alternates:
         raise InputError("Expected trainer.engine=fused for a method that alternates within a round, got opacus")
     model.train()
-    optimizer = training.optimizer(list(trained.values()))
+    optimizer = training.optimizer_of(list(trained.values()), round_index=round_index)
     rule, inputs = training.rule, inputs or RuleInputs()
     values = {slot: parameter.detach()[None] for slot, parameter in trained.items()}  # views: they follow the steps
     start = {slot: value.clone() for slot, value in values.items()} if rule.changes else {}

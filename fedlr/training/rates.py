@@ -31,6 +31,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlr.methods.rate_schedule import RateSchedule, scheduled_accumulation
+
 ACCUMULATED_NOISE = 0.8  # N
 LARGEST_RATE = 128.0
 LARGEST_RATE_OF_SHARES = 64.0  # of text_regression, whose losses do not flatten out (docs/log.md)
@@ -50,6 +52,8 @@ class Schedule:
         nesterov: whether that is Nesterov's.
         server_momentum: b.
         server_lr: what the server multiplies its step with.
+        client_rates: what the rate is multiplied with in each round: h sums the kicks of rounds at their own rates.
+        server_rates: the same of the server's step.
     """
 
     num_rounds: int
@@ -59,6 +63,8 @@ class Schedule:
     nesterov: bool = False
     server_momentum: float = 0.0
     server_lr: float = 1.0
+    client_rates: RateSchedule = RateSchedule()
+    server_rates: RateSchedule = RateSchedule()
 
     def gain(self) -> float:
         """Return sqrt(s h / m): the noise of a weight of the last model, per noise of a client's step.
@@ -67,8 +73,20 @@ class Schedule:
         2.0
         """
         steps = accumulation(self.momentum, self.num_steps, ahead=int(self.nesterov))
-        rounds = accumulation(self.server_momentum, self.num_rounds)
+        rounds = self.accumulated_rounds()
         return self.server_lr * math.sqrt(steps * rounds / self.cohort_size)
+
+    def accumulated_rounds(self) -> float:
+        """Return h.
+
+        >>> rates = RateSchedule("linear", num_rounds=4)
+        >>> Schedule(num_rounds=4, cohort_size=1, num_steps=1, client_rates=rates).accumulated_rounds()
+        1.875
+        """
+        if self.client_rates.is_constant and self.server_rates.is_constant:
+            return accumulation(self.server_momentum, self.num_rounds)
+        rates = (rates.over(self.num_rounds).factors() for rates in (self.client_rates, self.server_rates))
+        return scheduled_accumulation(self.server_momentum, *rates)
 
 
 def accumulation(momentum: float, count: int, *, ahead: int = 0) -> float:

@@ -13,8 +13,8 @@ import pytest
 from fedlr.config.schema import compose_experiment
 from fedlr.data import load_table
 from fedlr.errors import InputError
+from fedlr.runs.tables import load_examples
 from simulations import assets
-from simulations.federation import load_examples
 from simulations.spam_assassin import mail_text, spam_csv
 
 

@@ -9,9 +9,9 @@ import pytest
 from fedlr.config.schema import compose_experiment
 from fedlr.data.conversations import Conversations
 from fedlr.errors import InputError
+from fedlr.runs.tables import load_examples
 from simulations import assets, pinned_packages, reference_works
 from simulations.dictionaries import CLIENTS, NAMES, dictionary_tables, words_of
-from simulations.federation import load_examples
 from simulations.pinned_packages import Pinned, debian_packages, wheels
 
 ENTRIES = {

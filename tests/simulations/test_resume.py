@@ -86,6 +86,16 @@ JOBS: dict[str, Job] = {
         ["tracking.run_no_privacy=true", "tracking.run_alone=true"],
         [("sent", 4), *((point, 1) for point in LATE)],
     ),
+    "the best model, and an early end": (
+        ["release=best", "patience=2", "data.num_validation=0.3", "num_rounds=6", "adapter.train_head=true"]
+        + ["trainer.optimizer.lr=30"],
+        [("sent", 2), ("aggregated", 3), ("after", 3)],
+    ),
+    "rates that decay": (
+        ["method=fedadam", "method.aggregate.bias_correction=true", "trainer.lr_schedule=cosine", "num_rounds=3"]
+        + ["server_lr_schedule=linear", "server_warmup_rounds=1"],
+        [("sent", 3)],
+    ),
     "every third round": (["num_rounds=4", "tracking.checkpoint_every=3"], [("sent", 3), ("aggregated", 4)]),
 }
 

@@ -20,7 +20,12 @@ VELOCITY = "server_momentum"  # in the server's memory, float64
 
 
 def with_momentum(
-    before: AdapterState, aggregated: AdapterState, *, momentum: float, moves: Callable[[Slot], bool]
+    before: AdapterState,
+    aggregated: AdapterState,
+    *,
+    momentum: float,
+    moves: Callable[[Slot], bool],
+    rate: float = 1.0,
 ) -> AdapterState:
     """Return the aggregate with v in place of the round's own step, in the slots that `moves` says, and v remembered.
 
@@ -29,6 +34,7 @@ def with_momentum(
         aggregated: what the method made of the updates.
         momentum: b in [0, 1). In the first round, and at 0, the step is the aggregate's own.
         moves: whether a tensor has momentum: what trained, in coordinates that last.
+        rate: what v is multiplied with in this round's step; v itself remembers the whole.
 
     >>> slot = Slot("layer", LORA_B)
     >>> states = [AdapterState({slot: torch.full((1, 1), x)}, scale=1.0) for x in (0.0, 1.0)]
@@ -41,7 +47,7 @@ def with_momentum(
     for slot in sorted(filter(moves, aggregated.tensors)):
         step = aggregated.tensors[slot].double() - before.tensors[slot].double()
         velocity[slot] = momentum * old[slot] + step if slot in old else step
-    moved = {slot: before.tensors[slot].double() + step for slot, step in velocity.items()}
+    moved = {slot: before.tensors[slot].double() + rate * step for slot, step in velocity.items()}
     return aggregated.with_rounded(moved).remembering(VELOCITY, {**old, **velocity})
 
 

@@ -20,7 +20,7 @@ from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.errors import InputError, in_range
 from fedlr.methods.aggregate.mean import weighted_mean
 
-MOMENTUM, SECOND_MOMENT = "momentum", "second_moment"
+MOMENTUM, SECOND_MOMENT, NUM_STEPS = "momentum", "second_moment", "num_steps"
 
 Mean = Callable[[AdapterState, Iterable[ClientUpdate]], AdapterState]
 
@@ -59,7 +59,8 @@ class FedAdam:
     x <- x + lr m / (sqrt(v) + tau).
 
     Source: Reddi et al. 2021, algorithm 2, https://arxiv.org/abs/2003.00295: v starts at tau^2, and nothing corrects
-    the bias of the first rounds (Flower's version starts v at 0 and corrects). Biased on purpose, as `FedAvgM`.
+    the bias of the first rounds. With `bias_correction` it is Adam as Kingma and Ba 2015, algorithm 1, have it: v
+    starts at 0, and m and v are divided by 1 - beta^t, t the steps of a tensor. Biased on purpose, as `FedAvgM`.
 
     Args:
         tau: what keeps the step finite; the larger, the less adaptive. lr = tau -> infinity without betas is the mean.
@@ -70,6 +71,7 @@ class FedAdam:
     beta_1: float = 0.9
     beta_2: float = 0.99
     tau: float = 0.001
+    bias_correction: bool = False
     inner: Mean = weighted_mean
 
     def __post_init__(self) -> None:
@@ -115,11 +117,22 @@ def _adaptive(
     after, delta = _pseudo_gradient(rule.inner, adapter, updates)
     first: dict[Slot, Tensor] = {}
     second: dict[Slot, Tensor] = {}
+    corrects = isinstance(rule, FedAdam) and rule.bias_correction
+    start = 0.0 if corrects else rule.tau**2
     for slot, change in delta.items():
         first[slot] = rule.beta_1 * _memory(adapter, MOMENTUM, slot, change) + (1 - rule.beta_1) * change
-        second[slot] = second_moment(_memory(adapter, SECOND_MOMENT, slot, change, start=rule.tau**2), change.square())
-    step = {slot: rule.lr * first[slot] / (second[slot].sqrt() + rule.tau) for slot in delta}
-    return _moved(adapter, after, step, {MOMENTUM: first, SECOND_MOMENT: second})
+        second[slot] = second_moment(_memory(adapter, SECOND_MOMENT, slot, change, start=start), change.square())
+    moments = {MOMENTUM: first, SECOND_MOMENT: second}
+    if not corrects:
+        step = {slot: rule.lr * first[slot] / (second[slot].sqrt() + rule.tau) for slot in delta}
+        return _moved(adapter, after, step, moments)
+    zero = torch.zeros(1, dtype=torch.float64)
+    taken = {slot: _memory(adapter, NUM_STEPS, slot, zero) + 1 for slot in delta}
+    step = {}
+    for slot, t in taken.items():
+        mean, square = first[slot] / (1 - rule.beta_1**t), second[slot] / (1 - rule.beta_2**t)
+        step[slot] = rule.lr * mean / (square.sqrt() + rule.tau)
+    return _moved(adapter, after, step, {**moments, NUM_STEPS: taken})
 
 
 def _pseudo_gradient(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from fedlr.runs.report.released import released
 from fedlr.runs.report.run_files import Run, State, spent_by_client
 
 MOST_NAMED = 8  # rounds in a sentence
@@ -32,17 +33,17 @@ def _without_update(states: Sequence[State], whose: str) -> list[str]:
 
 def disagreements(run: Run) -> list[str]:
     """Return one sentence for each contradiction."""
-    summary, first, last = run.summary, run.states[0], run.states[-1]
+    summary, first, last, final = run.summary, run.states[0], run.states[-1], released(run)
     found = []
     for name, told, seen in (
         ("start_accuracy", summary.start_accuracy, first.accuracy),
-        ("final_accuracy", summary.final_accuracy, last.accuracy),
+        ("final_accuracy", summary.final_accuracy, final.accuracy),
         ("bytes_up", summary.bytes_up, sum(state.bytes_up for state in run.states)),
         ("bytes_down", summary.bytes_down, sum(state.bytes_down for state in run.states)),
     ):
         if not _same(told, seen):
             found.append(f"The files disagree: summary.json says {name} = {told:g}, metrics.jsonl says {seen:g}.")
-    if last.rounds_completed != summary.num_rounds:
+    if last.rounds_completed != summary.released.get("num_rounds", summary.num_rounds):
         found.append(
             f"The run is not complete: metrics.jsonl has {last.rounds_completed} of its {summary.num_rounds} rounds."
         )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlr.errors import InputError
+from fedlr.runs.report.released import released
 from fedlr.runs.report.run_files import Run, State
 from fedlr.tasks.evaluation import ACCURACY, Metric
 
@@ -50,9 +51,12 @@ def measured_by(run: Run, metric: Metric, run_dir: Path) -> Run:
     """
     if metric == run.summary.metric:
         return run
-    states = [replace(state, score=_score(state, metric, run_dir)) for state in run.states]
-    summary = replace(run.summary, start_score=states[0].score, final_score=states[-1].score)
-    return replace(run, states=states, summary=summary)
+    states = [
+        replace(state, score=_score(state, metric, run_dir)) if state.is_scored else state for state in run.states
+    ]
+    measured = replace(run, states=states)
+    summary = replace(run.summary, start_score=states[0].score, final_score=released(measured).score)
+    return replace(measured, summary=summary)
 
 
 def _score(state: State, metric: Metric, run_dir: Path) -> float:

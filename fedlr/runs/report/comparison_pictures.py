@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from fedlr.runs.report.comparison_arms import Arm
 from fedlr.runs.report.comparison_metric import title_of
 from fedlr.runs.report.picture import Picture, drawn
+from fedlr.runs.report.released import scored
 from fedlr.runs.report.run_files import Run
 from fedlr.runs.report.server_pictures import EXACT_BELOW, LOWEST_DRAWN
 from fedlr.runs.report.svg import SERIES, colour, legend, percent_axis, round_axis
@@ -81,8 +82,8 @@ def scores_of_each_run(arms: Sequence[Arm], metric: Metric = ACCURACY) -> Pictur
             several = arm.num_seeds > 1
             for number, run in enumerate(arm.runs):
                 label = None if number or several else _named(arm)
-                rounds = [state.rounds_completed for state in run.states]
-                scores = [state.score for state in run.states]
+                rounds = [state.rounds_completed for state in scored(run.states)]
+                scores = [state.score for state in scored(run.states)]
                 axes.plot(rounds, scores, linewidth=0.7 if several else 1.4, label=label, **look)
             if several:
                 _paint_mean(axes, arm, look, is_share=metric.is_share)
@@ -203,7 +204,7 @@ def _row_name(label: str) -> str:
 
 def _paint_mean(axes: Axes, arm: Arm, look: dict[str, Any], *, is_share: bool) -> None:
     """Draw the mean and its interval after every round that all runs of the arm have reached."""
-    scores = [{state.rounds_completed: state.score for state in run.states} for run in arm.runs]
+    scores = [{state.rounds_completed: state.score for state in scored(run.states)} for run in arm.runs]
     rounds = sorted(set.intersection(*(set(one) for one in scores)))
     reached = [{id(run): one[r] for run, one in zip(arm.runs, scores, strict=True)} for r in rounds]
     intervals = [arm.interval(_looked_up(numbers)) for numbers in reached]

@@ -7,6 +7,7 @@ from matplotlib.patches import Rectangle
 
 from fedlr.runs.report.layout import bullets, gallery, paragraph, table
 from fedlr.runs.report.picture import Picture, clipped, drawn
+from fedlr.runs.report.released import released, released_by
 from fedlr.runs.report.run_files import Run, State
 from fedlr.runs.report.svg import colour
 from fedlr.runs.report.wording import count, percent
@@ -19,7 +20,7 @@ DARKEST = 0.6  # opacity of a cell with all examples of its row: ink stays reada
 
 def did_it_learn(run: Run) -> list[str]:
     """Return the HTML of the section; empty where the files say nothing of it."""
-    verdict, last = run.summary.verdict, run.states[-1]
+    verdict, last = run.summary.verdict, released(run)
     parts = _verdict(verdict) if verdict else []
     if last.scores:
         parts.append(_scores(run))
@@ -60,7 +61,7 @@ def _verdict(verdict: Verdict) -> list[str]:
 
 
 def _scores(run: Run) -> str:
-    arms = [run.states[0], run.states[-1], *run.no_privacy[-1:]]
+    arms = [run.states[0], released(run), *([released_by(run, run.no_privacy)] if run.no_privacy else [])]
     verdict, accuracy = run.summary.verdict, [percent(arm.accuracy) for arm in arms]
     if verdict:
         low, high = verdict.interval

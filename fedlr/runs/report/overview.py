@@ -5,6 +5,7 @@ from statistics import fmean, quantiles
 from fedlr.runs.report.layout import details, paragraph, table, tiles
 from fedlr.runs.report.picture import MOST_CLIENTS
 from fedlr.runs.report.privacy_text import headline
+from fedlr.runs.report.released import released_by
 from fedlr.runs.report.run_files import Alone, Run
 from fedlr.runs.report.wording import (
     bytes_text,
@@ -69,9 +70,13 @@ def worth(run: Run) -> list[str]:
         [f"This run ({summary.method})", headline(run)[0], score_text(summary.metric, summary.final_score), ""],
     ]
     if run.no_privacy:
-        rows.append(_row(run, "The same without privacy", run.no_privacy[-1].score, "no differential privacy"))
+        rows.append(
+            _row(run, "The same without privacy", released_by(run, run.no_privacy).score, "no differential privacy")
+        )
     if run.centralised:
-        rows.append(_row(run, "All rows at one place", run.centralised[-1].score, "no differential privacy"))
+        rows.append(
+            _row(run, "All rows at one place", released_by(run, run.centralised).score, "no differential privacy")
+        )
     parts = [
         table(
             ["Training", "Privacy", summary.metric.name.capitalize(), "Beside this run"],

@@ -16,6 +16,7 @@ from fedlr.runs.report.learned import did_it_learn
 from fedlr.runs.report.overview import headline_card, sentence, worth
 from fedlr.runs.report.picture import Picture
 from fedlr.runs.report.privacy_text import privacy_parts
+from fedlr.runs.report.released import which_model
 from fedlr.runs.report.reproduce import reproduce
 from fedlr.runs.report.run_files import Run, read_run
 from fedlr.runs.report.spectrum_picture import layer_rows, singular_values
@@ -43,7 +44,7 @@ def report_page(run: Run) -> str:
         [
             f"<header>\n<h1>{escape(run.summary.name)}</h1>",
             f"{paragraph(sentence(run), kind='lead')}\n</header>",
-            *(paragraph(text) for text in how_chosen(run)),
+            *(paragraph(text) for text in (*how_chosen(run), *which_model(run))),
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
             *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),

@@ -22,6 +22,7 @@ from fedlr.runs.report.comparison_metric import title_of
 from fedlr.runs.report.comparison_pairs import paired_arms
 from fedlr.runs.report.paper_table import Cell, Column, PaperTable, paper_table
 from fedlr.runs.report.picture import Picture
+from fedlr.runs.report.released import released
 from fedlr.runs.report.run_files import SCORES, Run, read_run
 from fedlr.runs.report.wording import PERCENT, count, epsilon_text, score_text, seed_text, short
 from fedlr.tasks.evaluation import Metric
@@ -229,7 +230,7 @@ def _seed(run: Run) -> int:
 
 
 def _line(run: Run, label: str, column: Column, run_dir: Path) -> dict[str, object]:
-    summary, last = run.summary, run.states[-1]
+    summary, last = run.summary, released(run)
     return {
         "run_dir": str(run_dir),
         "name": summary.name,

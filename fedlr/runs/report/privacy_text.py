@@ -16,6 +16,8 @@ def privacy_parts(run: Run) -> list[str]:
     statement = run.statement.get("statement")
     parts = [paragraph(statement, kind="lead")] if isinstance(statement, str) else []
     parts += [paragraph(text) for text in meaning(run)]
+    if isinstance(choices := run.statement.get("choices"), list):
+        parts += ["<h3>What was decided on the way, and what that read</h3>", bullets(map(_plain, choices))]
     key = next((key for key in NOT_COVERED if run.statement.get(key)), None)
     parts.append("<h3>What is not covered</h3>")
     if not run.summary.is_private:
@@ -25,7 +27,7 @@ def privacy_parts(run: Run) -> list[str]:
         parts.append(paragraph(missing))
     else:
         parts.append(_value(run.statement[key]))
-    rest = {name: value for name, value in run.statement.items() if name not in (key, "statement")}
+    rest = {name: value for name, value in run.statement.items() if name not in (key, "statement", "choices")}
     return [*parts, details("The whole statement, as in privacy.json", [_value(rest)])]
 
 

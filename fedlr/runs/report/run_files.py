@@ -12,6 +12,7 @@ from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.audit_text import AuditResult, read_audit
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
 from fedlr.runs.report.contact_sheet import SheetRow, read_contact_sheet
+from fedlr.runs.report.of_selection import released_of, validation_of
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
 from fedlr.tasks.evaluation import ACCURACY, Metric
@@ -25,9 +26,11 @@ class State:
     """One line of metrics.jsonl: the federation after `rounds_completed` rounds."""
 
     rounds_completed: int
+    is_scored: bool  # else accuracy and score are not a number
     accuracy: float
     score: float  # the headline: accuracy, or what else `Summary.metric` names
     loss: float | None
+    validation: Mapping[str, float | None]  # headline and loss on validation rows, where a model is chosen by them
     scores: Mapping[str, float]  # by name, of `SCORES`; those that the file has
     confusion: tuple[tuple[int, ...], ...] | None
     epsilon_max: float | None
@@ -80,6 +83,7 @@ class Summary:
     bytes_down: int
     seconds: float
     problem: str | None  # why the whole run was for nothing
+    released: Mapping[str, object]  # which model it is (fedlr.runs.selection); empty: not stated, the last
     verdict: Verdict | None  # None: not stated
     label_names: tuple[str, ...]  # of the classes; empty: not stated
 
@@ -222,6 +226,8 @@ def _states(path: Path, metric: Metric) -> list[State]:
     rounds = [state.rounds_completed for state in states]
     if rounds[:1] != [0] or rounds != sorted(set(rounds)):
         raise InputError(f"Expected rounds_completed to rise from 0 in {path}, got {rounds[:8]}")
+    if not states[0].is_scored:
+        raise InputError(f"Expected an accuracy in the first line of {path}, got null: a run scores its start")
     return states
 
 
@@ -229,11 +235,14 @@ def _state(row: Record, metric: Metric = ACCURACY) -> State:
     measures = row.nested("measures") if row.values.get("measures") else row
     told = measures if metric.name in measures.values else row
     score = told.optional_number(metric.name, may_diverge=True)
+    accuracy = None if row.get("accuracy") is None else row.number("accuracy")
     return State(
         rounds_completed=row.count("rounds_completed"),
-        accuracy=row.number("accuracy"),
+        is_scored=accuracy is not None,
+        accuracy=math.nan if accuracy is None else accuracy,
         score=math.nan if score is None else score,
         loss=row.optional_number("loss", may_diverge=True),
+        validation=validation_of(row, metric),
         scores={name: row.number(name) for name in SCORES if row.values.get(name) is not None},
         confusion=_confusion(row),
         epsilon_max=row.optional_number("epsilon_max", may_diverge=True),
@@ -342,6 +351,7 @@ def _summary(row: Record) -> Summary:
         bytes_down=row.integer("bytes_down"),
         seconds=row.number("seconds"),
         problem=None if row.values.get("problem") is None else row.text("problem"),
+        released=released_of(row),
         verdict=_verdict(row),
         label_names=tuple(map(str, row.items("label_names"))) if row.values.get("label_names") is not None else (),
     )

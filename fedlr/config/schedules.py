@@ -1,0 +1,54 @@
+"""The learning-rate schedules of an experiment: the clients' and the server's, and what they do not go with."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fedlr.errors import InputError
+from fedlr.methods.rate_schedule import RateSchedule
+
+if TYPE_CHECKING:
+    from fedlr.config.schema import Experiment
+
+
+def client_rates(experiment: "Experiment") -> RateSchedule:
+    """Return what the rate of `trainer.optimizer` is multiplied with in each round."""
+    e = experiment
+    return RateSchedule(e.trainer.lr_schedule, e.trainer.warmup_rounds, e.num_rounds)
+
+
+def server_rates(experiment: "Experiment") -> RateSchedule:
+    """Return what the server's own step is multiplied with in each round."""
+    e = experiment
+    return RateSchedule(e.server_lr_schedule, e.server_warmup_rounds, e.num_rounds)
+
+
+def rates_after(experiment: "Experiment", round_index: int) -> dict[str, float] | None:
+    """Return the factors of the round that led to a state, as a line of metrics.jsonl has them.
+
+    None of the start, and without a schedule.
+    """
+    schedules = {"clients": client_rates(experiment), "server": server_rates(experiment)}
+    if not round_index or all(schedule.is_constant for schedule in schedules.values()):
+        return None
+    return {who: schedule.factor(round_index - 1) for who, schedule in schedules.items()}
+
+
+def check_schedules(experiment: "Experiment") -> None:
+    """Refuse a warm-up that never ends, and a schedule beside a rule of the clients that is told one rate.
+
+    Raises:
+        InputError: which names the key.
+    """
+    e, told = experiment, experiment.method.get("client")
+    for key, warmup in (
+        ("trainer.warmup_rounds", e.trainer.warmup_rounds),
+        ("server_warmup_rounds", e.server_warmup_rounds),
+    ):
+        if warmup >= e.num_rounds:
+            raise InputError(f"Expected {key} < num_rounds={e.num_rounds}, got {warmup}")
+    if not client_rates(e).is_constant and isinstance(told, Mapping) and "lr" in told:
+        raise InputError(
+            "Expected trainer.lr_schedule=constant and trainer.warmup_rounds=0 for "
+            f"method={e.method.get('name')}, whose clients are told one rate of all rounds, got "
+            f"{e.trainer.lr_schedule} with {e.trainer.warmup_rounds}"
+        )
