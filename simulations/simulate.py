@@ -21,6 +21,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
+from fedlr.models.released import released_files
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
@@ -105,7 +106,11 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
             run_dir / CLIENT_ACCURACY, score_clients(federation.client_tests, partial(accuracy_on, federation, state))
         )
     leave_behind(federation, run_dir, state)
-    told = summary(federation, state, rows, seconds=seconds)
+    told = {
+        **summary(federation, state, rows, seconds=seconds),
+        "base_sha256": federation.base.fingerprint,
+        "adapter_files": released_files(run_dir / "adapter"),
+    }
     finish_run(run_dir, told, draw=write_report)
     progress.judged(told["verdict"])
     if told["problem"]:

@@ -10,6 +10,7 @@ from fedlr.runs.report.audit_text import audit_parts
 from fedlr.runs.report.checks import disagreements, for_nothing
 from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.client_accuracy import client_accuracy_parts
+from fedlr.runs.report.evaluation_text import evaluation_parts
 from fedlr.runs.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.runs.report.learned import did_it_learn
 from fedlr.runs.report.overview import headline_card, sentence, worth
@@ -46,13 +47,18 @@ def report_page(run: Run) -> str:
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
             *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),
-            section("What it is worth", [*worth(run), *client_accuracy_parts(run.client_accuracy)]),
+            section("What it is worth", _worth(run)),
             section("Privacy", [*privacy_parts(run), *audit_parts(run.audit)]),
             section("Learning, and the privacy it took", [gallery(_learning(run))]),
             section("Server, traffic and time", [gallery(_server(run)), *_layers(run), *_answers(run)]),
             section("Check it and use it", reproduce(run)),
         ],
     )
+
+
+def _worth(run: Run) -> list[str]:
+    scored = evaluation_parts(run.evaluations, adapter_sha256=run.summary.adapter_sha256)
+    return [*worth(run), *client_accuracy_parts(run.client_accuracy), *scored]
 
 
 def _learning(run: Run) -> list[Picture]:

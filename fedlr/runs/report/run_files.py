@@ -11,6 +11,7 @@ from fedlr.errors.messages import shown
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.audit_text import AuditResult, read_audit
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
+from fedlr.runs.report.evaluation_text import Evaluated, read_evaluations
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
 from fedlr.tasks.evaluation import ACCURACY, Metric
@@ -129,6 +130,7 @@ class Run:
     card: str = ""  # the model card beside the adapter
     asked_config: str = ""  # the configuration as it was asked for
     audit: AuditResult | None = None  # of `fedlr audit RUN_DIR`
+    evaluations: Sequence[Evaluated] = ()  # of `fedlr evaluate RUN_DIR`
 
 
 def read_run(run_dir: Path) -> Run:
@@ -143,7 +145,7 @@ def read_run(run_dir: Path) -> Run:
     alone = _optional(run_dir / "baselines" / "alone.json")
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
     own = _optional(run_dir / "client_accuracy.json")
-    audit = _optional(run_dir / "audit.json")
+    audit, evaluations = (_optional(run_dir / name) for name in ("audit.json", "evaluation.json"))
     card, asked_config = run_dir / "adapter" / "README.md", run_dir / "asked.yaml"
     baseline, together = (run_dir / "baselines" / arm / "metrics.jsonl" for arm in ("no_privacy", "centralised"))
     summary = _summary(read_record(run_dir / "summary.json"))
@@ -166,6 +168,7 @@ def read_run(run_dir: Path) -> Run:
         card=read_text(card) if card.exists() else "",
         asked_config=_plain(asked_config) if asked_config.exists() else "",
         audit=read_audit(audit) if audit else None,
+        evaluations=read_evaluations(evaluations) if evaluations else (),
     )
 
 
