@@ -78,8 +78,8 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
     if HEAD in method.block_schedule.roles and experiment.task.target == CAUSAL_LM:
         raise InputError(
-            f"Expected a method that trains LoRA with task=causal_lm, such as fedsvd, got {name}, which trains the head: "
-            "a language model's stays frozen"
+            f"Expected a method that trains LoRA with task=causal_lm, such as fedsvd, got {name}: the head of a "
+            "language model stays frozen"
         )
     if HEAD in method.block_schedule.roles and not experiment.adapter.train_head:
         raise InputError(f"Expected adapter.train_head=true for method={name}, which trains the head, got false")

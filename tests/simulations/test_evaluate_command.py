@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedlr.config.schema import compose_experiment
+from fedlr.errors import InputError
+from fedlr.models import released
+from fedlr.runs.evaluations import EvaluationEntry, add_evaluations
 from simulations.evaluate import Asked, evaluate_run
+from simulations.evaluate_command import evaluate
 from simulations.simulate import simulate
 
 FEW = ("num_rounds=2", "num_clients=3", "cohort_size=2", "tracking.run_alone=false", "tracking.run_no_privacy=false")
@@ -127,3 +131,167 @@ def test_the_harness_finds_the_same_choices(language: Path, tmp_path: Path) -> N
         own, other = getattr(ours, arm), getattr(theirs, arm)
         assert (own["accuracy"], own["accuracy by length"]) == (other["acc"], other["acc_norm"])
     assert theirs.num_rows == ours.num_rows == 3
+
+
+def conversations(path: Path, words: str) -> Path:
+    """A file with one conversation for each word."""
+    rows = [
+        [
+            {"role": "user", "content": f"what colour is the {word}"},
+            {"role": "assistant", "content": f"the {word} is red"},
+        ]
+        for word in words.split()
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private run on a file of conversations."""
+    folder = tmp_path_factory.mktemp("private")
+    own = conversations(folder / "own.jsonl", "apple leaf sky lemon snow coal rose grass sea sun " * 4)
+    words = ["experiment=tiny_lm", "data=chat", f"data.path={own}", "data.max_length=32", "num_rounds=1"]
+    return run_of(folder, *words, "num_clients=2", "trainer.num_steps=1")
+
+
+def test_a_public_table_is_read_as_the_runs_rows_were_and_by_group(private: Path, tmp_path: Path) -> None:
+    table = conversations(tmp_path / "public.jsonl", "ant mouse horse")
+    (rows,) = scores(private, on=str(table))
+    assert rows.num_rows == 3 and rows.sha256 is not None and set(rows.released) >= {"perplexity", "next tokens right"}
+    grouped, topics = tmp_path / "grouped.jsonl", zip("aba", "ant sea sun".split(), strict=True)
+    lines = [{"prompt": f"say {word}", "response": f"the {word}", "of": topic} for topic, word in topics]
+    grouped.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (rows,) = scores(private, on=str(grouped), changes={"format": "prompt_response", "group_column": "of"})
+    by_group = [rows.released[f"perplexity of {name}"] for name in "ab"]
+    assert rows.released["macro_perplexity"] == pytest.approx((by_group[0] * by_group[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("how", ["itself", "a copy", "one of its rows"])
+def test_rows_that_clients_train_on_are_refused(private: Path, how: str, tmp_path: Path) -> None:
+    own = private.parents[1] / "own.jsonl"
+    table = {
+        "itself": lambda: own,
+        "a copy": lambda: Path(shutil.copy(own, tmp_path / "copy.jsonl")),
+        "one of its rows": lambda: conversations(
+            tmp_path / "some.jsonl", "ant mouse apple leaf sky lemon snow coal rose"
+        ),
+    }[how]()
+    with pytest.raises(InputError, match="holds some; those are private: no score is noised"):
+        scores(private, on=str(table))
+
+
+def test_a_changed_adapter_is_refused_and_nothing_else_sees_it(
+    language: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = copy_of(language)
+    path = run_dir / "adapter" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # of a number: safetensors reads it as another one
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="adapter_model.safetensors as the run wrote it"):
+        scores(run_dir, on="held-out")
+    recorded = json.loads((run_dir / "summary.json").read_text())["adapter_files"]
+    monkeypatch.setattr(released, "released_files", lambda folder: recorded)  # the mutant: it believes the record
+    assert scores(run_dir, on="held-out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("auto_mapping", {"base_model_class": "Popen", "parent_library": "subprocess"}),
+        ("megatron_config", {"tensor_model_parallel_size": 1}),
+    ],
+)
+def test_an_adapter_whose_configuration_names_code_is_refused(
+    language: Path, copy_of: Callable[[Path], Path], key: str, value: object
+) -> None:
+    run_dir = copy_of(language)
+    path = run_dir / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    recorded = json.loads((run_dir / "summary.json").read_text())
+    recorded["adapter_files"] = released.released_files(run_dir / "adapter")  # by a stranger, who wrote both
+    (run_dir / "summary.json").write_text(json.dumps(recorded))
+    with pytest.raises(InputError, match=f"Expected {key} to be null"):
+        scores(run_dir, on="held-out")
+
+
+def edited(run_dir: Path, **changes: object) -> Path:
+    path = run_dir / "summary.json"
+    summary = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in summary.items() if value != "gone"}))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"finished": False}, "Expected a finished run"),
+        ({"adapter_files": "gone"}, "an older version wrote it"),
+        ({"base_sha256": "00ff"}, "Expected the base model of the run"),
+        ({"label_names": None}, "an older version wrote it"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused(
+    language: Path, copy_of: Callable[[Path], Path], changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        scores(edited(copy_of(language), **changes), on="held-out")
+
+
+ASKED = [
+    ({}, "Expected --on TABLE"),
+    ({"generate": 4, "questions": {"mmlu": "x.jsonl"}}, "Expected --on TABLE .* with --generate"),
+    ({"on": "held-out", "show": 2}, "with --show"),
+    ({"on": "held-out", "changes": {"format": "alpaca"}}, "Expected no data.format with --on held-out"),
+    ({"on": "no-such.jsonl"}, "no-such.jsonl"),
+    ({"questions": {"mmlu": "no-such.jsonl"}}, "no-such.jsonl"),
+    ({"questions": {"mmlu": "questions.txt"}}, "file of questions"),
+]
+
+
+@pytest.mark.parametrize(("asked", "told"), ASKED, ids=[told for _, told in ASKED])
+def test_what_cannot_be_scored_is_one_sentence(language: Path, asked: dict[str, object], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        scores(language, **asked)
+
+
+def test_scores_stand_in_the_run_its_report_and_the_terminal(
+    language: Path, copy_of: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, path = copy_of(language), questions(tmp_path)["mmlu"]
+    for _ in range(2):
+        assert evaluate([str(run_dir), "--mmlu", path]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy by length" in printed and "released" in printed and "evaluation.json" in printed
+    (entry,) = json.loads((run_dir / "evaluation.json").read_text())["evaluations"]
+    assert entry["kind"] == "mmlu" and entry["num_rows"] == 2 and entry["base"].keys() == entry["released"].keys()
+    page = (run_dir / "report.html").read_text()
+    assert "Scored afterwards" in page and "another adapter" not in page
+    assert evaluate([str(run_dir), "--mmlu"]) == 2
+    assert evaluate([str(run_dir), "--mmlu", path, "name=x"]) == 2
+
+
+def test_a_table_is_added_to_others_and_takes_its_own_place(tmp_path: Path) -> None:
+    def names() -> list[tuple[str, float]]:
+        found = json.loads((tmp_path / "evaluation.json").read_text())["evaluations"]
+        return [(one["of"], one["released"]["loss"]) for one in found]
+
+    for of, loss in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        add_evaluations(tmp_path, [EvaluationEntry("rows", of, None, 1, {"loss": loss})], adapter_sha256="ff")
+    assert names() == [("b", 2.0), ("a", 3.0)]
+    (tmp_path / "evaluation.json").write_text('{"evaluations": 3}')
+    with pytest.raises(InputError, match="Expected a list of evaluations"):
+        add_evaluations(tmp_path, [], adapter_sha256="ff")
+    assert (tmp_path / "evaluation.json").read_text() == '{"evaluations": 3}'
+
+
+@pytest.mark.parametrize("words", [("experiment=tiny",), ("experiment=tiny_images",)], ids=["texts", "pictures"])
+def test_classifiers_score_what_their_run_scored(words: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, *words, "data.num_examples=120", "data.num_test=0.3")
+    (rows,) = scores(run_dir, on="held-out")
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert rows.base is None and rows.released["accuracy"] == pytest.approx(last["accuracy"])
+    assert rows.released["loss"] == pytest.approx(last["loss"], rel=1e-4) and "macro_f1" in rows.released
+    with pytest.raises(InputError, match="Expected --generate of a language model"):
+        scores(run_dir, on="held-out", generate=3)
