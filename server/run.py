@@ -23,6 +23,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError, PassingError
 from fedlr.files import make_folder, sync_file, write_whole
 from fedlr.models.export import export_adapter
+from fedlr.models.released import released_files
 from fedlr.privacy.reported import reported_statement
 from fedlr.privacy.statement import with_choices, with_origin
 from fedlr.rounds.pools.local import sharing_base
@@ -194,6 +195,10 @@ class Run:
             has_pairs=served.terms.pairs,
             released=told(summary["released"]),
         )
+        summary |= {
+            "base_sha256": served.base.fingerprint,
+            "adapter_files": released_files(self.run_dir / "adapter"),
+        }
         finish_run(self.run_dir, summary, draw=write_report)
         for line in verdict_lines(summary["verdict"]):
             self.say(line)

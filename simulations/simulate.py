@@ -22,6 +22,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
+from fedlr.models.released import released_files
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_choices, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED
@@ -113,6 +114,7 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
         write_json(run_dir / CONTACT_SHEET, sheet)
     result = summary(federation, state, rows, seconds=seconds)
     leave_behind(federation, run_dir, state, result["released"])
+    result |= {"base_sha256": federation.base.fingerprint, "adapter_files": released_files(run_dir / "adapter")}
     finish_run(run_dir, result, draw=write_report)
     progress.judged(result["verdict"], result["released"])
     if result["problem"]:

@@ -47,6 +47,7 @@ COMMANDS = (
         "report",
         "statement",
         "audit",
+        "evaluate",
         "methods",
         "adapters",
         "bench",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ClientUpdate
+from fedlr.config.language_rules import CAUSAL_LM
 from fedlr.config.schema import Experiment
 from fedlr.config.system_rules import check_system
 from fedlr.errors import InputError
@@ -75,6 +76,11 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
             )
         if experiment.trainer.after_noise is not None and len(set(method.block_schedule.roles)) < 2:
             raise InputError("Expected adapter.client_ranks=null with trainer.after_noise where one factor trains")
+    if HEAD in method.block_schedule.roles and experiment.task.target == CAUSAL_LM:
+        raise InputError(
+            f"Expected a method that trains LoRA with task=causal_lm, such as fedsvd, got {name}: the head of a "
+            "language model stays frozen"
+        )
     if HEAD in method.block_schedule.roles and not experiment.adapter.train_head:
         raise InputError(f"Expected adapter.train_head=true for method={name}, which trains the head, got false")
     reads_product = method.dynamic_ranks or isinstance(method.block_schedule, StrongestLayers)

@@ -18,6 +18,7 @@ from fedlr.models.network import BaseModel
 from fedlr.models.peft_state import ADAPTER_NAME, adapted_layers, base_layers, head_parts, write_adapter
 from fedlr.models.picture_usage import picture_usage
 from fedlr.models.pooling import NORMALISED, PooledClassifier
+from fedlr.models.served import generation_settings, with_one_rank
 from fedlr.models.tuners.exported import INSIDE, portable, title_of
 from fedlr.models.usage import reference, usage
 from fedlr.tasks.pictures import PictureProcessor
@@ -78,7 +79,8 @@ def export_adapter(
     Plain `PeftModel.from_pretrained(base, folder)` gives the same logits to rounding; where features are pooled by us
     the card defines that base, in a few lines without fedlr. A frozen random head is included, because a base model
     loaded anew would draw another one. What the server folded away stands beside the factors, as ranks of the layers
-    more, and each layer has its own rank. The folder is whole or absent.
+    more, and each layer has its own rank; of a language model all have the largest (`models.served`), and what ends an
+    answer is written too. The folder is whole or absent.
     """
     write_adapter(model, adapter.tensors)
     system = title_of(model)
@@ -88,6 +90,8 @@ def export_adapter(
     model = portable(model, adapter.side)
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     source, is_causal = reference(base.source), base.task_type == "CAUSAL_LM"
+    if is_causal and isinstance(config, LoraConfig):
+        with_one_rank(model)
     config.base_model_name_or_path = source
     if not isinstance(config.target_modules, str | None):
         config.target_modules = _target_modules(model, config.target_modules)
@@ -112,6 +116,8 @@ def export_adapter(
         # Embeddings never train here; left to guess, PEFT asks the hub for the base model's vocabulary.
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
         base.tokenizer.save_pretrained(str(partial))
+        if is_causal:
+            generation_settings(base).save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -82,7 +82,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> P
         raise InputError(f"Expected task.template to be null or one of {', '.join(TEMPLATES)}, got {template!r}")
     chosen = TEMPLATES[template]
     if template == "plain":
-        chosen = chosen.replace("bos_token and adds_bos_token", "bos_token" if _adds_bos(tokenizer) else "false")
+        chosen = chosen.replace("bos_token and adds_bos_token", "bos_token" if adds_bos(tokenizer) else "false")
     tokenizer.chat_template = chosen
     return tokenizer
 
@@ -108,6 +108,22 @@ def encode_conversations(
             yield from _encoded(waiting, tokenizer, max_length, max_response)
             waiting = []
     yield from _encoded(waiting, tokenizer, max_length, max_response)
+
+
+def encode_turns(row: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> EncodedTurns:
+    """Return the tokens of one conversation, whole.
+
+    Raises:
+        InputError: for a template that refuses or changes it.
+    """
+    (found,) = _encoded([_Template(tokenizer).text_of(row)], tokenizer, 10**9, None)
+    return found
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether a tokenizer begins a text with its own beginning token."""
+    ids = tokenizer("")["input_ids"]
+    return tokenizer.bos_token_id is not None and list(ids[:1]) == [tokenizer.bos_token_id]
 
 
 def _encoded(
@@ -169,7 +185,7 @@ class _Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._skeletons: dict[tuple[str, ...], Skeleton] = {}
-        self._before = str(tokenizer.bos_token) if _adds_bos(tokenizer) else ""
+        self._before = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
 
     def text_of(self, row: Sequence[Turn]) -> tuple[str, Spans]:
         """Return a conversation as one text, and where its answers with their end marks lie in it."""
@@ -223,9 +239,3 @@ def _end_mark(after: str, tokenizer: PreTrainedTokenizerBase) -> int:
     special += [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = re.match(rf"\s*?({'|'.join(map(re.escape, special))})", after) if special else None
     return found.end() if found else 0
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """Return whether a tokenizer begins a text with its own beginning token."""
-    ids = tokenizer("")["input_ids"]
-    return tokenizer.bos_token_id is not None and list(ids[:1]) == [tokenizer.bos_token_id]

@@ -11,6 +11,7 @@ from fedlr.runs.report.checks import disagreements, for_nothing
 from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.client_accuracy import client_accuracy_parts
 from fedlr.runs.report.contact_sheet import sheet_parts
+from fedlr.runs.report.evaluation_text import evaluation_parts
 from fedlr.runs.report.layout import details, gallery, page, paragraph, section, table
 from fedlr.runs.report.learned import did_it_learn
 from fedlr.runs.report.overview import headline_card, sentence, worth
@@ -48,7 +49,7 @@ def report_page(run: Run) -> str:
             *(paragraph(text, kind="warning") for text in (*for_nothing(run), *disagreements(run))),
             headline_card(run),
             *([section("Did it learn?", parts)] if (parts := did_it_learn(run)) else []),
-            section("What it is worth", [*worth(run), *_by_client(run)]),
+            section("What it is worth", [*worth(run), *_by_client(run), *_scored(run)]),
             *([section("What it takes pictures for", parts)] if (parts := sheet_parts(run.contact_sheet)) else []),
             section("Privacy", [*privacy_parts(run), *audit_parts(run.audit)]),
             section("Learning, and the privacy it took", [gallery(_learning(run))]),
@@ -62,6 +63,10 @@ def _by_client(run: Run) -> list[str]:
     told = client_accuracy_parts(run.client_accuracy)
     picture = own_rows_picture.together_and_alone(run)
     return [*told, gallery([picture])] if picture else told
+
+
+def _scored(run: Run) -> list[str]:
+    return evaluation_parts(run.evaluations, adapter_sha256=run.summary.adapter_sha256)
 
 
 def _learning(run: Run) -> list[Picture]:

@@ -12,6 +12,7 @@ from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.audit_text import AuditResult, read_audit
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
 from fedlr.runs.report.contact_sheet import SheetRow, read_contact_sheet
+from fedlr.runs.report.evaluation_text import Evaluated, read_evaluations
 from fedlr.runs.report.of_selection import released_of, validation_of
 from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
 from fedlr.runs.verdict import Verdict
@@ -136,6 +137,7 @@ class Run:
     asked_config: str = ""  # the configuration as it was asked for
     contact_sheet: Sequence[SheetRow] = ()
     audit: AuditResult | None = None  # of `fedlr audit RUN_DIR`
+    evaluations: Sequence[Evaluated] = ()  # of `fedlr evaluate RUN_DIR`
 
 
 def read_run(run_dir: Path) -> Run:
@@ -150,7 +152,8 @@ def read_run(run_dir: Path) -> Run:
     alone = _optional(run_dir / "baselines" / "alone.json")
     adapter = _optional(run_dir / "adapter" / "adapter_config.json")
     own = _optional(run_dir / "client_accuracy.json")
-    sheet, audit = _optional(run_dir / "contact_sheet.json"), _optional(run_dir / "audit.json")
+    more = ("contact_sheet.json", "audit.json", "evaluation.json")
+    sheet, audit, evaluations = (_optional(run_dir / name) for name in more)
     card, asked_config = run_dir / "adapter" / "README.md", run_dir / "asked.yaml"
     baseline, together = (run_dir / "baselines" / arm / "metrics.jsonl" for arm in ("no_privacy", "centralised"))
     summary = _summary(read_record(run_dir / "summary.json"))
@@ -174,6 +177,7 @@ def read_run(run_dir: Path) -> Run:
         card=read_text(card) if card.exists() else "",
         asked_config=_plain(asked_config) if asked_config.exists() else "",
         audit=read_audit(audit) if audit else None,
+        evaluations=read_evaluations(evaluations) if evaluations else (),
     )
 
 
