@@ -25,7 +25,8 @@ from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
 from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
 from fedlr.runs.tables import load_examples, num_rows_of
-from fedlr.streams import OsRandomness, Randomness, SeededRandomness
+from fedlr.runs.units import client_mechanism, unit_notes
+from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
 from fedlr.training.local import LocalTraining
@@ -55,7 +56,7 @@ class Federation:
     budget: PrivacyBudget | None
     mechanism: Mechanism | None
     training: LocalTraining
-    randomness: Randomness
+    randomness: OsRandomness | SeededRandomness
     weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
     ranks: tuple[int, ...] | None  # of each client; None: all have the adapter's
     side: SideWeights  # merges what the server folded away into the tensors that all copies of the model share
@@ -63,6 +64,8 @@ class Federation:
     taken_as_public: tuple[str, ...]  # what about the data the privacy statement takes for public
     placed_by: tuple[str, ...]  # what besides a row itself decides where it lies, one reason each
     notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
+    client_budget: PrivacyBudget | None = None  # of the client unit; None: whole clients are not hidden
+    client_mechanism: Mechanism | None = None
 
     @property
     def num_trained_values(self) -> int:
@@ -81,7 +84,8 @@ class Federation:
 
     def without_privacy(self) -> "Federation":
         """Return the same federation without clipping and noise, at a rate for that."""
-        return replace(self.at_rate_of("no_privacy_lr"), budget=None, mechanism=None)
+        none: dict[str, Any] = {"budget": None, "mechanism": None, "client_budget": None, "client_mechanism": None}
+        return replace(self.at_rate_of("no_privacy_lr"), **none)
 
     def centralised(self) -> "Federation":
         """Return one client with the rows of all, without privacy: what could be learned if nothing were apart."""
@@ -157,6 +161,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
     tests = client_tests(experiment, method, partition, held_out, seed=seed)
     budget, mechanism = private_mechanism(experiment)
+    client_budget, of_clients = client_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
     by_size = experiment.weighting == "examples"
@@ -202,7 +207,10 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
             *notes(experiment, data, held_out, encoded, test, placed_by=placed_by, num_shared=num_shared),
             *left_out_note(partition, data.source),
             *parts.notes,
+            *unit_notes(experiment),
         ),
+        client_budget=client_budget,
+        client_mechanism=of_clients,
     )
 
 

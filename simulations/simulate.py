@@ -22,7 +22,7 @@ from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_origin, with_public
+from fedlr.privacy.statement import run_statement, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
@@ -32,6 +32,7 @@ from fedlr.runs.directory import (
     CLIENTS,
     LEDGER,
     METRICS,
+    SERVER_LEDGER,
     append_lines,
     create_run_dir,
     finish_run,
@@ -43,11 +44,19 @@ from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summa
 from fedlr.runs.report import write_report
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
 from fedlr.streams import Purpose, SeededRandomness, stream
-from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
 from simulations.alone import Arm, train_alone
 from simulations.checkpoints import Checkpoints
 from simulations.client_accuracy import score_clients
+from simulations.client_unit import (
+    client_unit,
+    create_server_ledger,
+    ledgers_of,
+    noise_as_of_one,
+    noise_of_update,
+    poisson_draws,
+    spent_on_clients,
+)
 from simulations.federation import Federation, assemble, describe
 from simulations.progress import Progress
 from simulations.runtime import make_pool
@@ -84,12 +93,20 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
             ledger = create_ledger(federation, run_dir / LEDGER)
+            servers = create_server_ledger(federation, run_dir / SERVER_LEDGER)
             progress = Progress(federation.experiment, say=say, metric=federation.task.metric)
-            run(federation, run_dir, ledger=ledger, progress=progress)
+            run(federation, run_dir, ledger=ledger, server_ledger=servers, progress=progress)
     return run_dir
 
 
-def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, progress: Progress) -> None:
+def run(
+    federation: Federation,
+    run_dir: Path,
+    *,
+    ledger: PrivacyLedger | None,
+    progress: Progress,
+    server_ledger: PrivacyLedger | None = None,
+) -> None:
     """Train, compare, and leave everything behind in `run_dir`; what of it is there already is not done again.
 
     Raises:
@@ -97,7 +114,9 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     """
     tracking, offline = federation.experiment.tracking, federation.experiment.runtime.offline
     with tracked(tracking.tracker, run_dir, is_offline=offline, say=progress.say) as track:
-        state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress, track=track)
+        state, rows, seconds = run_rounds(
+            federation, run_dir, ledger=ledger, progress=progress, track=track, server_ledger=server_ledger
+        )
     state = scored(state)
     run_baselines(federation, run_dir, progress=progress)
     if federation.client_tests is not None:
@@ -127,7 +146,8 @@ def summary(
         seconds=seconds,
         held_out=held_out_labels(federation.test.labels, federation.label_names),
         head_is_drawn=federation.base.head_is_drawn,
-        noise_sd=update_noise(federation.training, federation.mechanism),
+        noise_sd=noise_as_of_one(federation),
+        client_delta=federation.client_budget.delta if federation.client_budget else None,
         metric=federation.task.metric,
     )
 
@@ -140,13 +160,15 @@ def run_rounds(
     progress: Progress,
     track: Callable[[Mapping[str, Any]], None] = nowhere,
     name: str = "federated",
+    server_ledger: PrivacyLedger | None = None,
 ) -> tuple[ServerState, list[dict[str, Any]], float]:
     """Train the federation, from its latest checkpoint if there is one; return its state, metrics and seconds.
 
-    It writes one line of metrics a round, which `track` gets too, and one line for each client asked.
+    It writes one line of metrics a round, which `track` gets too, and one line for each client asked; with the client
+    unit (`server_ledger`) none, as who took part is told to nobody.
     """
     e = federation.experiment
-    checkpoints = Checkpoints(federation, folder, ledger)
+    checkpoints = Checkpoints(federation, folder, ledger, server_ledger)
     found = checkpoints.take_up(say=progress.say)
     state, rows, num_asked = found.state if found else federation.start, checkpoints.metrics, len(checkpoints.clients)
     for row in rows:
@@ -159,7 +181,7 @@ def run_rounds(
     spent = spent_in_rounds(ledger, range(e.num_clients), state.round_index)
     participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
     personal: list[Mapping[Slot, Tensor]] = []
-    noise_sd = update_noise(federation.training, federation.mechanism)
+    noise_sd = noise_of_update(federation)
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
         evaluation, evaluate_s = evaluator.score(scored(state), personal=personal)
@@ -167,6 +189,7 @@ def run_rounds(
             state,
             evaluation,
             spent=spent.values(),
+            spent_on_clients=spent_on_clients(server_ledger, state.round_index),
             diagnostics=diagnostics,
             evaluate_s=evaluate_s,
             noise_sd=noise_sd,
@@ -182,7 +205,7 @@ def run_rounds(
             progress.taken_up(state.round_index)
             pool.kept.take_back(found.more)
         else:
-            progress.arm(f"{name}, {'private' if ledger else 'no privacy'}", e, record(state))
+            progress.arm(f"{name}, {'private' if ledger or server_ledger else 'no privacy'}", e, record(state))
             checkpoints.save(state, pool.kept, num_lines={METRICS: 1, CLIENTS: 0})
         rounds = federated_rounds(
             state,
@@ -197,12 +220,15 @@ def run_rounds(
             ranks=federation.ranks,
             max_update_ratio=e.max_update_ratio,
             average_last=e.average_last,
+            poisson=poisson_draws(federation),
+            client_unit=client_unit(federation, server_ledger),
         )
         for state, diagnostics in rounds:
             if federation.method.personal:
                 keepers = (pool.kept.personal.get(client) for client in range(e.num_clients))
                 personal[:] = islice(filter(None, keepers), MOST_SCORED)
-            spent.update(spent_in_rounds(ledger, diagnostics.cohort, state.round_index))
+            asked_now = range(e.num_clients) if diagnostics.is_secret else diagnostics.cohort
+            spent.update(spent_in_rounds(ledger, asked_now, state.round_index))
             row = record(state, diagnostics)
             participations.update(diagnostics.trained)
             asked = client_rows(
@@ -216,7 +242,7 @@ def run_rounds(
             append_lines(folder / CLIENTS, asked)
             num_asked += len(diagnostics.cohort)
             checkpoints.save(state, pool.kept, num_lines={METRICS: len(rows), CLIENTS: num_asked})
-            progress.round_done(row, num_clients=len(diagnostics.cohort))
+            progress.round_done(row, num_clients=e.cohort_size if diagnostics.is_secret else len(diagnostics.cohort))
     return state, rows, checkpoints.seconds()
 
 
@@ -235,7 +261,7 @@ def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) 
     """Run what the final table compares with: the same run without privacy, and each client alone."""
     tracking = federation.experiment.tracking
     folder = run_dir / "baselines"
-    if tracking.run_no_privacy and federation.mechanism is not None:
+    if tracking.run_no_privacy and federation.experiment.privacy.is_private:
         make_folder(folder / "no_privacy")
         run_rounds(federation.without_privacy(), folder / "no_privacy", ledger=None, progress=progress)
     if tracking.run_centralised:
@@ -290,11 +316,10 @@ def own_accuracy(federation: Federation, client_id: int, arm: Arm) -> dict[str, 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState) -> None:
     """Write the privacy statement and the adapter."""
-    if federation.budget is None:
-        statement = no_privacy_statement(federation.experiment.num_clients)
-    else:
-        clients = range(federation.experiment.num_clients)
-        statement = privacy_statement(run_dir / LEDGER, clients, placed_by=federation.placed_by)
+    num_clients = federation.experiment.num_clients
+    statement = run_statement(
+        run_dir, num_clients, placed_by=federation.placed_by, expected=ledgers_of(federation.experiment)
+    )
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
