@@ -131,10 +131,10 @@ def client_unit_lines(federation: Federation) -> list[str]:
     spent = epsilon([(event, e.num_rounds)], budget.delta, accountant=e.privacy.accountant)
     drawn = f"each client joins by chance {m.sample_rate:g}" if m.sample_rate < 1 else "no amplification by sampling"
     return [
-        f"unit        one client: an update is clipped to {m.max_grad_norm:g}, noise multiplier {m.noise_multiplier:g} on "
-        f"the sum, divided by {m.divisor:g}; {drawn}",
-        f"epsilon     {epsilon_text(spent)} of one client after {e.num_rounds} rounds; budget {budget.epsilon:g} at delta "
-        f"{budget.delta:.3g}; the server is trusted, and sees updates in the clear",
+        f"unit        one client: an update is clipped to {m.max_grad_norm:g}, noise multiplier {m.noise_multiplier:g} "
+        f"on the sum, divided by {m.divisor:g}; {drawn}",
+        f"epsilon     {epsilon_text(spent)} of one client after {e.num_rounds} rounds; budget {budget.epsilon:g} at "
+        f"delta {budget.delta:.3g}; the server is trusted, and sees updates in the clear",
     ]
 
 

@@ -120,7 +120,8 @@ class DataSection(Target):
 
 
 class PrivacySection(Section):
-    """Budgets over the whole run: `epsilon` of each client for its rows, `client_epsilon` of the server for whole clients.
+    """Budgets over the whole run: `epsilon` of each client for its rows, `client_epsilon` of the server for whole
+    clients.
 
     None of both is no privacy; of both there are two epsilons, which are never added.
     """

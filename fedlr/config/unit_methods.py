@@ -48,8 +48,8 @@ def check_unit(experiment: Experiment, method: Method) -> None:
         )
     if method.client.remembers:
         raise InputError(
-            f"{expected} for method={name}, whose clients remember earlier rounds, got client: its controls are made of "
-            "single clients' updates, which would need a sum and noise of their own"
+            f"{expected} for method={name}, whose clients remember earlier rounds, got client: its controls are made "
+            "of single clients' updates, which would need a sum and noise of their own"
         )
     if method.mixed_ranks and method.prunes:
         raise InputError(f"{expected} for method={name}, got client: {REASONS['SelfPruning']}")

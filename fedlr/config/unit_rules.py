@@ -23,12 +23,13 @@ def check_privacy(experiment: "Experiment") -> None:
     if e.cohort == "poisson" and e.max_participations < e.num_rounds:
         raise InputError(
             f"Expected privacy.max_participations=null with cohort=poisson, got {p.max_participations}, fewer than the "
-            f"{e.num_rounds} rounds: whoever was drawn often could not be drawn again, and draws would not be independent"
+            f"{e.num_rounds} rounds: whoever was drawn often could not be drawn again, and draws would not be "
+            "independent"
         )
     if e.cohort == "poisson" and e.runtime.kind != "local":
         raise InputError(
-            f"Expected cohort=fixed with runtime={e.runtime.kind}, got poisson: a server asks whoever is connected, not "
-            "a fixed population"
+            f"Expected cohort=fixed with runtime={e.runtime.kind}, got poisson: a server asks whoever is connected, "
+            "not a fixed population"
         )
 
 
@@ -61,18 +62,19 @@ def _check_client(e: "Experiment") -> None:
         )
     if e.weighting != "uniform":
         raise InputError(
-            f"Expected weighting=uniform with privacy.unit=client, got {e.weighting}: one client's size would weigh its "
-            "update and everybody else's"
+            f"Expected weighting=uniform with privacy.unit=client, got {e.weighting}: one client's size would weigh "
+            "its update and everybody else's"
         )
     if e.num_clients == 1:
         raise InputError("Expected two clients or more with privacy.unit=client, got 1: nobody hides it")
     if e.adapter.has_client_ranks:
         raise InputError(
-            "Expected adapter.client_ranks=null with privacy.unit=client, got ranks: updates of different ranks have no "
-            "common sum"
+            "Expected adapter.client_ranks=null with privacy.unit=client, got ranks: updates of different ranks have "
+            "no common sum"
         )
     if p.epsilon is not None and e.cohort == "poisson":
         raise InputError(
-            "Expected cohort=fixed with budgets of both units (privacy.epsilon and privacy.client_epsilon), got poisson: "
-            "what clients have spent of their own budgets tells who took part, and a Poisson cohort must be secret"
+            "Expected cohort=fixed with budgets of both units (privacy.epsilon and privacy.client_epsilon), got "
+            "poisson: what clients have spent of their own budgets tells who took part, and a Poisson cohort must be "
+            "secret"
         )

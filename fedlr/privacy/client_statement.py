@@ -12,8 +12,8 @@ from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION
 from fedlr.privacy.units import CLIENT
 
 POISSON = (
-    "the Poisson draw of each round's cohort over the fixed population of enrolled clients, which nobody but the server "
-    "learns"
+    "the Poisson draw of each round's cohort over the fixed population of enrolled clients, which nobody but the "
+    "server learns"
 )
 NONE = "none: cohorts have a fixed size and may be known, so every round counts as if all clients took part"
 TRUSTED = [
@@ -51,7 +51,8 @@ def client_statement(
     Args:
         ledger_path: the server's ledger; it is verified, and not changed.
         num_clients: enrolled clients.
-        placed_by: reasons why another client's rows depend on more than themselves; with any the run is not for release.
+        placed_by: reasons why another client's rows depend on more than themselves; with any the run is not for
+        release.
 
     Raises:
         InputError: the ledger is missing, was changed, or is of another unit.

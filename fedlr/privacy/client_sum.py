@@ -44,8 +44,8 @@ def clipped_change(update: ClientUpdate, sent_down: Mapping[Slot, Tensor], *, ma
 def clipped_sum(updates: Iterable[ClientUpdate], sent_down: Mapping[Slot, Tensor], *, max_norm: float) -> Change:
     """Return the sum of the clipped changes, float64, in the order of the updates; zeros of nobody.
 
-    Unit: one client. With or without one, the sum differs by at most `max_norm`, in the norm over all tensors. It is not
-    private yet, and must not leave.
+    Unit: one client. With or without one, the sum differs by at most `max_norm`, in the norm over all tensors. It is
+    not private yet, and must not leave.
     """
     total = {slot: torch.zeros_like(tensor, dtype=torch.float64) for slot, tensor in sorted(sent_down.items())}
     for update in updates:

@@ -58,10 +58,10 @@ class PoissonSampler:
     def dp_event(self, noise_multiplier: float, *, rows: int = 1) -> dp_accounting.DpEvent:
         """Return the event of one step; add or remove one example, or `rows` of them at once.
 
-        Of one it is the Poisson-subsampled Gaussian. Of k, as many join as a Binomial(k, sample_rate) says, and j of them
-        move the sum of clipped gradients by at most j times the clip bound. The worst case is that they all point the
-        same way: a mixture of Gaussians whose means are 0, 1, ..., k (Ganesh 2024, "Tight group-level DP guarantees for
-        DP-SGD with sampling via mixture of Gaussians mechanisms", https://arxiv.org/abs/2401.10294).
+        Of one it is the Poisson-subsampled Gaussian. Of k, as many join as a Binomial(k, sample_rate) says, and j of
+        them move the sum of clipped gradients by at most j times the clip bound. The worst case is that they all point
+        the same way: a mixture of Gaussians whose means are 0, 1, ..., k (Ganesh 2024, "Tight group-level DP guarantees
+        for DP-SGD with sampling via mixture of Gaussians mechanisms", https://arxiv.org/abs/2401.10294).
         """
         require_noise_multiplier(noise_multiplier)
         if rows > 1:

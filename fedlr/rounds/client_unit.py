@@ -1,7 +1,7 @@
 """The server's side of the client unit: a round is charged, and what leaves it is one noised mean.
 
-The server is trusted: it sees every update in the clear. Who sees what it publishes is protected, and so nothing else of
-a round may tell who took part or what came of it: no count of updates, no client's fate, no error of the aggregate.
+The server is trusted: it sees every update in the clear. Who sees what it publishes is protected, and so nothing else
+of a round may tell who took part or what came of it: no count of updates, no client's fate, no error of the aggregate.
 """
 
 import hashlib
@@ -62,8 +62,8 @@ class ClientUnit:
         if refusal is not None:
             raise InputError(
                 f"Expected a budget of the client unit that lasts for round {round_index + 1}, got {refusal.reason}: "
-                f"epsilon is {refusal.epsilon_spent:.4g} and would be {refusal.epsilon_if_trained:.4g}; rounds that were "
-                "cut off and run again with fresh noise count twice. Raise privacy.client_epsilon or "
+                f"epsilon is {refusal.epsilon_spent:.4g} and would be {refusal.epsilon_if_trained:.4g}; rounds that "
+                "were cut off and run again with fresh noise count twice. Raise privacy.client_epsilon or "
                 "privacy.client_noise_multiplier, and start the run anew"
             )
         self._reserved = number

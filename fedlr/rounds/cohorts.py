@@ -64,7 +64,8 @@ def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations
 def poisson_cohort(generator: np.random.Generator, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
     """Draw every client of a fixed population with the same probability, whatever the others are and were.
 
-    Guarantees: never capped, filled up or drawn again; it may be empty. The sampler is the one whose event is accounted.
+    Guarantees: never capped, filled up or drawn again; it may be empty. The sampler is the one whose event is
+    accounted.
 
     >>> poisson_cohort(np.random.default_rng(0), num_clients=3, sample_rate=1.0)
     (0, 1, 2)

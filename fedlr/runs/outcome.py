@@ -56,8 +56,8 @@ def problem_of(
         return f"Expected a model whose outputs are finite, got a loss that is not; {SMALLER_STEPS}"
     if rounds and not keeps and not has_moved(start, end):
         return (
-            f"Expected updates that change the model, got {sum(row['num_trained'] or 0 for row in rounds)} that leave it as "
-            f"it was; {LARGER_STEPS}"
+            f"Expected updates that change the model, got {sum(row['num_trained'] or 0 for row in rounds)} that leave "
+            f"it as it was; {LARGER_STEPS}"
         )
     return None
 

@@ -63,8 +63,8 @@ def unit_notes(experiment: Experiment) -> tuple[str, ...]:
     found = []
     if e.max_update_ratio is not None:
         found.append(
-            "the clip bounds every update by itself (privacy.client_max_norm), so max_update_ratio is not used: measured "
-            "against others an update would tell of them"
+            "the clip bounds every update by itself (privacy.client_max_norm), so max_update_ratio is not used: "
+            "measured against others an update would tell of them"
         )
     if client_delta(e) >= 1 / e.num_clients:
         found.append(
@@ -73,7 +73,7 @@ def unit_notes(experiment: Experiment) -> tuple[str, ...]:
         )
     if e.cohort == "fixed":
         found.append(
-            "a cohort of a fixed size amplifies nothing: every round counts as if all clients took part; cohort=poisson "
-            "with a server that tells nobody who was drawn does"
+            "a cohort of a fixed size amplifies nothing: every round counts as if all clients took part; "
+            "cohort=poisson with a server that tells nobody who was drawn does"
         )
     return tuple(found)

@@ -75,8 +75,8 @@ def meaning(run: Run) -> list[str]:
     ]
     if is_of_clients:
         sentences.append(
-            "It is the same for every client. The server is trusted: it sees each update in the clear, and tells nobody who "
-            "took part, which is why this page has no client of its own to show."
+            "It is the same for every client. The server is trusted: it sees each update in the clear, and tells "
+            "nobody who took part, which is why this page has no client of its own to show."
         )
     elif last.epsilon_median is not None and last.epsilon_min is not None:
         sentences.append(
