@@ -9,6 +9,7 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.client_unit import EVERYBODY, ClientUnit
 from fedlr.rounds.cohorts import poisson_cohort
 from fedlr.runs.directory import LEDGER, SERVER_LEDGER
+from fedlr.streams import OsRandomness, SeededRandomness, ServerRandomness
 from fedlr.training.noise import update_noise
 from simulations.federation import Federation
 
@@ -62,8 +63,7 @@ def client_unit(federation: Federation, ledger: PrivacyLedger | None) -> ClientU
     return ClientUnit(
         f.client_mechanism,
         ledger,
-        randomness=f.randomness,
-        num_rounds=e.num_rounds,
+        randomness=_server_randomness(f),
         cohort_size=e.cohort_size,
         computed=f"{f.start.adapter.fingerprint()} {f.data_sha256} {json.dumps(e.resolved(), sort_keys=True)}",
     )
@@ -76,10 +76,17 @@ def poisson_draws(federation: Federation) -> Callable[[int], tuple[int, ...]] | 
         return None
 
     def drawn(round_index: int) -> tuple[int, ...]:
-        generator = f.randomness.cohort(round_index=round_index)
+        generator = _server_randomness(f).cohort(round_index=round_index)
         return poisson_cohort(generator, num_clients=e.num_clients, sample_rate=e.cohort_size / e.num_clients)
 
     return drawn
+
+
+def _server_randomness(federation: Federation) -> ServerRandomness:
+    found = federation.randomness
+    if not isinstance(found, SeededRandomness | OsRandomness):
+        raise ValueError(f"Expected randomness of a seed or of the operating system, got {type(found).__name__}")
+    return found
 
 
 def spent_on_clients(ledger: PrivacyLedger | None, num_rounds: int) -> float | None:

@@ -26,7 +26,7 @@ from fedlr.runs.assemble import check_parts
 from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
 from fedlr.runs.tables import load_examples, num_rows_of
 from fedlr.runs.units import client_mechanism, unit_notes
-from fedlr.streams import OsRandomness, SeededRandomness
+from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
 from fedlr.training.local import LocalTraining
@@ -56,7 +56,7 @@ class Federation:
     budget: PrivacyBudget | None
     mechanism: Mechanism | None
     training: LocalTraining
-    randomness: OsRandomness | SeededRandomness
+    randomness: Randomness
     weights: tuple[float, ...]  # of each client in the aggregate, before they are normalised
     ranks: tuple[int, ...] | None  # of each client; None: all have the adapter's
     side: SideWeights  # merges what the server folded away into the tensors that all copies of the model share

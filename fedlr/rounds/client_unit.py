@@ -28,7 +28,6 @@ class ClientUnit:
         ledger: PrivacyLedger,
         *,
         randomness: ServerRandomness,
-        num_rounds: int,
         cohort_size: int,
         computed: str = "",
     ) -> None:
@@ -38,13 +37,12 @@ class ClientUnit:
             mechanism: rate of the cohort, bound of an update, noise, divisor.
             ledger: the server's.
             randomness: of the noise.
-            num_rounds: announced, before any is run.
             cohort_size: clients of a round, or how many are expected: what is told of its traffic.
             computed: all else that decides what clients compute in a round; a repeated round must not differ in it.
         """
         self.cohort_size = cohort_size
         self._mechanism, self._ledger, self._randomness = mechanism, ledger, randomness
-        self._num_rounds, self._computed, self._reserved = num_rounds, f"{computed} {randomness!r}", 0
+        self._computed, self._reserved = f"{computed} {randomness!r}", 0
 
     def charge(self, round_index: int, asked: str) -> None:
         """Charge a round to every client, before any of them trains; `asked` names what it asks.
@@ -58,7 +56,7 @@ class ClientUnit:
         # Under the operating system's randomness charges are numbered as they come: a round may have two of them.
         number = round_index if self._ledger.is_seeded else self._ledger.participations(EVERYBODY)
         task = hashlib.sha256(repr((asked, self._computed)).encode()).hexdigest()
-        refusal = self._ledger.reserve(number, self._mechanism, 1, [EVERYBODY], task, self._num_rounds)[EVERYBODY]
+        refusal = self._ledger.reserve(number, self._mechanism, 1, [EVERYBODY], task)[EVERYBODY]
         if refusal is not None:
             raise InputError(
                 f"Expected a budget of the client unit that lasts for round {round_index + 1}, got {refusal.reason}: "
