@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     REINIT = 9  # lora_A where a method draws it anew between rounds
     SKETCH = 10  # random directions a server multiplies released products with
     AUDIT = 11  # an auditor's rows and coins
+    SERVER_NOISE = 12  # what hides one client's update in the sum of a round
 
 
 class Randomness(Protocol):
@@ -44,6 +45,18 @@ class Randomness(Protocol):
 
     def noise(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
         """Return the generator that draws the noise of this step."""
+        ...
+
+
+class ServerRandomness(Protocol):
+    """Where a server that hides whole clients takes its two kinds of randomness from."""
+
+    def cohort(self, *, round_index: int) -> np.random.Generator:
+        """Return the generator that decides who takes part in this round."""
+        ...
+
+    def server_noise(self, *, round_index: int) -> np.random.Generator:
+        """Return the generator that draws the noise of this round's sum."""
         ...
 
 
@@ -65,6 +78,14 @@ class SeededRandomness:
         """Return the same generator whenever the three indices and the seed are the same."""
         return stream(self.seed, Purpose.NOISE, client=client, round_index=round_index, step=step)
 
+    def cohort(self, *, round_index: int) -> np.random.Generator:
+        """Return the same generator whenever round and seed are the same."""
+        return stream(self.seed, Purpose.COHORT, round_index=round_index)
+
+    def server_noise(self, *, round_index: int) -> np.random.Generator:
+        """Return the same generator whenever round and seed are the same."""
+        return stream(self.seed, Purpose.SERVER_NOISE, round_index=round_index)
+
 
 @dataclass(frozen=True)
 class OsRandomness:
@@ -81,6 +102,14 @@ class OsRandomness:
 
     def noise(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
         """Return a new generator; the indices have no influence on it."""
+        return _from_operating_system()
+
+    def cohort(self, *, round_index: int) -> np.random.Generator:
+        """Return a new generator; the round has no influence on it."""
+        return _from_operating_system()
+
+    def server_noise(self, *, round_index: int) -> np.random.Generator:
+        """Return a new generator; the round has no influence on it."""
         return _from_operating_system()
 
 

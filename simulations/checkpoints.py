@@ -31,8 +31,14 @@ from simulations.federation import Federation
 class Checkpoints:
     """The checkpoints of one arm, in its folder, and the lines that belong to them."""
 
-    def __init__(self, federation: Federation, folder: Path, ledger: PrivacyLedger | None) -> None:
-        self._folder, self._ledger = folder, ledger
+    def __init__(
+        self,
+        federation: Federation,
+        folder: Path,
+        ledger: PrivacyLedger | None,
+        server_ledger: PrivacyLedger | None = None,
+    ) -> None:
+        self._folder, self._ledger, self._server_ledger = folder, ledger, server_ledger
         self._start = federation.start.adapter
         self._is_fixed = not federation.method.dynamic_ranks
         self._every, self._num_rounds = (
@@ -60,6 +66,8 @@ class Checkpoints:
             require_same(found.facts, self._about)
             if self._ledger:
                 self._ledger.require(found.facts["ledger_head"])
+            if self._server_ledger:
+                self._server_ledger.require(found.facts["server_ledger_head"])
             self.seconds_before = found.facts["seconds"]
         before = num_rounds + 1 if found else 0
         self.metrics = cut_lines(self._folder / METRICS, lambda row: row["rounds_completed"] < before)
@@ -91,6 +99,8 @@ class Checkpoints:
             "seconds": self.seconds(),
             **chooser.facts(),
         }
+        if self._server_ledger:
+            facts["server_ledger_head"] = self._server_ledger.head()
         more = {**kept.tensors(), **chooser.tensors()}
         save_checkpoint(self._folder / CHECKPOINTS, state, facts, more=more)
 
@@ -118,6 +128,8 @@ class _Facts(Section):
     start_sha256: str
     private: bool
     ledger_head: str | None
+    client_unit: bool = False
+    server_ledger_head: str | None = None
     num_lines: dict[str, int]
     seconds: float
     best: _Best | None = None
@@ -136,6 +148,8 @@ def check_facts(checkpoint: Checkpoint, folder: Path) -> None:
         raise InputError(f"Expected the facts of a run in {folder / CHECKPOINTS}: {problem}") from error
     if not {METRICS, CLIENTS} <= set(facts.num_lines) or facts.private is (facts.ledger_head is None):
         raise InputError(f"Expected num_lines of both files, and a ledger_head with privacy, in {folder / CHECKPOINTS}")
+    if facts.client_unit is (facts.server_ledger_head is None):
+        raise InputError(f"Expected a server_ledger_head exactly with the client unit in {folder / CHECKPOINTS}")
 
 
 def check_state(state: ServerState, start: AdapterState, *, path: Path, num_rounds: int, is_fixed: bool) -> None:
@@ -161,12 +175,14 @@ def about_experiment(experiment: Experiment) -> dict[str, Any]:
 
 def about_federation(federation: Federation) -> dict[str, Any]:
     """Return what else a run is made of."""
+    of_clients = {"client_unit": True} if federation.client_mechanism is not None else {}
     return {
         "seed": federation.seed,
         "base_sha256": federation.base.fingerprint,
         "data_sha256": federation.data_sha256,
         "start_sha256": federation.start.adapter.fingerprint(),
         "private": federation.mechanism is not None,
+        **of_clients,
     }
 
 
@@ -177,6 +193,7 @@ WHAT = {
     "data_sha256": "the examples of the run",
     "start_sha256": "the adapter that the run began with",
     "private": "the arm that the checkpoint is of",
+    "client_unit": "the arm that the checkpoint is of",
 }
 
 
@@ -194,7 +211,7 @@ def require_same(facts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
                 "the same versions only; install them, or start it anew"
             )
     for key, found in about.items():
-        if key != "versions" and facts[key] != found:
+        if key != "versions" and facts.get(key) != found:
             raise InputError(
-                f"Expected {WHAT[key]} ({facts[key]!s:.16}), got another ({found!s:.16}); start the run anew"
+                f"Expected {WHAT[key]} ({facts.get(key)!s:.16}), got another ({found!s:.16}); start the run anew"
             )

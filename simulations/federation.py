@@ -25,6 +25,7 @@ from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
 from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
 from fedlr.runs.tables import load_tables, num_rows_of
+from fedlr.runs.units import client_mechanism, unit_notes
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
@@ -64,6 +65,8 @@ class Federation:
     taken_as_public: tuple[str, ...]  # what about the data the privacy statement takes for public
     placed_by: tuple[str, ...]  # what besides a row itself decides where it lies, one reason each
     notes: tuple[str, ...]  # what was dropped or cut, said aloud before the run
+    client_budget: PrivacyBudget | None = None  # of the client unit; None: whole clients are not hidden
+    client_mechanism: Mechanism | None = None
 
     @property
     def num_trained_values(self) -> int:
@@ -82,7 +85,8 @@ class Federation:
 
     def without_privacy(self) -> "Federation":
         """Return the same federation without clipping and noise, at a rate for that."""
-        return replace(self.at_rate_of("no_privacy_lr"), budget=None, mechanism=None)
+        none: dict[str, Any] = {"budget": None, "mechanism": None, "client_budget": None, "client_mechanism": None}
+        return replace(self.at_rate_of("no_privacy_lr"), **none)
 
     def centralised(self) -> "Federation":
         """Return one client with the rows of all, without privacy: what could be learned if nothing were apart."""
@@ -168,6 +172,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
     tests = client_tests(experiment, method, partition, held_out, seed=seed)
     budget, mechanism = private_mechanism(experiment)
+    client_budget, of_clients = client_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
     by_size = experiment.weighting == "examples"
@@ -214,7 +219,10 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
             *notes(experiment, data, held_out, encoded, test, placed_by=placed_by, num_shared=num_shared),
             *left_out_note(partition, data.source),
             *parts.notes,
+            *unit_notes(experiment),
         ),
+        client_budget=client_budget,
+        client_mechanism=of_clients,
     )
 
 

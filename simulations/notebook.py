@@ -152,33 +152,19 @@ def train(
     >>> [(state.round_index, len(told.trained)) for state, told in fedlr.train(f)]
     [(1, 3), (2, 3)]
     """
-    from fedlr.rounds.round import federated_rounds
     from fedlr.training.threads import torch_threads
+    from simulations.ledgers import create_ledger
+    from simulations.rounds import rounds_of
     from simulations.runtime import make_pool
-    from simulations.simulate import create_ledger
 
     if federation.budget is not None and ledger is None:
         raise InputError(
             "Expected a ledger with privacy, got none: name a new file, such as ledger='ledger.jsonl', or set "
             "privacy=none"
         )
-    e = federation.experiment
     book = None if ledger is None else create_ledger(federation, Path(ledger))
     with torch_threads(1), closing(make_pool(federation, book)) as pool:
-        yield from federated_rounds(
-            federation.start,
-            pool=pool,
-            method=federation.method,
-            num_rounds=e.num_rounds,
-            num_clients=e.num_clients,
-            cohort_size=e.cohort_size,
-            max_participations=e.max_participations,
-            seed=federation.seed,
-            train_head=e.adapter.train_head,
-            ranks=federation.ranks,
-            max_update_ratio=e.max_update_ratio,
-            average_last=e.average_last,
-        )
+        yield from rounds_of(federation, federation.start, pool)
 
 
 def score(federation: "Federation", state: "ServerState") -> "Evaluation":

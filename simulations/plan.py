@@ -86,8 +86,9 @@ def learning_lines(federation: Federation) -> list[str]:
 def privacy_lines(federation: Federation) -> list[str]:
     """Say what the clients spend if they take part as drawn, and if they take part as often as they may."""
     mechanism, budget, e = federation.mechanism, federation.budget, federation.experiment
+    of_clients = client_unit_lines(federation)
     if mechanism is None or budget is None:
-        return ["privacy     none: epsilon is infinite"]
+        return of_clients or ["privacy     none: epsilon is infinite"]
     participations = np.zeros(e.num_clients, dtype=int)
     draws = cohorts(
         seed=federation.seed,
@@ -118,7 +119,23 @@ def privacy_lines(federation: Federation) -> list[str]:
     if spent(e.max_participations) > budget.epsilon:
         lasting = max(n for n in range(e.max_participations) if spent(n) <= budget.epsilon)
         lines.append(f"            the budget lasts for {lasting} rounds of a client; after them it refuses to train")
-    return lines
+    return [*lines, *of_clients]
+
+
+def client_unit_lines(federation: Federation) -> list[str]:
+    """Say what the run spends of the server's budget for whole clients, and whom that trusts; nothing without one."""
+    m, budget, e = federation.client_mechanism, federation.client_budget, federation.experiment
+    if m is None or budget is None:
+        return []
+    event = PoissonSampler(m.sample_rate).dp_event(m.noise_multiplier)
+    spent = epsilon([(event, e.num_rounds)], budget.delta, accountant=e.privacy.accountant)
+    drawn = f"each client joins by chance {m.sample_rate:g}" if m.sample_rate < 1 else "no amplification by sampling"
+    return [
+        f"unit        one client: an update is clipped to {m.max_grad_norm:g}, noise multiplier {m.noise_multiplier:g} "
+        f"on the sum, divided by {m.divisor:g}; {drawn}",
+        f"epsilon     {epsilon_text(spent)} of one client after {e.num_rounds} rounds; budget {budget.epsilon:g} at "
+        f"delta {budget.delta:.3g}; the server is trusted, and sees updates in the clear",
+    ]
 
 
 def traffic_lines(federation: Federation) -> list[str]:

@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, experiment: Experiment, *, say: Callable[[str], None], metric: Metric = ACCURACY) -> None:
         e = experiment
-        arms = 1 + int(e.tracking.run_no_privacy and e.privacy.epsilon is not None)
+        arms = 1 + int(e.tracking.run_no_privacy and e.privacy.is_private)
         alone = e.num_clients * alone_rounds(e) if e.tracking.run_alone else 0
         self._experiment, self.say, self._metric = e, say, metric
         together = e.num_rounds * e.num_clients if e.tracking.run_centralised else 0
@@ -51,14 +51,17 @@ class Progress:
         self._done += num_clients
         number = f"{row['rounds_completed']:>{len(str(self._experiment.num_rounds))}}/{self._experiment.num_rounds}"
         epsilon = "no privacy" if row["epsilon_max"] is None else f"epsilon {epsilon_text(row['epsilon_max'])}"
-        budget = self._experiment.privacy.epsilon
+        privacy = self._experiment.privacy
+        budget = privacy.client_epsilon if privacy.epsilon is None else privacy.epsilon
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
+        if privacy.epsilon is not None and row.get("epsilon_client") is not None:
+            of_budget += f" of rows, {epsilon_text(row['epsilon_client'])} of {privacy.client_epsilon:g} of clients"
         absent = f"   without an update: {counted(row['reasons'])}" if row["reasons"] else ""
         self.say(
             f"  round {number}  {self._scored(row)}   {epsilon}{of_budget}"
             f"   {row['seconds']['round']:.1f} s   left {self.left()}{absent}"
         )
-        if not row["num_trained"]:
+        if row["num_trained"] == 0:
             self.say(f"  NO USABLE UPDATE in round {row['rounds_completed']}: the model stays as it was")
         if row["accuracy"] is not None and row["loss"] is None:
             self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")

@@ -112,7 +112,7 @@ def _check_rows(experiment: Experiment, table: Table, on: str, *, seed: int) -> 
 def _of_clients(experiment: Experiment, on: str) -> InputError:
     why = (
         "rows that were trained on say nothing about others"
-        if experiment.privacy.epsilon is None or experiment.data.public
+        if not experiment.privacy.is_private or experiment.data.public
         else f"those are private: {NOT_COVERED}"
     )
     return InputError(

@@ -11,6 +11,7 @@ from fedlr.runs.directory import (
     CHECKPOINTS,
     FINISHED,
     LEDGER,
+    SERVER_LEDGER,
     mark_finished,
     recorded_experiment,
     sole_writer,
@@ -19,9 +20,11 @@ from fedlr.runs.directory import (
 from fedlr.runs.report import write_report
 from fedlr.training.threads import torch_threads
 from simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
+from simulations.client_unit import open_server_ledger
 from simulations.federation import Federation, assemble
+from simulations.ledgers import open_ledger
 from simulations.progress import Progress
-from simulations.simulate import open_ledger, run
+from simulations.simulate import run
 
 
 def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[str] = ()) -> None:
@@ -60,10 +63,14 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
             if ledger:
                 ledger.require(checkpoint.facts["ledger_head"])
                 say_refusals(federation, ledger, checkpoint, say=say)
+            servers = open_server_ledger(federation, run_dir / SERVER_LEDGER)
+            if servers:
+                servers.require(checkpoint.facts["server_ledger_head"])
             run(
                 federation,
                 run_dir,
                 ledger=ledger,
+                server_ledger=servers,
                 progress=Progress(experiment, say=say, metric=federation.task.metric),
             )
 

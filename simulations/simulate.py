@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,10 +24,10 @@ from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.models.released import released_files
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_choices, with_origin, with_public
+from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED
 from fedlr.rounds.pools.local import sharing_base
-from fedlr.rounds.round import RoundDiagnostics, ServerState, federated_rounds, scored
+from fedlr.rounds.round import RoundDiagnostics, ServerState, scored
 from fedlr.runs.asked import write_asked
 from fedlr.runs.choices import choices_of
 from fedlr.runs.directory import (
@@ -36,6 +36,7 @@ from fedlr.runs.directory import (
     CONTACT_SHEET,
     LEDGER,
     METRICS,
+    SERVER_LEDGER,
     append_lines,
     create_run_dir,
     finish_run,
@@ -48,15 +49,23 @@ from fedlr.runs.report import write_report
 from fedlr.runs.selection import told
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
 from fedlr.streams import Purpose, SeededRandomness, stream
-from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
 from simulations.alone import Arm, train_alone
 from simulations.checkpoints import Checkpoints
 from simulations.choosing import Chooser, charge_the_rest, evaluator_of
 from simulations.client_accuracy import score_clients
+from simulations.client_unit import (
+    create_server_ledger,
+    ledgers_of,
+    noise_as_of_one,
+    noise_of_update,
+    spent_on_clients,
+)
 from simulations.contact_sheet import contact_sheet, named, shown_rows
 from simulations.federation import Federation, assemble, describe
+from simulations.ledgers import create_ledger, open_ledger, spent_in_rounds
 from simulations.progress import Progress
+from simulations.rounds import rounds_of
 from simulations.runtime import make_pool
 
 
@@ -91,12 +100,20 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
             ledger = create_ledger(federation, run_dir / LEDGER)
+            servers = create_server_ledger(federation, run_dir / SERVER_LEDGER)
             progress = Progress(federation.experiment, say=say, metric=federation.task.metric)
-            run(federation, run_dir, ledger=ledger, progress=progress)
+            run(federation, run_dir, ledger=ledger, server_ledger=servers, progress=progress)
     return run_dir
 
 
-def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, progress: Progress) -> None:
+def run(
+    federation: Federation,
+    run_dir: Path,
+    *,
+    ledger: PrivacyLedger | None,
+    progress: Progress,
+    server_ledger: PrivacyLedger | None = None,
+) -> None:
     """Train, compare, and leave everything behind in `run_dir`; what of it is there already is not done again.
 
     Raises:
@@ -104,7 +121,9 @@ def run(federation: Federation, run_dir: Path, *, ledger: PrivacyLedger | None, 
     """
     tracking, offline = federation.experiment.tracking, federation.experiment.runtime.offline
     with tracked(tracking.tracker, run_dir, is_offline=offline, say=progress.say) as track:
-        state, rows, seconds = run_rounds(federation, run_dir, ledger=ledger, progress=progress, track=track)
+        state, rows, seconds = run_rounds(
+            federation, run_dir, ledger=ledger, progress=progress, track=track, server_ledger=server_ledger
+        )
     run_baselines(federation, run_dir, progress=progress)
     if federation.client_tests is not None:
         write_json(
@@ -136,7 +155,8 @@ def summary(
         seconds=seconds,
         held_out=held_out_labels(federation.test.labels, federation.label_names),
         head_is_drawn=federation.base.head_is_drawn,
-        noise_sd=update_noise(federation.training, federation.mechanism),
+        noise_sd=noise_as_of_one(federation),
+        client_delta=federation.client_budget.delta if federation.client_budget else None,
         metric=federation.task.metric,
         num_validation=len(federation.test if federation.validation is None else federation.validation),
     )
@@ -150,14 +170,16 @@ def run_rounds(
     progress: Progress,
     track: Callable[[Mapping[str, Any]], None] = nowhere,
     name: str = "federated",
+    server_ledger: PrivacyLedger | None = None,
 ) -> tuple[ServerState, list[dict[str, Any]], float]:
     """Train the federation, from its latest checkpoint if there is one; return the state that is released, metrics and
     seconds.
 
-    It writes one line of metrics a round, which `track` gets too, and one line for each client asked.
+    It writes one line of metrics a round, which `track` gets too, and one line for each client asked; with the client
+    unit (`server_ledger`) none, as who took part is told to nobody.
     """
     e = federation.experiment
-    checkpoints = Checkpoints(federation, folder, ledger)
+    checkpoints = Checkpoints(federation, folder, ledger, server_ledger)
     found = checkpoints.take_up(say=progress.say)
     state, rows, num_asked = found.state if found else federation.start, checkpoints.metrics, len(checkpoints.clients)
     for row in rows:
@@ -172,7 +194,7 @@ def run_rounds(
     spent = spent_in_rounds(ledger, range(e.num_clients), state.round_index)
     participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
     personal: list[Mapping[Slot, Tensor]] = []
-    noise_sd = update_noise(federation.training, federation.mechanism)
+    noise_sd = noise_of_update(federation)
 
     def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
         found = chooser.score(state, personal=personal)
@@ -184,6 +206,7 @@ def run_rounds(
                 state,
                 found.evaluation,
                 spent=spent.values(),
+                spent_on_clients=spent_on_clients(server_ledger, state.round_index),
                 diagnostics=diagnostics,
                 evaluate_s=found.seconds,
                 noise_sd=noise_sd,
@@ -201,27 +224,15 @@ def run_rounds(
             progress.taken_up(state.round_index)
             pool.kept.take_back(found.more)
         else:
-            progress.arm(f"{name}, {'private' if ledger else 'no privacy'}", e, record(state))
+            progress.arm(f"{name}, {'private' if ledger or server_ledger else 'no privacy'}", e, record(state))
             checkpoints.save(state, pool.kept, chooser, num_lines={METRICS: 1, CLIENTS: 0})
-        rounds = federated_rounds(
-            state,
-            pool=pool,
-            method=federation.method,
-            num_rounds=e.num_rounds,
-            num_clients=e.num_clients,
-            cohort_size=e.cohort_size,
-            max_participations=e.max_participations,
-            seed=federation.seed,
-            train_head=e.adapter.train_head,
-            ranks=federation.ranks,
-            max_update_ratio=e.max_update_ratio,
-            average_last=e.average_last,
-        )
+        rounds = rounds_of(federation, state, pool, server_ledger=server_ledger)
         for state, diagnostics in rounds:
             if federation.method.personal:
                 keepers = (pool.kept.personal.get(client) for client in range(e.num_clients))
                 personal[:] = islice(filter(None, keepers), MOST_SCORED)
-            spent.update(spent_in_rounds(ledger, diagnostics.cohort, state.round_index))
+            asked_now = range(e.num_clients) if diagnostics.is_secret else diagnostics.cohort
+            spent.update(spent_in_rounds(ledger, asked_now, state.round_index))
             row = record(state, diagnostics)
             participations.update(diagnostics.trained)
             asked = client_rows(
@@ -235,29 +246,18 @@ def run_rounds(
             append_lines(folder / CLIENTS, asked)
             num_asked += len(diagnostics.cohort)
             checkpoints.save(state, pool.kept, chooser, num_lines={METRICS: len(rows), CLIENTS: num_asked})
-            progress.round_done(row, num_clients=len(diagnostics.cohort))
+            progress.round_done(row, num_clients=e.cohort_size if diagnostics.is_secret else len(diagnostics.cohort))
             if chooser.is_over:
                 break
     progress.arm_done(e, num_rounds=state.round_index)
     return chooser.released(state), rows, checkpoints.seconds()
 
 
-def spent_in_rounds(ledger: PrivacyLedger | None, clients: Iterable[int], num_rounds: int) -> dict[int, float]:
-    """Return the epsilon of clients after so many rounds; nothing without privacy.
-
-    What a killed process reserved of later rounds counts from there on: seeded, it will be the same release. Under
-    randomness of the operating system it was another one, and counts at once.
-    """
-    if ledger is None:
-        return {}
-    return ledger.spent_all(clients, num_rounds=num_rounds if ledger.is_seeded else None)
-
-
 def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
     """Run what the final table compares with: the same run without privacy, and each client alone."""
     tracking = federation.experiment.tracking
     folder = run_dir / "baselines"
-    if tracking.run_no_privacy and federation.mechanism is not None:
+    if tracking.run_no_privacy and federation.experiment.privacy.is_private:
         make_folder(folder / "no_privacy")
         run_rounds(federation.without_privacy(), folder / "no_privacy", ledger=None, progress=progress)
     if tracking.run_centralised:
@@ -317,11 +317,10 @@ def of_own_rows(federation: Federation, client_id: int, arm: Arm) -> dict[str, A
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]) -> None:
     """Write the privacy statement and the adapter."""
-    if federation.budget is None:
-        statement = no_privacy_statement(federation.experiment.num_clients)
-    else:
-        clients = range(federation.experiment.num_clients)
-        statement = privacy_statement(run_dir / LEDGER, clients, placed_by=federation.placed_by)
+    num_clients = federation.experiment.num_clients
+    statement = run_statement(
+        run_dir, num_clients, placed_by=federation.placed_by, expected=ledgers_of(federation.experiment)
+    )
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     statement = with_choices(statement, choices_of(federation.experiment, released))
     write_json(run_dir / "privacy.json", statement)
@@ -339,33 +338,6 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
         personal=federation.method.personal,
         has_pairs=federation.has_pairs,
         released=told(released),
-    )
-
-
-def create_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
-    """Create the ledger of a run; None without privacy."""
-    return _ledger(federation, path, PrivacyLedger.create)
-
-
-def open_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
-    """Open the ledger of a run that goes on; None without privacy.
-
-    Raises:
-        InputError: it is missing, was changed, or is another run's.
-    """
-    return _ledger(federation, path, PrivacyLedger.open)
-
-
-def _ledger(federation: Federation, path: Path, make: Callable[..., PrivacyLedger]) -> PrivacyLedger | None:
-    if federation.budget is None:
-        return None
-    privacy = federation.experiment.privacy
-    return make(
-        path,
-        federation.budget,
-        accountant=privacy.accountant,
-        dataset_id=federation.source,
-        randomness=privacy.randomness,
     )
 
 

@@ -23,7 +23,8 @@ from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.rounds.round import Dropout, RoundRequest, ServerState, federated_rounds, initial_state, run_round
 from fedlr.streams import Purpose, stream
-from simulations.simulate import create_ledger, make_pool
+from simulations.ledgers import create_ledger
+from simulations.simulate import make_pool
 from tests.simulations.small_runs import federation
 from tests.training.small_models import mutant
 

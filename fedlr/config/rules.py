@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from fedlr.config.language_rules import check_language
 from fedlr.config.schedules import check_schedules
 from fedlr.config.start_rules import check_start
+from fedlr.config.unit_rules import check_privacy
 from fedlr.config.validation_rules import check_validation
 from fedlr.errors import InputError
 from fedlr.errors.ranges import require_delta
@@ -33,6 +34,7 @@ def check_together(experiment: "Experiment") -> None:
     check_held_out(e)
     check_validation(e)
     check_schedules(e)
+    check_privacy(e)
     if e.num_clients == 0 and e.runtime.kind != "local":
         raise InputError(
             f"Expected num_clients to be a number with runtime={e.runtime.kind}, got null: a server counts devices, "
@@ -44,7 +46,7 @@ def check_together(experiment: "Experiment") -> None:
         )
     if e.num_clients:
         check_num_clients(e)
-    if e.weighting == "examples" and not e.data.public and e.privacy.epsilon is not None:
+    if e.weighting == "examples" and not e.data.public and e.privacy.is_private:
         raise InputError(
             "Expected weighting=uniform, got 'examples': weights by size reveal whether one row is present; "
             "if sizes are public knowledge, say data.public=true"
@@ -59,7 +61,7 @@ def check_together(experiment: "Experiment") -> None:
             f"Expected seed=null with privacy.randomness=os, got seed={e.seed}: noise that a seed can "
             "repeat can be subtracted"
         )
-    if e.runtime.base_dtype == "bfloat16" and e.privacy.epsilon is not None and e.privacy.randomness == "os":
+    if e.runtime.base_dtype == "bfloat16" and e.privacy.is_private and e.privacy.randomness == "os":
         raise InputError(
             "Expected runtime.base_dtype=float32 with privacy.randomness=os, got bfloat16: one example can change how "
             "others are padded, and so round, by hundredths of the clip bound, which no epsilon here allows for"
@@ -91,7 +93,7 @@ def check_together(experiment: "Experiment") -> None:
             "rows of a device's own"
         )
     baselines = [key for key in BASELINES if getattr(e.tracking, key)]
-    if baselines and e.privacy.epsilon is not None and not e.data.public:
+    if baselines and e.privacy.is_private and not e.data.public:
         raise InputError(
             f"Expected tracking.{baselines[0]}=false, got true: baselines train on the same rows outside the privacy "
             "statement; if the data are public knowledge, say data.public=true"

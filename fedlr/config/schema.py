@@ -23,7 +23,7 @@ from fedlr.config.rules import check_together
 from fedlr.errors import InputError
 from fedlr.errors.limits import check_limits, check_word
 from fedlr.errors.messages import dotted_keys, first_problem, one_line, unknown_key, unknown_option
-from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO
+from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO, MOST_ROWS, UnitName
 from fedlr.methods.rate_schedule import CONSTANT
 from fedlr.models.adapter_config import AdapterConfig
 
@@ -123,7 +123,11 @@ class DataSection(Target):
 
 
 class PrivacySection(Section):
-    """The budget of each client over the whole run; `epsilon: null` is no privacy."""
+    """Budgets over the whole run: `epsilon` of each client for its rows, `client_epsilon` of the server for whole
+    clients.
+
+    None of both is no privacy; of both there are two epsilons, which are never added.
+    """
 
     epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
@@ -132,6 +136,17 @@ class PrivacySection(Section):
     noise_multiplier: PositiveFloat | None = None
     accountant: Literal["pld", "rdp"] = "pld"
     randomness: Literal["seeded", "os"] = "seeded"
+    unit: UnitName = "example"
+    rows_per_person: Annotated[int, Field(ge=1, le=MOST_ROWS)] | None = None
+    client_epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None = None
+    client_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    client_max_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 1.0
+    client_noise_multiplier: PositiveFloat | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether there is a budget: of each client for its rows, of the server for its clients, or both."""
+        return self.epsilon is not None or self.client_epsilon is not None
 
 
 class TrainerSection(Section):
@@ -215,6 +230,7 @@ class Experiment(Section):
     num_rounds: Count
     num_clients: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
     cohort_size: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
+    cohort: Literal["fixed", "poisson"] = "fixed"
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -271,6 +287,8 @@ def compose_experiment(overrides: Sequence[str]) -> Experiment:
     experiment = check_experiment({str(key): value for key, value in tree.items()})
     chosen = {o.get_value_element_as_str() for o in parsed if o.key_or_group == "privacy"}
     epsilon = experiment.privacy.epsilon
+    if "none" in chosen and experiment.privacy.client_epsilon is not None:
+        raise InputError("Expected privacy=client with privacy.client_epsilon, got privacy=none: choose one of them")
     if (epsilon is not None and "none" in chosen) or (epsilon is None and "dp" in chosen):
         raise InputError(
             f"Expected a budget with privacy=dp and none with privacy=none, got privacy.epsilon={epsilon} from an "

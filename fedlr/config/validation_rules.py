@@ -35,7 +35,7 @@ def check_validation(experiment: "Experiment") -> None:
             f"Expected data.{next(iter(given))}=null with runtime={experiment.runtime.kind}, got a validation split: "
             "devices do not know of it; choose settings in a simulation"
         )
-    if data.num_validation is not None and experiment.privacy.epsilon is not None and not data.public:
+    if data.num_validation is not None and experiment.privacy.is_private and not data.public:
         raise InputError(
             f"Expected data.num_validation=null in a private run, got {data.num_validation:g}: what is chosen on "
             "private rows costs epsilon, which nothing here accounts for; choose on rows of the server's own "

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from fedlr.errors import InputError
 
 AccountantName = Literal["pld", "rdp"]
+UnitName = Literal["example", "person", "client"]  # of privacy (`fedlr.privacy.units`)
 
 # Below, the rounding of the Fourier transform is as large as what it adds up, and epsilon is no upper bound any more:
 # at 1e-14 28.670 for an exact 28.686, from 1e-9 right to 1e-5 (measured).
@@ -22,6 +23,7 @@ LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-3, 1e6
 LEAST_GRAD_NORM, LARGEST_GRAD_NORM = 1e-6, 1e6
 LEAST_DIVISOR, LARGEST_DIVISOR = 1e-6, 1e12  # the step on the noisy sum is float32 too
 
+MOST_ROWS = 64  # of one person that are trained on; beyond, the epsilon of a person says nothing
 MAX_UPDATE_RATIO = 50.0  # of an update beside the others of its round (`fedlr.rounds.outlying`)
 
 

@@ -1,6 +1,6 @@
 """What the rows of a privacy ledger mean: a header, then reservations, repeats, settlements and torn ends.
 
-Unit: one training example of one client. Relation: add or remove one example. Epsilon is never stored: it is
+The unit and the relation are the header's (`fedlr.privacy.units`). Epsilon is never stored: it is
 computed from the rows, over all steps of all rounds, so no edit of a number can lower it unseen.
 """
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Self, get_args
 
 from fedlr.errors import InputError
-from fedlr.errors.ranges import AccountantName, require_delta
+from fedlr.errors.ranges import AccountantName, UnitName, require_delta
 from fedlr.privacy import chain
 from fedlr.privacy.filter import Event, RenyiFilter, Steps, renyi_filter, spent, would_spend
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
-from fedlr.privacy.rows import RELATION, UNIT, VERSION, RandomnessKind, checked
+from fedlr.privacy.rows import VERSION, RandomnessKind, checked
+from fedlr.privacy.units import PERSON, UNITS, unit_of_text
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,19 @@ class Header:
     accountant: AccountantName
     dataset_id: str
     randomness: RandomnessKind
+    unit: UnitName = "example"
+    rows_per_person: int = 1  # of the person unit: the cap
 
     @classmethod
     def of(
-        cls, budget: PrivacyBudget, *, dataset_id: str, randomness: RandomnessKind, accountant: AccountantName
+        cls,
+        budget: PrivacyBudget,
+        *,
+        dataset_id: str,
+        randomness: RandomnessKind,
+        accountant: AccountantName,
+        unit: UnitName = "example",
+        rows_per_person: int = 1,
     ) -> Self:
         """Return the header of a ledger.
 
@@ -43,7 +53,11 @@ class Header:
             raise InputError(f"Expected randomness 'seeded' or 'os', got {randomness!r}")
         if not dataset_id:
             raise InputError(f"Expected a name for the data, the same in every run on them, got {dataset_id!r}")
-        return cls(float(budget.epsilon), float(budget.delta), accountant, dataset_id, randomness)
+        if unit not in UNITS or (rows_per_person != 1 and unit != PERSON.name):
+            raise InputError(f"Expected a unit of {', '.join(UNITS)}, got {unit!r} of {rows_per_person} rows")
+        return cls(
+            float(budget.epsilon), float(budget.delta), accountant, dataset_id, randomness, unit, int(rows_per_person)
+        )
 
     def require(self, expected: "Header", *, name: str) -> None:
         """Raise InputError unless the header is the one expected; `name` is the file's."""
@@ -61,7 +75,17 @@ class Header:
 
     def row(self) -> chain.Row:
         """Return the header as a row."""
-        return {"kind": "header", "version": VERSION, "unit": UNIT, "relation": RELATION, **asdict(self)}
+        told = asdict(self)
+        unit, rows = UNITS[told.pop("unit")], told.pop("rows_per_person")
+        capped = {"rows_per_person": rows} if unit is PERSON else {}
+        return {
+            "kind": "header",
+            "version": VERSION,
+            "unit": unit.text,
+            "relation": unit.relation,
+            **told,
+            **capped,
+        }
 
 
 @dataclass(frozen=True)
@@ -167,18 +191,18 @@ class Charges:
         With `num_rounds` only rounds below it count.
         """
         taken = {n: charge for n, charge in self.of(client_id).items() if num_rounds is None or n < num_rounds}
-        steps = _steps(taken.values(), (self.first_of(client_id),))
+        steps = _steps(taken.values(), (self.first_of(client_id),), rows=header.rows_per_person)
         return 0.0 if steps is None else spent(steps, header.budget, header.accountant)
 
     def epsilon_with(self, client_id: int, header: Header, more: Charge) -> float:
         """Return what a client would have spent after one more charge; `inf` where nothing proves a bound."""
         charges = [*self.of(client_id).values(), more]
-        steps = _steps(charges, charges)
+        steps = _steps(charges, charges, rows=header.rows_per_person)
         return 0.0 if steps is None else would_spend(steps, header.budget, header.accountant)
 
     def filter_of(self, client_id: int, header: Header) -> RenyiFilter | None:
         """Return the filter that bounds what a client has spent; None where it took announced steps only."""
-        steps = _steps(self.of(client_id).values(), (self.first_of(client_id),))
+        steps = _steps(self.of(client_id).values(), (self.first_of(client_id),), rows=header.rows_per_person)
         if steps is None or steps.is_announced:
             return None
         return renyi_filter(steps.first, steps.announced, header.budget, header.accountant)
@@ -197,7 +221,8 @@ def parse_header(rows: Sequence[chain.Row], *, name: str) -> Header:
     if not rows or rows[0].get("kind") != "header" or rows[0].get("version") != VERSION:
         raise InputError(f"Expected row 0 of {name} to be the header of a privacy ledger, version {VERSION}")
     checked(rows[0])
-    return Header(**{key: rows[0][key] for key in Header.__dataclass_fields__})
+    told = {key: rows[0][key] for key in Header.__dataclass_fields__ if key in rows[0]}
+    return Header(**{**told, "unit": unit_of_text(rows[0]["unit"]).name})
 
 
 def recovered(fragment: bytes, charges: Charges) -> list[chain.Row]:
@@ -245,14 +270,14 @@ def _charge(row: chain.Row) -> Charge:
 _mechanism = lru_cache(maxsize=64, typed=True)(Mechanism)
 
 
-def _steps(charges: Iterable[Charge], of_all: Iterable[Charge | None]) -> Steps | None:
+def _steps(charges: Iterable[Charge], of_all: Iterable[Charge | None], *, rows: int) -> Steps | None:
     """Add up the steps of the same event; the first of all charges fixes the rule, whether its steps count or not."""
     totals: dict[Event, int] = {}
     for charge in charges:
-        event = Event.of(charge.mechanism)
+        event = Event.of(charge.mechanism, rows=rows)
         totals[event] = totals.get(event, 0) + charge.steps
     first = next(iter(of_all), None)
     if not totals or first is None:
         return None
     in_order = sorted(totals.items(), key=lambda item: (item[0].sample_rate, item[0].noise_multiplier))
-    return Steps(Event.of(first.mechanism), first.announced_steps, tuple(in_order))
+    return Steps(Event.of(first.mechanism, rows=rows), first.announced_steps, tuple(in_order))

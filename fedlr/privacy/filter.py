@@ -23,6 +23,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import dp_accounting
+
 from fedlr.errors.ranges import AccountantName
 from fedlr.privacy.accountant import Events, epsilon, longest_lasting_order, renyi_epsilon, spent_delta
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
@@ -37,11 +39,16 @@ class Event:
 
     sample_rate: float
     noise_multiplier: float
+    rows: int = 1  # of one unit that may be drawn: a person's cap
 
     @classmethod
-    def of(cls, mechanism: Mechanism) -> "Event":
-        """Return the event of a mechanism's step."""
-        return cls(mechanism.sample_rate, mechanism.noise_multiplier)
+    def of(cls, mechanism: Mechanism, *, rows: int = 1) -> "Event":
+        """Return the event of a mechanism's step, for a unit of so many rows."""
+        return cls(mechanism.sample_rate, mechanism.noise_multiplier, rows)
+
+    def dp_event(self) -> dp_accounting.DpEvent:
+        """Return the event to account for."""
+        return PoissonSampler(self.sample_rate).dp_event(self.noise_multiplier, rows=self.rows)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ def spent(steps: Steps, budget: PrivacyBudget, accountant: AccountantName) -> fl
     """
     if steps.is_announced:
         return epsilon(_events(steps), budget.delta, accountant=accountant)
+    if steps.first.rows > 1:
+        return math.inf
     rule = renyi_filter(steps.first, steps.announced, budget, accountant)
     # Without a share nothing is allowed. What an earlier version allowed is still told for what it is.
     return renyi_epsilon(_events(steps), rule.delta or budget.delta, order=rule.order)
@@ -101,7 +110,9 @@ def would_spend(steps: Steps, budget: PrivacyBudget, accountant: AccountantName)
 @lru_cache(maxsize=1024)
 def renyi_filter(first: Event, announced: int | None, budget: PrivacyBudget, accountant: AccountantName) -> RenyiFilter:
     """Return the filter that the first mechanism, its announced steps and the budget fix."""
-    event, share = PoissonSampler(first.sample_rate).dp_event(first.noise_multiplier), budget.delta
+    if first.rows > 1:
+        return RenyiFilter(1.0, 0.0)  # no Renyi divergence of a mixture is at hand: nothing else is allowed
+    event, share = first.dp_event(), budget.delta
     if accountant == "pld":
         used = budget.delta if announced is None else spent_delta([(event, announced)], budget.epsilon)
         share = budget.delta * (1 - MARGIN) - used
@@ -111,6 +122,4 @@ def renyi_filter(first: Event, announced: int | None, budget: PrivacyBudget, acc
 
 
 def _events(steps: Steps) -> Events:
-    return [
-        (PoissonSampler(event.sample_rate).dp_event(event.noise_multiplier), count) for event, count in steps.totals
-    ]
+    return [(event.dp_event(), count) for event, count in steps.totals]

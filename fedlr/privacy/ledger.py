@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from fedlr.errors import InputError
-from fedlr.errors.ranges import AccountantName
+from fedlr.errors.ranges import AccountantName, UnitName
 from fedlr.privacy import chain
 from fedlr.privacy.charges import Charge, Charges, Header, parse_header, recovered
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
@@ -62,6 +62,8 @@ class PrivacyLedger:
         dataset_id: str,
         randomness: RandomnessKind,
         accountant: AccountantName = "pld",
+        unit: UnitName = "example",
+        rows_per_person: int = 1,
     ) -> Self:
         """Create a ledger in which nobody has spent anything.
 
@@ -71,11 +73,22 @@ class PrivacyLedger:
             dataset_id: the operator's name for the data, the same for every run on them.
             randomness: "seeded" (a simulation of privacy) or "os".
             accountant: "pld" or "rdp".
+            unit: whose presence epsilon is about (`fedlr.privacy.units`). Of the client unit the ledger is the
+            server's,
+                and its one client, 0, stands for every client alike.
+            rows_per_person: of the person unit, the most rows that one person may have.
 
         Raises:
             InputError: the file exists (it is never overwritten), or an argument is out of range.
         """
-        header = Header.of(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
+        header = Header.of(
+            budget,
+            dataset_id=dataset_id,
+            randomness=randomness,
+            accountant=accountant,
+            unit=unit,
+            rows_per_person=rows_per_person,
+        )
         chain.create(Path(path), header.row())
         return cls(Path(path), header)
 
@@ -88,6 +101,8 @@ class PrivacyLedger:
         dataset_id: str,
         randomness: RandomnessKind,
         accountant: AccountantName = "pld",
+        unit: UnitName = "example",
+        rows_per_person: int = 1,
     ) -> Self:
         """Open and verify a ledger that was created with the same arguments.
 
@@ -95,7 +110,14 @@ class PrivacyLedger:
             InputError: the file is missing (which is not an unspent budget), was changed (the text names the
                 row), or belongs to another budget, data set, accountant or kind of randomness.
         """
-        header = Header.of(budget, dataset_id=dataset_id, randomness=randomness, accountant=accountant)
+        header = Header.of(
+            budget,
+            dataset_id=dataset_id,
+            randomness=randomness,
+            accountant=accountant,
+            unit=unit,
+            rows_per_person=rows_per_person,
+        )
         return cls(Path(path), header)
 
     def reserve(

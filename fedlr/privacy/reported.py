@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlr.privacy.mechanism import Mechanism
-from fedlr.privacy.rows import RELATION, UNIT
 from fedlr.privacy.statement import (
     AMPLIFICATION,
     CONDITIONS,
@@ -20,6 +19,7 @@ from fedlr.privacy.statement import (
     SIMULATION,
     no_privacy_statement,
 )
+from fedlr.privacy.units import EXAMPLE
 
 
 def reported_statement(
@@ -51,8 +51,8 @@ def reported_statement(
     rounded_up = math.ceil(largest * 1000) / 1000 if is_private else math.inf
     claim = (
         f"each client whose update was used reports epsilon <= {rounded_up} at delta <= {delta}, max over "
-        f"{len(epsilon)} clients, for {UNIT} ({RELATION}), by its own ledger over its whole life; this server cannot "
-        f"check it, and {silent} of {num_clients} clients reported nothing"
+        f"{len(epsilon)} clients, for {EXAMPLE.text} ({EXAMPLE.relation}), by its own ledger over its whole life; this "
+        f"server cannot check it, and {silent} of {num_clients} clients reported nothing"
     )
     seeded = f"Not for release, {SIMULATION}. Simulated: " if randomness == "seeded" else ""
     return {
@@ -60,8 +60,8 @@ def reported_statement(
         "differential_privacy": is_private,
         "for_release": is_private and randomness == "os",
         "reported_by_clients": True,
-        "unit": UNIT,
-        "neighbouring_relation": RELATION,
+        "unit": EXAMPLE.text,
+        "neighbouring_relation": EXAMPLE.relation,
         "mechanism": {
             "name": "Poisson-subsampled Gaussian (DP-SGD)",
             "sample_rate": mechanism.sample_rate,

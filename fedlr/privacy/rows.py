@@ -4,21 +4,21 @@ A hash chain says that nobody changed a row after it was written, not that an ho
 write the file can write the hashes too. So every number has a range, and no row can lower what was charged.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedlr.errors import InputError
 from fedlr.errors.messages import shown
-from fedlr.errors.ranges import MOST_STEPS, AccountantName
+from fedlr.errors.ranges import MOST_ROWS, MOST_STEPS, AccountantName
 from fedlr.privacy.chain import Row
+from fedlr.privacy.units import PERSON, unit_of_text
 
 VERSION = 1
-UNIT = "one training example of one client"
-RELATION = "add or remove one example"
 RandomnessKind = Literal["seeded", "os"]
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+RowsPerPerson = Annotated[int, Field(ge=1, le=MOST_ROWS)]
 NumSteps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -41,13 +41,23 @@ class HeaderRow(Chained):
 
     kind: Literal["header"]
     version: Literal[1]
-    unit: Literal["one training example of one client"]
-    relation: Literal["add or remove one example"]
+    unit: str
+    relation: str
+    rows_per_person: RowsPerPerson | None = None
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1)]
     accountant: AccountantName
     dataset_id: Annotated[str, Field(min_length=1)]
     randomness: RandomnessKind
+
+    @model_validator(mode="after")
+    def _is_a_unit(self) -> Self:
+        unit = unit_of_text(self.unit)
+        if self.relation != unit.relation:
+            raise ValueError(f"the relation {unit.relation!r} with this unit")
+        if (self.rows_per_person is None) != (unit is not PERSON):
+            raise ValueError(f"rows_per_person with the unit {PERSON.text!r} alone")
+        return self
 
 
 class MechanismRow(Section):

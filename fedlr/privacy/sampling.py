@@ -4,6 +4,7 @@ An accountant that assumes Poisson draws while the code shuffles understates eps
 (Chua et al. 2024). Tying the two together makes that mistake an error instead of a number.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,9 +55,22 @@ class PoissonSampler:
         joins = generator.random(num_examples) < self.sample_rate  # one uniform number each, in [0, 1)
         return np.flatnonzero(joins).astype(np.int64)
 
-    def dp_event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
-        """Return the Poisson-subsampled Gaussian event; add or remove one example."""
+    def dp_event(self, noise_multiplier: float, *, rows: int = 1) -> dp_accounting.DpEvent:
+        """Return the event of one step; add or remove one example, or `rows` of them at once.
+
+        Of one it is the Poisson-subsampled Gaussian. Of k, as many join as a Binomial(k, sample_rate) says, and j of
+        them move the sum of clipped gradients by at most j times the clip bound. The worst case is that they all point
+        the same way: a mixture of Gaussians whose means are 0, 1, ..., k (Ganesh 2024, "Tight group-level DP guarantees
+        for DP-SGD with sampling via mixture of Gaussians mechanisms", https://arxiv.org/abs/2401.10294).
+        """
         require_noise_multiplier(noise_multiplier)
+        if rows > 1:
+            chances = [
+                math.comb(rows, drawn) * self.sample_rate**drawn * (1 - self.sample_rate) ** (rows - drawn)
+                for drawn in range(rows + 1)
+            ]
+            kept = [(float(drawn), chance) for drawn, chance in enumerate(chances) if chance > 0]
+            return dp_accounting.MixtureOfGaussiansDpEvent(noise_multiplier, *map(tuple, zip(*kept, strict=True)))
         return dp_accounting.PoissonSampledDpEvent(self.sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
 
 

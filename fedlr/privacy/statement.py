@@ -8,14 +8,14 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
-from fedlr.privacy.rows import RELATION, UNIT
+from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS
 
 PROTECTS_AGAINST = [
     "A2: readers of the released model",
@@ -37,6 +37,11 @@ CONDITIONS = [
     "each client follows the protocol: it clips, adds its noise and keeps its ledger",
     "nobody lowered or replaced the ledger file; the head below lets a second party check",
 ]
+CONDITIONS_OF_PERSONS = [
+    "no person has rows at two clients",
+    "a row's client, whether it is held out, and which rows of a person count depend on that person's rows alone",
+    *CONDITIONS[2:],
+]
 NOT_COVERED = [
     "tuning and model selection: choosing hyperparameters, rounds or the best of several runs on the same data",
     "metrics computed on private data",
@@ -55,6 +60,7 @@ FILTER = (
     "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
     "which the budget and the first mechanism fixed before anything was released"
 )
+LEDGER, SERVER_LEDGER = "ledger.jsonl", "server_ledger.jsonl"  # of the clients of a run, and of its server
 MOST_CLIENTS = 1_000_000  # more than that is no run, but a mistake in a file
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {
@@ -87,14 +93,17 @@ def privacy_statement(
     if strangers:
         raise InputError(f"Expected every client of the ledger among the enrolled, got {strangers} besides")
     spent = [charges.epsilon(client, header) for client in enrolled]
-    mechanisms = _mechanisms(charges)
+    if header.unit == CLIENT.name:
+        raise InputError(f"Expected the ledger of clients in {os.fspath(ledger_path)}, got a server's")
+    mechanisms, unit = _mechanisms(charges), UNITS[header.unit]
     return {
         "statement": _sentence(header, max(spent), noiseless=_is_noiseless(charges), placed_by=placed_by),
         "differential_privacy": math.isfinite(max(spent)),
         "for_release": math.isfinite(max(spent)) and header.randomness == "os" and not placed_by,
         "placement_depends_on": list(placed_by),
-        "unit": UNIT,
-        "neighbouring_relation": RELATION,
+        "unit": unit.text,
+        "neighbouring_relation": unit.relation,
+        **({"rows_per_person": header.rows_per_person} if unit is PERSON else {}),
         "mechanisms": mechanisms,
         "delta": header.delta,
         "epsilon": {
@@ -114,10 +123,10 @@ def privacy_statement(
         "amplification": AMPLIFICATION,
         "protects_against": PROTECTS_AGAINST,
         "not_protected_against": NOT_PROTECTED_AGAINST,
-        "conditions": CONDITIONS,
+        "conditions": CONDITIONS_OF_PERSONS if unit is PERSON else CONDITIONS,
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
         "floating_point": FLOATING_POINT,
-        "not_covered": NOT_COVERED,
+        "not_covered": NOT_COVERED[:-1] if unit is PERSON else NOT_COVERED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,
@@ -130,8 +139,8 @@ def no_privacy_statement(num_clients: int) -> dict[str, Any]:
         "statement": "No differential privacy: epsilon is infinite for every client. Updates can reveal data.",
         "differential_privacy": False,
         "for_release": False,
-        "unit": UNIT,
-        "neighbouring_relation": RELATION,
+        "unit": EXAMPLE.text,
+        "neighbouring_relation": EXAMPLE.relation,
         "mechanisms": [],
         "delta": None,
         "epsilon": {"maximum": "inf", "median": "inf", "minimum": "inf"},
@@ -180,11 +189,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         placed_by = [str(reason) for reason in stated.get("placement_depends_on", ["unknown: the statement is silent"])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"Expected a privacy statement in {path}, got {error!r:.200}") from error
-    ledger_path = path.with_name("ledger.jsonl")
-    if ledger_path.exists() or "ledger_head" in stated or stated.get("differential_privacy") is not False:
-        found = privacy_statement(ledger_path, range(num_clients), placed_by=placed_by)
-    else:
-        found = no_privacy_statement(num_clients)
+    found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_choices(found, stated.get("choices") or ())
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
@@ -193,15 +198,50 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
+def run_statement(
+    run_dir: Path, num_clients: int, *, placed_by: Sequence[str] = (), expected: Collection[str] = ()
+) -> dict[str, Any]:
+    """State the privacy of a run from the ledgers in its directory: of its examples, of its clients, or of both.
+
+    Args:
+        run_dir: holds `LEDGER` and `SERVER_LEDGER`, one of them, or none: then there is no privacy.
+        num_clients: enrolled clients.
+        placed_by: as for `privacy_statement`.
+        expected: names of ledgers that must be there.
+    """
+    from fedlr.privacy.client_statement import client_statement, with_clients
+
+    own, server = run_dir / LEDGER, run_dir / SERVER_LEDGER
+    has_own, has_server = (path.exists() or path.name in expected for path in (own, server))
+    if not has_own and not has_server:
+        return no_privacy_statement(num_clients)
+    of_clients = client_statement(server, num_clients, placed_by=placed_by) if has_server else None
+    if not has_own:
+        assert of_clients is not None
+        return of_clients
+    found = privacy_statement(own, range(num_clients), placed_by=placed_by)
+    return found if of_clients is None else with_clients(found, of_clients)
+
+
+def _ledgers_of(stated: dict[str, Any]) -> list[str]:
+    """Return the ledgers that a statement was made of."""
+    is_of_clients = stated.get("unit") == CLIENT.text
+    found = [SERVER_LEDGER] if is_of_clients or "client_unit" in stated else []
+    is_private = "ledger_head" in stated or stated.get("differential_privacy") is not False
+    return [*found, LEDGER] if is_private and not is_of_clients else found
+
+
 def _sentence(header: Header, largest: float, *, noiseless: bool, placed_by: Sequence[str]) -> str:
     if math.isinf(largest):
         why = "no noise was added" if noiseless else "the noise is too small for the accountant"
         return f"No differential privacy: epsilon = inf, max over clients ({why})."
     rounded_up = math.ceil(largest * 1000) / 1000
     claim = (
-        f"epsilon <= {rounded_up} at delta = {header.delta}, max over clients, for {UNIT} "
-        f"({RELATION}), each client under its own accounting"
+        f"epsilon <= {rounded_up} at delta = {header.delta}, max over clients, for {UNITS[header.unit].text} "
+        f"({UNITS[header.unit].relation}), each client under its own accounting"
     )
+    if header.unit == PERSON.name:
+        claim += f"; at most {header.rows_per_person} rows of a person are trained on"
     if header.randomness == "seeded":
         return f"Not for release, {SIMULATION}. Simulated: {claim}."
     if placed_by:

@@ -1,7 +1,8 @@
 """Which clients a round asks: a pure function of (seed, round), so a run can go on from any state.
 
-The sample is public. No privacy amplification is claimed from it, because the server that draws it is one of the
-adversaries.
+A cohort of a fixed size is public. No privacy amplification is claimed from it, because the server that draws it is one
+of the adversaries. A Poisson cohort (`poisson_cohort`) may be claimed for the client unit, whose server is trusted, and
+only while who was drawn is told to nobody.
 """
 
 from collections.abc import Collection, Iterator
@@ -9,6 +10,7 @@ from itertools import count, islice
 
 import numpy as np
 
+from fedlr.privacy.sampling import PoissonSampler
 from fedlr.streams import Purpose, stream
 
 
@@ -57,3 +59,15 @@ def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations
         cohort = list(sample_among(eligible.tolist(), seed=seed, round_index=round_index, cohort_size=cohort_size))
         drawn[cohort] += 1
         yield tuple(cohort)
+
+
+def poisson_cohort(generator: np.random.Generator, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
+    """Draw every client of a fixed population with the same probability, whatever the others are and were.
+
+    Guarantees: never capped, filled up or drawn again; it may be empty. The sampler is the one whose event is
+    accounted.
+
+    >>> poisson_cohort(np.random.default_rng(0), num_clients=3, sample_rate=1.0)
+    (0, 1, 2)
+    """
+    return tuple(PoissonSampler(sample_rate).draw(num_clients, generator).tolist())

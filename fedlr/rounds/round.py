@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Protocol
 
 from torch import Tensor
@@ -39,6 +39,7 @@ from fedlr.methods.measure.diagnostics import (
 )
 from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import Method
+from fedlr.rounds.client_unit import ClientUnit
 from fedlr.rounds.cohorts import cohorts, sample_among
 from fedlr.rounds.outlying import MAX_UPDATE_RATIO, Moves, moves, near_the_others
 from fedlr.rounds.validate import rejection
@@ -123,6 +124,7 @@ class RoundDiagnostics:
     aggregation_error_sd: Mapping[str, float] = field(default_factory=dict)  # by layer: 0.0 where the error is exact
     ranks: Mapping[int, int] = field(default_factory=dict)  # by client of the cohort; empty: all have the adapter's
     change: MeanChange | None = None  # of the updates that were used; None: there was none, or ranks differ
+    is_secret: bool = False  # the client unit: who took part, and what came of it, is told to nobody
 
 
 def initial_state(adapter: AdapterState, method: Method) -> ServerState:
@@ -155,20 +157,29 @@ def run_round(
     train_head: bool = False,
     ranks: Sequence[int] | None = None,
     max_update_ratio: float | None = MAX_UPDATE_RATIO,
+    client_unit: ClientUnit | None = None,
 ) -> tuple[ServerState, RoundDiagnostics]:
     """Broadcast, train, validate, aggregate, finalise.
 
     Updates are aggregated in ascending client order and few are kept: memory does not grow with the cohort. A client of
     smaller rank (`ranks`, by id; None: all have the adapter's) has zeros beyond it here; one that moved too far beside
     the others is left out (`fedlr.rounds.outlying`). A round without a usable update keeps the adapter, and counts.
+
+    With `client_unit` the aggregate sees one noised mean in place of the updates, of an empty cohort too; then the clip
+    bounds each update by itself, and no update is measured against others.
     """
     method = method.at(state.round_index)
     task = request_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
+    if client_unit is not None:
+        client_unit.charge(state.round_index, task.fingerprint())
+        max_update_ratio = None
 
     started = time.perf_counter()
     answers = Answers(pool, task, cohort, expected=expected, max_update_ratio=max_update_ratio)
     updates, ideal, change = iter(answers), Ideal(state.adapter), ChangeWatch(expected)
+    if client_unit is not None:
+        updates = iter([client_unit.release(updates, expected, round_index=state.round_index)])
     first = next(updates, None)
     if first is None:
         aggregated = adapter = state.adapter
@@ -179,6 +190,20 @@ def run_round(
         deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
         adapter = method.finish(state.adapter, aggregated, task.shared)
     method.check_finalised(state.adapter, adapter)
+    if client_unit is not None:
+        return ServerState(adapter, state.round_index + 1), RoundDiagnostics(
+            cohort=(),
+            trained=(),
+            dropouts=(),
+            aggregation_error={},
+            singular_values=singular_values(adapter),
+            bytes_up=client_unit.cohort_size * num_bytes(expected.values()),
+            bytes_down=client_unit.cohort_size * task.num_bytes(),
+            train_s=answers.train_s,
+            aggregate_s=time.perf_counter() - started - answers.train_s,
+            change=change.mean(),
+            is_secret=True,
+        )
     diagnostics = RoundDiagnostics(
         cohort=tuple(cohort),
         trained=tuple(answers.trained),
@@ -217,7 +242,8 @@ class Answers:
         self.trained: list[int] = []  # ascending
         self.dropouts: list[Dropout] = []
         self.train_s = 0.0  # spent waiting for the pool
-        self._outcomes, self._max_update_ratio = iter(pool.train(task, cohort)), max_update_ratio
+        self._outcomes = iter(pool.train(task, cohort) if cohort else ())
+        self._max_update_ratio = max_update_ratio
         self._task, self._cohort, self._expected = task, cohort, expected
 
     def __iter__(self) -> Iterator[ClientUpdate]:
@@ -309,18 +335,30 @@ def federated_rounds(
     max_update_ratio: float | None = MAX_UPDATE_RATIO,
     average_last: int = 1,
     members: Callable[[], Collection[int]] | None = None,
+    poisson: Callable[[int], tuple[int, ...]] | None = None,
+    client_unit: ClientUnit | None = None,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines.
 
     A round that fewer clients than `quorum` answered is abandoned: it yields the state it started from, and the same
     cohort is asked again, for as long as the caller goes on. `members` says anew at each attempt who may be drawn, and
-    then counts participations itself; None: everybody whom `max_participations` leaves.
+    then counts participations itself; None: everybody whom `max_participations` leaves. `poisson` draws the cohort of a
+    round in place of one of a fixed size (`fedlr.rounds.cohorts.poisson_cohort`); `client_unit` hides whole clients.
     """
     if not 1 <= cohort_size <= num_clients:
         raise InputError(f"Expected cohort_size in [1, num_clients={num_clients}], got {cohort_size}")
-    draws = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
+    if client_unit is not None and quorum:
+        raise ValueError(f"Expected no quorum with the client unit, which tells nobody how many answered, got {quorum}")
+    fixed = cohorts(seed=seed, num_clients=num_clients, cohort_size=cohort_size, max_participations=max_participations)
+    draws = fixed if poisson is None else map(poisson, count())
     one_round = partial(
-        run_round, pool=pool, method=method, train_head=train_head, ranks=ranks, max_update_ratio=max_update_ratio
+        run_round,
+        pool=pool,
+        method=method,
+        train_head=train_head,
+        ranks=ranks,
+        max_update_ratio=max_update_ratio,
+        client_unit=client_unit,
     )
     for cohort in islice(draws, state.round_index, num_rounds):
         while True:

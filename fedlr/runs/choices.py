@@ -16,7 +16,7 @@ def choices_of(experiment: Experiment, released: Mapping[str, Any]) -> tuple[str
         released: `released` of summary.json (`fedlr.runs.selection`).
     """
     e = experiment
-    if e.privacy.epsilon is None:
+    if not e.privacy.is_private:
         return ()
     found = []
     if not (client_rates(e).is_constant and server_rates(e).is_constant):

@@ -29,6 +29,7 @@ from fedlr.files import append_whole, write_whole, writing
 from fedlr.runs.plain_yaml import plain_yaml
 
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
+SERVER_LEDGER = "server_ledger.jsonl"  # of the client unit
 CLIENT_ACCURACY = "client_accuracy.json"
 CONTACT_SHEET = "contact_sheet.json"
 AUDIT = "audit.json"

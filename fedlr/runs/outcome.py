@@ -49,7 +49,7 @@ def problem_of(
         released: the line of `end`; None: the last.
     """
     rounds = rows[1:]
-    if rounds and not any(row["num_trained"] for row in rounds):
+    if rounds and all(row["num_trained"] == 0 for row in rounds):  # None: it is told to nobody
         reasons: Counter[str] = Counter()
         for row in rounds:
             reasons.update(row.get("reasons", {}))
@@ -62,8 +62,8 @@ def problem_of(
         return f"Expected a model whose outputs are finite, got a loss that is not; {SMALLER_STEPS}"
     if rounds and not keeps and not has_moved(start, end):
         return (
-            f"Expected updates that change the model, got {sum(row['num_trained'] for row in rounds)} that leave it as "
-            f"it was; {LARGER_STEPS}"
+            f"Expected updates that change the model, got {sum(row['num_trained'] or 0 for row in rounds)} that leave "
+            f"it as it was; {LARGER_STEPS}"
         )
     return None
 

@@ -246,7 +246,7 @@ def trained_roles(experiment: Experiment, method: Method) -> frozenset[str]:
 
 def frozen_head_note(experiment: Experiment, base: BaseModel, roles: Iterable[str]) -> str | None:
     """Say that a private run has a random head that never trains; None where that is not so, or all is random."""
-    if experiment.privacy.epsilon is None or HEAD in roles or not base.head_is_drawn or base.made is not None:
+    if not experiment.privacy.is_private or HEAD in roles or not base.head_is_drawn or base.made is not None:
         return None
     return (
         "the head is random and never trains, and under privacy such a run can stay at chance: set "
@@ -289,7 +289,7 @@ def notes(
         found.append(
             f"{cut} of {total} texts were cut to {experiment.data.max_length} tokens (data.max_length){answers}"
         )
-    if experiment.runtime.base_dtype == "bfloat16" and experiment.privacy.epsilon is not None:
+    if experiment.runtime.base_dtype == "bfloat16" and experiment.privacy.is_private:
         found.append(
             "over a bfloat16 base one example can change how others round, by hundredths of the clip bound; epsilon "
             "does not count that (docs/privacy.md, the last bits)"

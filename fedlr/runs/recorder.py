@@ -22,6 +22,13 @@ from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, n
 from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 
 NEVER_ASKED = ("offline", "not_sent")
+# By the unit, and by whether clients have a budget of their own: runs of different ones are not compared.
+_OF_UNIT = {
+    ("example", True): "dp",
+    ("person", True): "dp of persons",
+    ("client", False): "dp of clients",
+    ("client", True): "dp of rows and of clients",
+}
 
 
 def is_scored(round_index: int, *, every: int, num_rounds: int) -> bool:
@@ -38,6 +45,7 @@ def metrics_row(
     evaluation: Evaluation | None,
     *,
     spent: Collection[float],
+    spent_on_clients: float | None = None,
     diagnostics: RoundDiagnostics | None = None,
     evaluate_s: float,
     noise_sd: float | None = None,
@@ -50,13 +58,19 @@ def metrics_row(
     `evaluation` is None of a state that is not scored (`is_scored`): accuracy and loss are null, others absent.
     `rates` are the factors of the round's learning rates (`fedlr.config.schedules.rates_after`), where they change.
     `validation` is its score on validation rows, where a model is chosen by them (`fedlr.runs.selection`).
-    `spent` is the epsilon of every enrolled client, empty without privacy; `noise_sd` the standard deviation of the
-    noise in one number of a client's update, where it is known (`fedlr.training.noise`). A state that may be
-    the released one has a confusion matrix: `is_last`.
+    `spent` is the epsilon of every enrolled client, empty without a budget of its own; `spent_on_clients` that of the
+    client unit, which is the headline where there is no other; `noise_sd` the standard deviation of the noise in one
+    number of a client's update, where it is known (`fedlr.training.noise`). A state that may be the released one has a
+    confusion matrix: `is_last`. Of a secret round nothing tells who took part.
     """
     d = diagnostics
+    of_clients = {} if spent_on_clients is None else {"epsilon_client": spent_on_clients}
+    spent = spent or of_clients.values()
+    is_secret = d is not None and d.is_secret
     errors = d.aggregation_error if d else {}
-    is_measured = bool(errors) or bool(state.adapter.factors())  # of other systems perhaps not: None, and no exact 0.0
+    is_measured = not is_secret and (
+        bool(errors) or bool(state.adapter.factors())
+    )  # of other systems perhaps not: None, and no exact 0.0
     statuses = [dropout.status for dropout in d.dropouts] if d else []
     train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
     return {
@@ -66,9 +80,10 @@ def metrics_row(
         "epsilon_max": max(spent) if spent else None,
         "epsilon_median": statistics.median(spent) if spent else None,
         "epsilon_min": min(spent) if spent else None,
-        "num_trained": len(d.trained) if d else 0,
-        "num_refused": statuses.count("refused"),
-        "num_rejected": statuses.count("rejected"),
+        **of_clients,
+        "num_trained": None if is_secret else len(d.trained) if d else 0,
+        "num_refused": None if is_secret else statuses.count("refused"),
+        "num_rejected": None if is_secret else statuses.count("rejected"),
         "reasons": dict(sorted(Counter(dropout.reason for dropout in d.dropouts).items())) if d else {},
         "aggregation_error": (statistics.fmean(errors.values()) if errors else 0.0) if is_measured else None,
         "aggregation_error_sd": (max(d.aggregation_error_sd.values(), default=0.0) if d else 0.0)
@@ -197,6 +212,7 @@ def summarise(
     held_out: HeldOut,
     head_is_drawn: bool = True,
     noise_sd: float | None = None,
+    client_delta: float | None = None,
     metric: Metric = ACCURACY,
     num_validation: int | None = None,
 ) -> dict[str, Any]:
@@ -206,7 +222,10 @@ def summarise(
     """
     e, first, selection = experiment, rows[0], Selection.of(experiment, metric)
     last = selection.released(rows)
-    is_private = e.privacy.epsilon is not None
+    is_private, is_of_rows = e.privacy.is_private, e.privacy.epsilon is not None
+    of_clients = (
+        {} if client_delta is None else {"epsilon_client": rows[-1]["epsilon_client"], "delta_client": client_delta}
+    )
     problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal), released=last)
     outcome = Result(
         start_accuracy=first["accuracy"],
@@ -227,7 +246,7 @@ def summarise(
     return {
         "name": e.name,
         "method": method.name,
-        "privacy": "dp" if is_private else "none",
+        "privacy": _OF_UNIT[e.privacy.unit, is_of_rows] if is_private else "none",
         "seed": seed,
         "num_rounds": e.num_rounds,
         "num_clients": e.num_clients,
@@ -241,7 +260,9 @@ def summarise(
         "measures": last.get("measures", {}),
         "released": selection.record(rows, num_rounds=e.num_rounds, num_validation=num_validation),
         "epsilon_max": rows[-1]["epsilon_max"],
-        "delta": e.privacy.delta if is_private else None,
+        "delta": e.privacy.delta if is_of_rows else client_delta,
+        **({"unit": e.privacy.unit} if e.privacy.unit != "example" else {}),
+        **of_clients,
         "adapter_sha256": state.adapter.fingerprint(),
         "num_trained_parameters": num_trained_values,
         "bytes_up": sum(row["bytes_up"] for row in rows),

@@ -37,7 +37,7 @@ def load_tables(experiment: Experiment, *, seed: int) -> tuple[Table, Table, Tab
     data: Table = build(section, "data", seed=seed)
     named = section.get("labels") or section.get("label_groups")
     from_data = "labels" in signature(checked(section, "data", ("seed",))[0]).parameters and not named
-    if experiment.privacy.epsilon is not None and not experiment.data.public and from_data:
+    if experiment.privacy.is_private and not experiment.data.public and from_data:
         raise InputError(
             "Expected data.labels in a private run, got null: the names that are found tell what the data hold; name "
             "them as the file spells them, data.labels=[NAME,NAME], or say data.public=true if the data are no secret"

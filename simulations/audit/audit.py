@@ -25,7 +25,7 @@ from simulations.audit.planted import PLANTED, noise_off
 from simulations.audit.probe import Magnified, Unmetered
 from simulations.audit.small import auditor_generator, with_rows
 from simulations.federation import Federation, prepare
-from simulations.simulate import create_ledger
+from simulations.ledgers import create_ledger
 
 SMALL_EPSILON = 1.0  # at which a run of some hundred canaries can fail
 CONFIGURED, WHOLE_BATCHES = "one_run", "one_run_whole_batches"

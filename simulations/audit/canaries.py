@@ -25,11 +25,12 @@ from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.privacy.audit.one_run import epsilon_lower_bound, num_correct
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.local import Charges
-from fedlr.rounds.round import ClientPool, Dropout, RoundRequest, federated_rounds
+from fedlr.rounds.round import ClientPool, Dropout, RoundRequest
 from fedlr.tasks.examples import Share
 from fedlr.training.noise import update_noise
 from simulations.audit.probe import Probe, noiseless, vectors
 from simulations.federation import Federation
+from simulations.rounds import rounds_of
 from simulations.runtime import pool_here
 
 Floats = NDArray[np.float64]
@@ -117,21 +118,7 @@ def guess_canaries(
         Probe(f, each, mechanism=noiseless(f.mechanism), whole_batches=True) as probe,
     ):
         watched = Watched(pool)
-        rounds = federated_rounds(
-            f.start,
-            pool=watched,
-            method=f.method,
-            num_rounds=e.num_rounds,
-            num_clients=e.num_clients,
-            cohort_size=e.cohort_size,
-            max_participations=e.max_participations,
-            seed=f.seed,
-            train_head=e.adapter.train_head,
-            ranks=f.ranks,
-            max_update_ratio=e.max_update_ratio,
-            average_last=e.average_last,
-        )
-        for _ in rounds:
+        for _ in rounds_of(f, f.start, watched):
             assert watched.task is not None
             sent = replace(watched.task, ranks={})
             for update in watched.updates:

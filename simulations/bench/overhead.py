@@ -23,7 +23,7 @@ from simulations.bench.federations import overrides
 from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
 from simulations.bench.settings import Settings
 from simulations.federation import Federation, assemble
-from simulations.simulate import create_ledger
+from simulations.ledgers import create_ledger
 
 GROUP = 64  # clients whose steps are settled together, as a pool of many does
 

@@ -22,8 +22,8 @@ from fedlr.config.schema import compose_experiment
 from fedlr.rounds.round import run_round
 from simulations.bench.memory_use import peak_mb, reset_peak
 from simulations.federation import Federation, assemble
+from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger
 
 
 class Session:

@@ -29,8 +29,8 @@ from fedlr.rounds.pools.local import LocalPool
 from fedlr.rounds.round import Dropout, run_round
 from fedlr.streams import OsRandomness
 from simulations.federation import Federation
+from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger
 from tests.simulations.small_runs import federation, first_task, open_ledger, rounds
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import mutant

@@ -23,7 +23,8 @@ from fedlr.privacy.charges import read_ledger
 from fedlr.rounds.round import Dropout, run_round
 from fedlr.training.gradients import HookGradients
 from simulations.federation import Federation
-from simulations.simulate import create_ledger, make_pool
+from simulations.ledgers import create_ledger
+from simulations.simulate import make_pool
 from tests.simulations.small_runs import federation, first_task, open_ledger
 from tests.training.small_models import mutant
 

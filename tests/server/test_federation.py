@@ -33,7 +33,8 @@ from server.run import Run
 from server.view.adapter_files import find_adapter
 from server.view.refusals import NotThere
 from simulations.federation import assemble
-from simulations.simulate import create_ledger, run_rounds
+from simulations.ledgers import create_ledger
+from simulations.simulate import run_rounds
 from tests.server.whole_federation import SMALL, Federation, close_all, difference, experiment, lines
 from tests.simulations.small_runs import quiet
 

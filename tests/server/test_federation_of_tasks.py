@@ -23,7 +23,8 @@ from fedlr.tasks.synthetic_chat import WORDS
 from fedlr.training.threads import torch_threads
 from server.federation import assemble as assemble_served
 from simulations.federation import assemble
-from simulations.simulate import create_ledger, run_rounds
+from simulations.ledgers import create_ledger
+from simulations.simulate import run_rounds
 from tests.server.whole_federation import Federation, close_all, difference, lines
 from tests.simulations.small_runs import quiet
 

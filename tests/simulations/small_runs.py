@@ -11,8 +11,9 @@ from fedlr.rounds.round import RoundRequest
 from fedlr.runs.directory import LEDGER
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
+from simulations.ledgers import create_ledger
 from simulations.progress import Progress
-from simulations.simulate import create_ledger, run_rounds
+from simulations.simulate import run_rounds
 
 # What a run without privacy leaves behind; a private one also its ledger.
 RUN_FILES = {

@@ -30,8 +30,9 @@ from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.training.threads import torch_threads
 from simulations.alone import train_alone
 from simulations.federation import Federation, assemble
+from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger, leave_behind
+from simulations.simulate import leave_behind
 from tests.simulations.small_runs import experiment, federation
 from tests.training.small_models import mutant
 

@@ -22,8 +22,8 @@ from fedlr.rounds.round import ServerState
 from fedlr.runs.prepare import local_training
 from fedlr.training.rates import ACCUMULATED_NOISE
 from simulations.federation import Federation, prepare
+from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger
 from tests.simulations.small_runs import experiment, federation
 
 SLOT = Slot("layer", LORA_B)

@@ -19,7 +19,8 @@ from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.directory import LEDGER
-from simulations.simulate import create_ledger, leave_behind, simulate
+from simulations.ledgers import create_ledger
+from simulations.simulate import leave_behind, simulate
 from tests.simulations import small_runs
 from tests.simulations.small_runs import RUN_FILES, experiment, federation, lines, open_ledger, rounds
 
@@ -147,7 +148,8 @@ KILLER = """
     from pathlib import Path
     from fedlr.training.threads import torch_threads
     from fedlr.runs.directory import LEDGER
-    from simulations.simulate import create_ledger, run
+    from simulations.ledgers import create_ledger
+    from simulations.simulate import run
     from tests.simulations.small_runs import SMALL, federation, quiet
 
     def lines(path):

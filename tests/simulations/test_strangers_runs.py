@@ -89,7 +89,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulations.simulate.federated_rounds", dies)
+        patch.setattr("simulations.rounds.federated_rounds", dies)
         with pytest.raises(Cut):
             simulate(compose_experiment([*SMALL, f"tracking.output_dir={folder}"]), say=lambda line: None)
     (run_dir,) = folder.glob("*/*/")

@@ -29,8 +29,8 @@ from fedlr.tasks.losses import (
 from fedlr.training.functorch import FunctorchGradients
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
+from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger
 from simulations.tuner_measure.measure import subject
 from tests.client.device_files import terms_tree
 from tests.simulations.small_runs import experiment, federation

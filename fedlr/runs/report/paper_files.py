@@ -68,6 +68,10 @@ class PaperFiles:
         return written
 
 
+# What one epsilon is about, by the privacy of a summary; of both units it is the rows'.
+UNIT_OF = {"dp of persons": "person", "dp of clients": "client"}
+
+
 def csv(runs: Mapping[Path, Run]) -> str:
     """Return a line a run, numbers unrounded, as CSV."""
     import pandas
@@ -136,9 +140,10 @@ def caption(table: PaperTable) -> str:
     if private := [run for run in runs if run.summary.is_private]:
         deltas = sorted({run.summary.delta for run in private if run.summary.delta is not None})
         largest = max(run.summary.epsilon_max for run in private if run.summary.epsilon_max is not None)
+        units = sorted({UNIT_OF.get(run.summary.privacy, "row") for run in private})
         parts.append(
             f"$\\varepsilon$ is the budget of each client over the whole run at $\\delta = "
-            f"{', '.join(map(_power, deltas))}$ (add or remove one row; the largest that was spent is "
+            f"{', '.join(map(_power, deltas))}$ (add or remove one {' or '.join(units)}; the largest that was spent is "
             f"{epsilon_text(largest)}); it does not cover the choice of settings{_seeded(private)}."
         )
     parts += [escaped(told) for told in dict.fromkeys(told for run in runs for told in how_chosen(run))]

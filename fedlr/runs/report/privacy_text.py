@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from html import escape
 
+from fedlr.privacy.units import CLIENT
 from fedlr.runs.report.layout import bullets, details, paragraph, table
 from fedlr.runs.report.run_files import Run
 from fedlr.runs.report.wording import epsilon_text, short
@@ -42,6 +43,8 @@ def headline(run: Run) -> tuple[str, str]:
         return "no differential privacy", "epsilon is infinite: no noise was added"
     delta = "no delta stated" if summary.delta is None else f"delta = {short(summary.delta)}"
     whom = f"as {reported} report" if (reported := reporting(run)) else "max over clients"
+    if run.statement.get("unit") == CLIENT.text:
+        whom = "of one whole client, towards all but the server"
     return f"ε = {epsilon_text(summary.epsilon_max)}", f"{whom}, at {delta}"
 
 
@@ -61,18 +64,33 @@ def meaning(run: Run) -> list[str]:
     unit = run.statement.get("unit")
     unit = unit if isinstance(unit, str) else "one protected unit (see the statement)"
     delta = "delta" if summary.delta is None else f"delta = {short(summary.delta)}"
+    is_of_clients = unit == CLIENT.text
+    seen = (
+        f"every model that the server publishes may change their odds on whether {unit} took part"
+        if is_of_clients
+        else f"everything that a client sent may change their odds on whether {unit} was among its data"
+    )
     sentences = [
-        "In words: whoever sees everything that a client sent may change their odds on whether "
-        f"{unit} was among its data by a factor of at most e^ε = {_odds(epsilon)}, apart "
+        f"In words: whoever sees {seen} by a factor of at most e^ε = {_odds(epsilon)}, apart "
         f"from a probability of at most about {delta}. This is a worst case; a smaller ε is a stronger "
         "promise. On this page ε is rounded up."
     ]
-    if last.epsilon_median is not None and last.epsilon_min is not None:
+    if is_of_clients:
+        sentences.append(
+            "It is the same for every client. The server is trusted: it sees each update in the clear, and tells "
+            "nobody who took part, which is why this page has no client of its own to show."
+        )
+    elif last.epsilon_median is not None and last.epsilon_min is not None:
         sentences.append(
             f"ε is {epsilon_text(epsilon)} for the client that spent most, "
             f"{epsilon_text(last.epsilon_median)} for the median client and "
             f"{epsilon_text(last.epsilon_min)} for the one that spent least. The first number is the one to "
             "quote: it is neither a mean nor a sum over clients, and each client vouches for its own."
+        )
+    of_clients = run.statement.get("client_unit")
+    if isinstance(of_clients, Mapping) and isinstance(of_clients.get("statement"), str):
+        sentences.append(
+            f"Whole clients have another epsilon, which is never added to this one: {of_clients['statement']}"
         )
     if reported := reporting(run):
         sentences.append(

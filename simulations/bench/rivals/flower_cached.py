@@ -19,8 +19,8 @@ from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.config.schema import compose_experiment
 from fedlr.rounds.round import RoundRequest
 from simulations.federation import Federation, assemble
+from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import create_ledger
 
 app = ClientApp()
 

@@ -1,0 +1,71 @@
+"""Which methods go with the client unit, the others refused by name and with their reason.
+
+It has a proof for one thing: the mean, with equal weights, of updates that were clipped one by one, with noise on their
+sum. A rule of the server goes with it where it reads that mean and nothing else of the clients.
+"""
+
+from typing import Any
+
+from fedlr.config.schema import Experiment
+from fedlr.errors import InputError
+from fedlr.methods.aggregate.mean import weighted_mean
+from fedlr.methods.aggregate.server_optimizer import FedAdam, FedAvgM, FedYogi
+from fedlr.methods.method import Method
+
+PROVEN = "set method=fedavg, fedsvd, ffa_lora, head or another whose aggregate is weighted_mean or a server optimizer"
+NO_PROOF = "no bound is proven on what one client can change in it"
+# By the name of the rule, as code has it: why its result is more than a function of the noised mean.
+REASONS = {
+    "ExactResidual": "it folds away the difference between the clients' own products and their mean, without a bound",
+    "FedAsk": "it multiplies each client's own product with random directions and combines the parts nonlinearly",
+    "FedRot": "it turns each client's own factors before it averages them",
+    "LayerMean": "it averages the weights that each client's own parameters make of a layer, not the parameters",
+    "LoraFair": "it corrects the mean by the clients' own products, before any noise",
+    "LoraFairRidge": "it corrects the mean by the clients' own products, before any noise",
+    "ScaffoldServer": "its controls are made of single clients' updates, which would need a sum and noise of their own",
+    "ScoredMean": "it reads a score of each layer from each client's own update",
+    "SelfPruning": "it lowers ranks by single clients' updates",
+    "norm_weighted_mean": "its weights are norms of the clients' own updates, so one client changes everybody's",
+    "projected_mean": "it multiplies each client's own product with random directions",
+    "stack_and_fold": "it stacks the clients' own factors, which all of them are then sent",
+    "svd_redistribution": "it takes the SVD of the mean of the clients' own products, before any noise",
+}
+
+
+def check_unit(experiment: Experiment, method: Method) -> None:
+    """Refuse a method whose rules read single clients, where whole clients are to be hidden.
+
+    Raises:
+        InputError: which names the rule and why it has no proof.
+    """
+    if experiment.privacy.unit != "client":
+        return
+    expected, name = "Expected privacy.unit=example", method.name
+    if method.personal:
+        raise InputError(
+            f"{expected} for method={name}, whose clients keep {', '.join(method.personal)}, got client: what a client "
+            "keeps is its own, and no noise hides it from whoever is given its model"
+        )
+    if method.client.remembers:
+        raise InputError(
+            f"{expected} for method={name}, whose clients remember earlier rounds, got client: its controls are made "
+            "of single clients' updates, which would need a sum and noise of their own"
+        )
+    if method.mixed_ranks and method.prunes:
+        raise InputError(f"{expected} for method={name}, got client: {REASONS['SelfPruning']}")
+    if not is_proven(method.aggregate):
+        rule = getattr(method.aggregate, "__name__", type(method.aggregate).__name__)
+        raise InputError(f"{expected} for method={name}, got client: {REASONS.get(rule, NO_PROOF)} ({rule}); {PROVEN}")
+    if method.folds:
+        raise InputError(f"{expected} for method={name}, which folds clients' updates into the base, got client")
+
+
+def is_proven(aggregate: Any) -> bool:
+    """Return whether a rule reads the mean of equal weights and nothing else of the clients.
+
+    >>> is_proven(weighted_mean), is_proven(FedAdam()), is_proven(min)
+    (True, True, False)
+    """
+    if type(aggregate) in (FedAvgM, FedAdam, FedYogi):
+        return aggregate.inner is weighted_mean
+    return aggregate is weighted_mean

@@ -1,0 +1,86 @@
+"""What budgets, cohorts and runtimes do not go with a unit of privacy; methods are in `fedlr.config.unit_methods`."""
+
+from typing import TYPE_CHECKING
+
+from fedlr.errors import InputError
+from fedlr.errors.ranges import require_delta
+
+if TYPE_CHECKING:
+    from fedlr.config.schema import Experiment
+
+
+def check_privacy(experiment: "Experiment") -> None:
+    """Refuse budgets, cohorts and runtimes that do not go with the unit of privacy.
+
+    Raises:
+        InputError: which names the key, its value and what to set.
+    """
+    e, p = experiment, experiment.privacy
+    if p.unit != "client":
+        _check_no_client_keys(e)
+    if p.unit == "client":
+        _check_client(e)
+    if e.cohort == "poisson" and e.max_participations < e.num_rounds:
+        raise InputError(
+            f"Expected privacy.max_participations=null with cohort=poisson, got {p.max_participations}, fewer than the "
+            f"{e.num_rounds} rounds: whoever was drawn often could not be drawn again, and draws would not be "
+            "independent"
+        )
+    if e.patience is not None and (p.unit == "client" or e.cohort == "poisson"):
+        found = "privacy.unit=client" if p.unit == "client" else "cohort=poisson"
+        raise InputError(
+            f"Expected patience=null with {found}, got {e.patience}: a run that stops early is charged its announced "
+            "rounds, and cohorts that nobody may know cannot be charged beforehand; release=best goes with it"
+        )
+    if e.cohort == "poisson" and e.runtime.kind != "local":
+        raise InputError(
+            f"Expected cohort=fixed with runtime={e.runtime.kind}, got poisson: a server asks whoever is connected, "
+            "not a fixed population"
+        )
+
+
+def _check_no_client_keys(e: "Experiment") -> None:
+    p = e.privacy
+    for key, value in (
+        ("client_epsilon", p.client_epsilon),
+        ("client_delta", p.client_delta),
+        ("client_noise_multiplier", p.client_noise_multiplier),
+    ):
+        if value is not None:
+            raise InputError(
+                f"Expected privacy.unit=client with privacy.{key}={value:g}, got {p.unit}; privacy=client sets both"
+            )
+
+
+def _check_client(e: "Experiment") -> None:
+    p = e.privacy
+    if p.client_epsilon is None:
+        raise InputError(
+            "Expected privacy.client_epsilon with privacy.unit=client, got null: set privacy=client, and beside it "
+            "privacy.epsilon for a budget of each client's examples too"
+        )
+    if p.client_delta is not None:
+        require_delta(p.client_delta, p.accountant)
+    if e.runtime.kind != "local":
+        raise InputError(
+            f"Expected runtime=local with privacy.unit=client, got {e.runtime.kind}: a server of devices does not sum "
+            "clipped updates yet, and must not say that it does; set privacy=dp"
+        )
+    if e.weighting != "uniform":
+        raise InputError(
+            f"Expected weighting=uniform with privacy.unit=client, got {e.weighting}: one client's size would weigh "
+            "its update and everybody else's"
+        )
+    if e.num_clients == 1:
+        raise InputError("Expected two clients or more with privacy.unit=client, got 1: nobody hides it")
+    if e.adapter.has_client_ranks:
+        raise InputError(
+            "Expected adapter.client_ranks=null with privacy.unit=client, got ranks: updates of different ranks have "
+            "no common sum"
+        )
+    if p.epsilon is not None and e.cohort == "poisson":
+        raise InputError(
+            "Expected cohort=fixed with budgets of both units (privacy.epsilon and privacy.client_epsilon), got "
+            "poisson: what clients have spent of their own budgets tells who took part, and a Poisson cohort must be "
+            "secret"
+        )

@@ -1,0 +1,81 @@
+"""The server's side of the client unit: a round is charged, and what leaves it is one noised mean.
+
+The server is trusted: it sees every update in the clear. Who sees what it publishes is protected, and so nothing else
+of a round may tell who took part or what came of it: no count of updates, no client's fate, no error of the aggregate.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.errors import InputError
+from fedlr.privacy.client_sum import released_update
+from fedlr.privacy.ledger import PrivacyLedger
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.streams import ServerRandomness
+
+EVERYBODY = 0  # the one client of a server's ledger, who stands for each of them
+
+
+class ClientUnit:
+    """What a server adds to a round so that its result hides whole clients; see `fedlr.privacy.client_sum`."""
+
+    def __init__(
+        self,
+        mechanism: Mechanism,
+        ledger: PrivacyLedger,
+        *,
+        randomness: ServerRandomness,
+        cohort_size: int,
+        computed: str = "",
+    ) -> None:
+        """Start with a ledger of the client unit.
+
+        Args:
+            mechanism: rate of the cohort, bound of an update, noise, divisor.
+            ledger: the server's.
+            randomness: of the noise.
+            cohort_size: clients of a round, or how many are expected: what is told of its traffic.
+            computed: all else that decides what clients compute in a round; a repeated round must not differ in it.
+        """
+        self.cohort_size = cohort_size
+        self._mechanism, self._ledger, self._randomness = mechanism, ledger, randomness
+        self._computed, self._reserved = f"{computed} {randomness!r}", 0
+
+    def charge(self, round_index: int, asked: str) -> None:
+        """Charge a round to every client, before any of them trains; `asked` names what it asks.
+
+        With seeded randomness a round that was charged and lost is the same release when it is run again, and costs
+        nothing more. With randomness of the operating system it is another release, and is charged again.
+
+        Raises:
+            InputError: the budget does not last for the round.
+        """
+        # Under the operating system's randomness charges are numbered as they come: a round may have two of them.
+        number = round_index if self._ledger.is_seeded else self._ledger.participations(EVERYBODY)
+        task = hashlib.sha256(repr((asked, self._computed)).encode()).hexdigest()
+        refusal = self._ledger.reserve(number, self._mechanism, 1, [EVERYBODY], task)[EVERYBODY]
+        if refusal is not None:
+            raise InputError(
+                f"Expected a budget of the client unit that lasts for round {round_index + 1}, got {refusal.reason}: "
+                f"epsilon is {refusal.epsilon_spent:.4g} and would be {refusal.epsilon_if_trained:.4g}; rounds that "
+                "were cut off and run again with fresh noise count twice. Raise privacy.client_epsilon or "
+                "privacy.client_noise_multiplier, and start the run anew"
+            )
+        self._reserved = number
+
+    def release(
+        self, updates: Iterable[ClientUpdate], sent_down: Mapping[Slot, Tensor], *, round_index: int
+    ) -> ClientUpdate:
+        """Return the one update that leaves the round; also of nobody's updates there is one."""
+        released = released_update(
+            updates,
+            sent_down,
+            self._mechanism,
+            generator=self._randomness.server_noise(round_index=round_index),
+            round_index=round_index,
+        )
+        self._ledger.settle_all(self._reserved, {EVERYBODY: 1})
+        return released
