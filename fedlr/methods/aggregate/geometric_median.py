@@ -66,8 +66,8 @@ def weiszfeld(gram_CC: Tensor, weights_C: Tensor, *, smoothing: float, num_itera
         raise ValueError(f"Expected non-negative weights of a positive, finite sum, got a sum of {total}")
     found_C = weights_C / total
     least = smoothing * float(gram_CC.diagonal().clamp_min(0.0).sqrt().median())
-    if least == 0:  # most did not move at all: the median is there
-        least = torch.finfo(torch.float64).tiny
+    if least == 0:  # most did not move at all
+        least = 1e-100
     for _ in range(num_iterations):
         pull_C = weights_C / distances_from(gram_CC, found_C).clamp_min(least)
         before_C, found_C = found_C, pull_C / pull_C.sum()
