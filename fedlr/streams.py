@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     REINIT = 9  # lora_A where a method draws it anew between rounds
     SKETCH = 10  # random directions a server multiplies released products with
     AUDIT = 11  # an auditor's rows and coins
+    ATTACK = 18  # who is hostile in a simulated attack, and what noise they send
 
 
 class Randomness(Protocol):

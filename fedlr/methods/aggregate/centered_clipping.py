@@ -1,6 +1,6 @@
 """Centered clipping: average the updates after those that lie far from the centre were drawn towards it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,9 +49,15 @@ class CenteredClipping:
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
         """Return the adapter at the centre."""
         held = held_updates(updates, rule=self.name)
-        found_C = clipped_centre(gram(adapter, held), radius=self.radius, num_iterations=self.num_iterations)
-        coefficients = found_C.tolist()
+        coefficients = self.coefficients(adapter, held)
         return combined(adapter, held, coefficients, stay=max(0.0, 1.0 - sum(coefficients)))
+
+
+    def coefficients(self, adapter: AdapterState, held: Sequence[ClientUpdate]) -> list[float]:
+        """Return each update's coefficient at the centre, in ascending client order; what was broadcast has the rest
+        to 1."""
+        inner_CC = gram(adapter, held)
+        return clipped_centre(inner_CC, radius=self.radius, num_iterations=self.num_iterations).tolist()
 
 
 def clipped_centre(gram_CC: Tensor, *, radius: float | None, num_iterations: int) -> Tensor:

@@ -1,6 +1,6 @@
 """RFA: the geometric median of the updates as functions, by the smoothed Weiszfeld algorithm."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,11 +49,13 @@ class GeometricMedian:
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
         """Return the adapter at the geometric median."""
         held = held_updates(updates, rule=self.name, takes_weights=True)
+        return combined(adapter, held, self.coefficients(adapter, held))
+
+    def coefficients(self, adapter: AdapterState, held: Sequence[ClientUpdate]) -> list[float]:
+        """Return each update's coefficient in the geometric median, in ascending client order; their sum is 1."""
         weights_C = torch.tensor([update.weight for update in held], dtype=torch.float64)
-        found_C = weiszfeld(
-            gram(adapter, held), weights_C, smoothing=self.smoothing, num_iterations=self.num_iterations
-        )
-        return combined(adapter, held, found_C.tolist())
+        inner_CC = gram(adapter, held)
+        return weiszfeld(inner_CC, weights_C, smoothing=self.smoothing, num_iterations=self.num_iterations).tolist()
 
 
 def weiszfeld(gram_CC: Tensor, weights_C: Tensor, *, smoothing: float, num_iterations: int) -> Tensor:

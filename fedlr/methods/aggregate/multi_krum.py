@@ -1,6 +1,6 @@
 """Multi-Krum: average the updates that have the nearest neighbours, as functions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,13 +57,16 @@ class MultiKrum:
     def __call__(self, adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
         """Return the mean of the chosen updates."""
         held = held_updates(updates, rule=self.name, least=self.least_updates)
+        return combined(adapter, held, self.coefficients(adapter, held))
+
+    def coefficients(self, adapter: AdapterState, held: Sequence[ClientUpdate]) -> list[float]:
+        """Return 1 for each update that is averaged, in ascending client order, and 0 for the others."""
         number = len(held) - self.num_malicious if self.num_selected is None else self.num_selected
         if number == len(held):
-            return combined(adapter, held, [1.0] * len(held))
+            return [1.0] * number
         scores_C = krum_scores(squared_distances(gram(adapter, held)), self.num_malicious)
         order = sorted(range(len(held)), key=lambda place: (float(scores_C[place]), held[place].client_id))
-        chosen = sorted(order[:number])
-        return combined(adapter, [held[place] for place in chosen], [1.0] * number)
+        return [float(place in order[:number]) for place in range(len(held))]
 
 
 def krum_scores(squares_CC: Tensor, num_malicious: int) -> Tensor:
