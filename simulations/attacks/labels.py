@@ -26,4 +26,5 @@ def with_flipped_labels(clients: tuple[Share, ...], bad: Collection[int], *, num
     labels = table.labels.copy()
     rows = np.concatenate([clients[client].rows for client in sorted(bad)]) if bad else np.empty(0, dtype=np.int64)
     labels[rows] = num_labels - 1 - labels[rows]
-    return tuple(Share(replace(table, labels=labels), client.rows) for client in clients)
+    flipped = replace(table, labels=labels)  # one for all: a cohort trains on rows of one table
+    return tuple(Share(flipped, client.rows) for client in clients)

@@ -131,6 +131,7 @@ def test_labels_of_hostile_rows_are_flipped_in_a_copy() -> None:
     clients = tuple(Share(table, np.array(rows)) for rows in ([0, 1], [2, 3], [4, 5]))  # type: ignore[arg-type]
     flipped = with_flipped_labels(clients, [1], num_labels=3)
     assert flipped[0].table.labels.tolist() == [0, 1, 0, 2, 1, 2] and table.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert len({id(share.table) for share in flipped}) == 1
     assert [share.rows.tolist() for share in flipped] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(InputError, match="at least two classes"):
         with_flipped_labels(clients, [1], num_labels=0)
