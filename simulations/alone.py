@@ -28,7 +28,7 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
     no drift to correct. A server optimizer steps for one client as it does for a cohort.
     """
     e = federation.experiment
-    method = federation.method
+    method = federation.method.of_one_client()
     if method.personal:
         method = replace(method, broadcast=full_adapter, personal=())
 

@@ -100,6 +100,7 @@ class Federation:
         return replace(
             f,
             experiment=e.model_copy(update={**one, "trainer": trainer, "privacy": privacy}),
+            method=f.method.of_one_client(),
             clients=(Share(f.clients[0].table, rows),),
             client_tests=None,
             training=replace(f.training, divisor=divisor),

@@ -52,6 +52,7 @@ class Properties:
     dynamic_ranks: bool  # whether layers have a rank that changes
     prunes: bool  # whether clients' ranks may fall
     uniform: bool  # whether it refuses clients of unlike weights
+    least_updates: int  # that a round needs
     server_memory: tuple[str, ...]
     adapters: Sequence[AdapterState] = field(repr=False, compare=False)  # before round 0 and after each
     updates: Sequence[Sequence[ClientUpdate]] = field(repr=False, compare=False)  # of each round
@@ -81,6 +82,7 @@ class Properties:
                 ("dynamic ranks", self.dynamic_ranks),
                 ("prunes ranks", self.prunes),
                 ("uniform weights only", self.uniform),
+                (f"{self.least_updates} updates at least", self.least_updates > 1),
                 (f"client rule {self.client_rule}", self.client_rule),
                 ("clients remember", self.client_remembers),
                 ("server remembers", self.server_memory),
@@ -109,9 +111,8 @@ def measured(method: Method, *, num_rounds: int = NUM_ROUNDS) -> Properties:
     try:
         return _measured(method, MadeUpClients(), num_rounds=num_rounds)
     except InputError:
-        return replace(
-            _measured(method, MadeUpClients(weights=(1.0,) * NUM_CLIENTS), num_rounds=num_rounds), uniform=True
-        )
+        alike = (1.0,) * max(NUM_CLIENTS, method.least_updates)
+        return replace(_measured(method, MadeUpClients(weights=alike), num_rounds=num_rounds), uniform=True)
 
 
 def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Properties:
@@ -120,7 +121,7 @@ def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Prop
     for _ in range(num_rounds):
         before = states[-1]
         tasks.append(request_of(before, method))
-        after, diagnostics = run_round(before, range(NUM_CLIENTS), pool=pool, method=method)
+        after, diagnostics = run_round(before, range(pool.num_clients), pool=pool, method=method)
         ideal = Ideal.of(before.adapter, pool.rounds[-1])
         errors += diagnostics.aggregation_error.values()
         final_errors += aggregation_error(ideal, after.adapter).values()
@@ -145,6 +146,7 @@ def _measured(method: Method, pool: "MadeUpClients", *, num_rounds: int) -> Prop
         dynamic_ranks=method.dynamic_ranks,
         prunes=method.prunes,
         uniform=False,
+        least_updates=method.least_updates,
         server_memory=tuple(sorted(states[-1].adapter.memory)),
         adapters=[state.adapter for state in states],
         updates=pool.rounds,
@@ -164,6 +166,7 @@ class MadeUpClients:
         self.adapter = AdapterState(tensors, scale=1.0)
         self.rounds: list[list[ClientUpdate]] = []
         self._weights = weights
+        self.num_clients = len(weights)
 
     def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
         """Yield one update a client."""

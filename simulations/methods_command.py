@@ -63,7 +63,7 @@ def row(properties: "Properties") -> tuple[str, ...]:
 def described(name: str, width: int) -> str:
     """Return the first lines of a method's file, its choices, and its properties with their figures."""
     from fedlr.config import schema as experiment
-    from simulations.method_properties import NUM_CLIENTS, named_method, properties_of
+    from simulations.method_properties import named_method, properties_of
 
     text = file_of("method", name, experiment.CONFIGS).read_text(encoding="utf-8")
     header = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
@@ -74,7 +74,7 @@ def described(name: str, width: int) -> str:
     if one.client_rule:
         told.append(("client", choice_text(method.client)))
     told += zip(("trains", "numbers up", "numbers down", "measured", "noised under DP"), row(one)[1:-1], strict=True)
-    rounds = f"over {len(one.updates)} rounds of {NUM_CLIENTS} clients that differ"
+    rounds = f"over {len(one.updates)} rounds of {len(one.updates[0])} clients that differ"
     figures = f"{one.aggregate_error:.1e} of the aggregate, {one.final_error:.1e} when finalised, {rounds}"
     told.append(("largest error", "none is defined: there is no one model" if one.personal else figures))
     if one.mixed_error is not None:

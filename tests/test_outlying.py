@@ -22,7 +22,7 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, full_adapter, keep
-from fedlr.rounds.outlying import MAX_UPDATE_RATIO, NUM_REFERENCES
+from fedlr.rounds.outlying import MAX_UPDATE_RATIO, NUM_REFERENCES, product_moves
 from fedlr.rounds.round import Dropout, ServerState, run_round
 from tests.server.small_federation import Outcomes
 from tests.training.small_models import mutant
@@ -177,3 +177,56 @@ def test_the_bound_is_on_unless_it_is_taken_off() -> None:
     assert compose_experiment(["experiment=tiny", "max_update_ratio=null"]).max_update_ratio is None
     with pytest.raises(InputError, match=r"max_update_ratio"):
         compose_experiment(["experiment=tiny", "max_update_ratio=1"])
+
+
+def several_times_as_far(ratio: float) -> dict[int, Sent]:
+    """One client of ten moves either factor `ratio` times as far as the others, in one direction of the rank."""
+    sent: dict[int, Sent] = {client: honest(client) for client in range(NUM_CLIENTS)}
+    own = {slot: tensor.clone() for slot, tensor in STATE.adapter.tensors.items()}
+    usual = {slot: float((sent[0][slot] - own[slot]).square().mean().sqrt()) for slot in own}
+    own[A][0] += ratio * usual[A] * 2  # of 4 rows: root mean square over all is half of it
+    own[B][:, 0] += ratio * usual[B] * 2
+    sent[HOSTILE[0]] = own
+    return sent
+
+
+def test_two_factors_that_each_pass_are_stopped_by_what_they_add_to_the_product() -> None:
+    updates = [ClientUpdate(client, tensors, 1.0, 0) for client, tensors in several_times_as_far(40.0).items()]
+    own = fedlr.rounds.outlying.moves(updates[HOSTILE[0]].tensors, STATE.adapter.tensors)
+    usual = fedlr.rounds.outlying.moves(updates[0].tensors, STATE.adapter.tensors)
+    assert not fedlr.rounds.outlying.is_too_far(own, usual, max_ratio=MAX_UPDATE_RATIO)
+
+    def left_out() -> list[int]:
+        pool = Outcomes(updates)
+        _, diagnostics = run_round(STATE, range(NUM_CLIENTS), pool=pool, method=FEDIT)
+        return [d.client_id for d in diagnostics.dropouts]
+
+    assert left_out() == [HOSTILE[0]]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fedlr.rounds.round, "product_moves", lambda *args, **kwargs: {})
+        assert left_out() == []
+
+
+@pytest.mark.parametrize("roles", [(LORA_A,), (LORA_B,), (LORA_A, LORA_B)], ids=["A", "B", "both"])
+def test_the_move_in_delta_w_is_that_of_dense_products_in_any_gauge(roles: Sequence[str]) -> None:
+    before, tensors = STATE.adapter, {slot: t for slot, t in honest(3).items() if slot.role in roles}
+    wanted = float((product_of(before.with_tensors(tensors)) - product_of(before)).norm())
+    assert product_moves(tensors, before) == {"delta_W": pytest.approx(wanted, rel=1e-9)}
+    if len(roles) == 2:
+        gauge = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, -1.0, 0.5, 0.0], [0.0, 0.0, 3.0, 0.0], [1.0, 0.0, 0.0, 0.5]])
+        turned = {A: torch.linalg.solve(gauge.double(), tensors[A].double()), B: tensors[B].double() @ gauge.double()}
+        assert product_moves(turned, before) == {"delta_W": pytest.approx(wanted, rel=1e-9)}
+
+
+def product_of(adapter: AdapterState) -> Tensor:
+    (layer,) = adapter.factors().values()
+    return layer.lora_B.double() @ layer.lora_A.double()
+
+
+def test_the_move_in_delta_w_of_a_small_rank_is_from_what_that_client_was_sent() -> None:
+    rank, own = 2, honest(3)
+    small = {A: own[A][:rank], B: own[B][:, :rank]}
+    start = {slot: tensor.double() for slot, tensor in STATE.adapter.tensors.items()}
+    wanted = small[B].double() @ small[A].double() - start[B][:, :rank] @ start[A][:rank]
+    assert product_moves(small, STATE.adapter, rank=rank)["delta_W"] == pytest.approx(float(wanted.norm()), rel=1e-9)
+    assert product_moves({}, STATE.adapter) == {}

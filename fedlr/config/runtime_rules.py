@@ -7,6 +7,7 @@ import torch
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ClientUpdate
 from fedlr.config.language_rules import CAUSAL_LM
+from fedlr.config.robust_rules import check_robust
 from fedlr.config.schema import Experiment
 from fedlr.config.system_rules import check_system
 from fedlr.errors import InputError
@@ -43,6 +44,7 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
     """Refuse what a method cannot do here; `rule` is what clients do after the noise (None: the method's)."""
     check_system(experiment, method)
     check_server_step(experiment, method)
+    check_robust(experiment, method)
     rule = rule or method.client
     runtime, name = experiment.runtime, method.name
     if method.folds and runtime.base_dtype != "float32":
@@ -131,7 +133,7 @@ def check_aggregate(start: ServerState, method: Method, experiment: Experiment, 
     tensors = start.adapter.select(request_of(start, method, train_head=experiment.adapter.train_head).shared)
     # The lightest and the heaviest clients: rules that need weights of one size see others where there are any.
     used = sorted(weight for weight in weights if weight > 0)
-    num_heavy = min(experiment.cohort_size, SEVERAL) - 1
+    num_heavy = min(experiment.cohort_size, max(SEVERAL, method.least_updates)) - 1
     chosen = [*used[:1], *used[max(1, len(used) - num_heavy) :]]
     updates = [ClientUpdate(k, tensors, w, start.round_index) for k, w in enumerate(chosen)]
     after = method.aggregate(start.adapter, updates)

@@ -25,6 +25,7 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.flower.arrays import PeftNames, read_arrays
 from fedlr.flower.replies import CLIENT_ERROR, FROZEN_MOVED, ReplyPool, Weighting, first_contents, mean_metrics
+from fedlr.methods.aggregate.held import TooFewUpdates
 from fedlr.methods.method import Method
 from fedlr.rounds.round import Answers, Dropout, ServerState, initial_state, request_of
 from fedlr.streams import Purpose, stream
@@ -215,12 +216,15 @@ class LoraStrategy(Strategy):
         """Do what `run_round` does, but for its diagnostics, which take many times as long as a mean."""
         before, cohort = run.state, [message.metadata.dst_node_id for message in run.asked]
         task = request_of(before, self.method, train_head=self.train_head)
-        answers = Answers(pool, task, cohort, expected=before.adapter.select(task.shared))
+        answers = Answers(pool, task, cohort, adapter=before.adapter)
         updates = iter(answers)
         first = next(updates, None)
         adapter = before.adapter
         if first is not None:
-            adapter = self.method.finalise(self.method.aggregate(adapter, chain([first], updates)))
+            try:
+                adapter = self.method.finalise(self.method.aggregate(adapter, chain([first], updates)))
+            except TooFewUpdates:
+                answers.leave_out("too_few")
             deque(updates, maxlen=0)  # all are heard, also where a rule stops early
         if adapter.side:
             raise InputError(f"Expected method.folds=true for {self.method.name}, which folds into the base, got false")

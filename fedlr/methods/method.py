@@ -126,6 +126,8 @@ class Method:
         them."""
         roles = frozenset(self.block_schedule.roles) - set(self.personal)
         lasts = self.aggregate is weighted_mean or getattr(self.aggregate, "keeps_coordinates", False)
+        if not {LORA_A, LORA_B} <= roles:
+            lasts = lasts or getattr(self.aggregate, "keeps_coordinates_of_one", False)
         if not lasts or self.dynamic_ranks:
             return frozenset({HEAD})
         if self.finalise is keep:
@@ -176,6 +178,16 @@ class Method:
                 "takes what its clients sent without a step of its own, got a schedule; set trainer.lr_schedule, which "
                 "is the clients' rate, or server_momentum"
             )
+
+    @property
+    def least_updates(self) -> int:
+        """How many usable updates a round needs (`fedlr.methods.aggregate.held`): 1, or what a robust rule says."""
+        return int(getattr(self.aggregate, "least_updates", 1))
+
+    def of_one_client(self) -> "Method":
+        """Return the method for a client that trains alone, where a rule that compares clients has nobody to compare:
+        the mean of one."""
+        return replace(self, aggregate=weighted_mean) if self.least_updates > 1 else self
 
     def check_finalised(self, before: AdapterState, after: AdapterState) -> None:
         """Refuse what a round did to an adapter that the method does not declare."""

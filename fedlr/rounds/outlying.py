@@ -5,7 +5,9 @@ of magnitude; so does (-lora_B, -lora_A) where lora_A hardly trains, although it
 three have in common is a role that moves many times as far as it does at other clients.
 
 An update's *move* in one role is the root mean square of (sent - broadcast) over all values of that role, which does
-not grow with a client's rank. The median of the first `NUM_REFERENCES` clients, in ascending order, is the measure:
+not grow with a client's rank. Its move in delta_W is the norm of what it adds to the products of all layers: factors
+that each move a little too far multiply there, and a direction in which the other factor is large counts as what it is.
+Neither bound is the other: (-lora_B, -lora_A) adds what an honest update adds, or nothing. The median of the first `NUM_REFERENCES` clients, in ascending order, is the measure:
 bounded memory, no schedule of the pool matters, and a minority of them cannot shift it beyond honest moves (Yin et al.
 2018, Byzantine-robust distributed learning, sec. 4, use the median for this). It sees released tensors only, so it
 costs no epsilon. It stops crude harm and no more: an attack within the bound passes, and in a round of one or two
@@ -17,15 +19,19 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 
+import torch
 from torch import Tensor
 
-from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.adapters.client_ranks import narrowed
+from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, Slot
 from fedlr.errors.ranges import MAX_UPDATE_RATIO as MAX_UPDATE_RATIO
 
 NUM_REFERENCES = 16  # updates that a round holds at once to know what is usual
 LEAST_REFERENCES = 3  # of two, neither is the majority
 
-Moves = Mapping[str, float]  # by role
+PRODUCT = "delta_W"  # beside the roles
+
+Moves = Mapping[str, float]  # by role, and of the product
 
 
 def moves(tensors: Mapping[Slot, Tensor], sent_down: Mapping[Slot, Tensor]) -> Moves:
@@ -44,6 +50,53 @@ def moves(tensors: Mapping[Slot, Tensor], sent_down: Mapping[Slot, Tensor]) -> M
         squares[slot.role] = squares.get(slot.role, 0.0) + float(difference.square().sum())
         counts[slot.role] = counts.get(slot.role, 0) + tensor.numel()
     return {role: math.sqrt(squares[role] / counts[role]) if counts[role] else 0.0 for role in squares}
+
+
+def product_moves(
+    tensors: Mapping[Slot, Tensor], adapter: AdapterState, *, rank: int | None = None
+) -> dict[str, float]:
+    """Return how far an update moved in delta_W: the norm of all layers' changes of product, in float64, unscaled.
+
+    B_k A_k - B A is [B_k - B, B] times [A_k; A_k - A], whose norm needs two matrices of 2 R x 2 R; of a factor that did
+    not train the broadcast one stands in. The result is the same for (B_k G, G^-1 A_k).
+
+    Args:
+        tensors: of the update, as it was sent.
+        adapter: what was broadcast, of full rank.
+        rank: of the client; None: the adapter's.
+
+    Returns:
+        `PRODUCT` and the norm; nothing where no layer of LoRA trained.
+
+    >>> import torch
+    >>> a, b = Slot("layer", LORA_A), Slot("layer", LORA_B)
+    >>> adapter = AdapterState({a: torch.tensor([[3.0, 4.0]]), b: torch.zeros(1, 1)}, scale=1.0)
+    >>> product_moves({b: torch.full((1, 1), 2.0)}, adapter)
+    {'delta_W': 10.0}
+    """
+    paths = sorted({slot.path for slot in tensors if slot.role in (LORA_A, LORA_B)})
+    square, is_any = 0.0, False
+    for path in paths:
+        slot_A, slot_B = Slot(path, LORA_A), Slot(path, LORA_B)
+        own = narrowed({slot: adapter.tensors[slot] for slot in (slot_A, slot_B) if slot in adapter.tensors}, rank)
+        if len(own) == 2 and all(factor.ndim == 2 for factor in own.values()):
+            sent_A, sent_B = tensors.get(slot_A), tensors.get(slot_B)
+            square += _product_square(own[slot_A], own[slot_B], sent_A, sent_B)
+            is_any = True
+    return {PRODUCT: math.sqrt(max(square, 0.0))} if is_any else {}
+
+
+def _product_square(lora_A: Tensor, lora_B: Tensor, sent_A: Tensor | None, sent_B: Tensor | None) -> float:
+    left, right = [], []
+    new_A = lora_A.double() if sent_A is None else sent_A.double()
+    if sent_B is not None:
+        left.append(sent_B.double() - lora_B.double())
+        right.append(new_A)
+    if sent_A is not None:
+        left.append(lora_B.double())
+        right.append(new_A - lora_A.double())
+    columns, rows = torch.cat(left, dim=1), torch.cat(right)
+    return float(((columns.T @ columns) * (rows @ rows.T)).sum())
 
 
 def is_too_far(own: Moves, usual: Moves, *, max_ratio: float) -> bool:

@@ -28,6 +28,7 @@ from fedlr.adapters.state import (
     with_head,
 )
 from fedlr.errors import InputError
+from fedlr.methods.aggregate.held import TooFewUpdates
 from fedlr.methods.aggregate.last_models import mean_model, with_past
 from fedlr.methods.client_rules.rule import CONTROL
 from fedlr.methods.measure.diagnostics import (
@@ -41,7 +42,7 @@ from fedlr.methods.measure.ideal import Ideal
 from fedlr.methods.method import Method
 from fedlr.rounds.client_unit import ClientUnit
 from fedlr.rounds.cohorts import cohorts, sample_among
-from fedlr.rounds.outlying import MAX_UPDATE_RATIO, Moves, moves, near_the_others
+from fedlr.rounds.outlying import MAX_UPDATE_RATIO, Moves, moves, near_the_others, product_moves
 from fedlr.rounds.validate import rejection
 
 MOST_HELD = 64  # updates, beyond which a client that sent only unusable ones is not waited for
@@ -163,7 +164,8 @@ def run_round(
 
     Updates are aggregated in ascending client order and few are kept: memory does not grow with the cohort. A client of
     smaller rank (`ranks`, by id; None: all have the adapter's) has zeros beyond it here; one that moved too far beside
-    the others is left out (`fedlr.rounds.outlying`). A round without a usable update keeps the adapter, and counts.
+    the others is left out (`fedlr.rounds.outlying`). A round without a usable update, or with fewer than a robust rule
+    needs, keeps the adapter, and counts.
 
     With `client_unit` the aggregate sees one noised mean in place of the updates, of an empty cohort too; then the clip
     bounds each update by itself, and no update is measured against others.
@@ -176,7 +178,7 @@ def run_round(
         max_update_ratio = None
 
     started = time.perf_counter()
-    answers = Answers(pool, task, cohort, expected=expected, max_update_ratio=max_update_ratio)
+    answers = Answers(pool, task, cohort, adapter=state.adapter, max_update_ratio=max_update_ratio)
     updates, ideal, change = iter(answers), Ideal(state.adapter), ChangeWatch(expected)
     if client_unit is not None:
         updates = iter([client_unit.release(updates, expected, round_index=state.round_index)])
@@ -186,9 +188,13 @@ def run_round(
     else:
         counted = change.watch(ideal.watch(chain([first], updates)))
         del first
-        aggregated = method.aggregate(state.adapter, counted)
-        deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
-        adapter = method.finish(state.adapter, aggregated, task.shared)
+        try:
+            aggregated = method.aggregate(state.adapter, counted)
+            deque(counted, maxlen=0)  # whoever trained is in the diagnostics, also where a rule stops early
+            adapter = method.finish(state.adapter, aggregated, task.shared)
+        except TooFewUpdates:
+            answers.leave_out("too_few")
+            aggregated = adapter = state.adapter
     method.check_finalised(state.adapter, adapter)
     if client_unit is not None:
         return ServerState(adapter, state.round_index + 1), RoundDiagnostics(
@@ -216,7 +222,7 @@ def run_round(
         train_s=answers.train_s,
         aggregate_s=time.perf_counter() - started - answers.train_s,
         ranks=task.ranks,
-        change=None if task.ranks else change.mean(),
+        change=None if task.ranks or not answers.trained else change.mean(),
     )
     return ServerState(adapter, state.round_index + 1), diagnostics
 
@@ -236,7 +242,7 @@ class Answers:
         task: RoundRequest,
         cohort: Sequence[int],
         *,
-        expected: Mapping[Slot, Tensor],
+        adapter: AdapterState,
         max_update_ratio: float | None = MAX_UPDATE_RATIO,
     ) -> None:
         self.trained: list[int] = []  # ascending
@@ -244,7 +250,8 @@ class Answers:
         self.train_s = 0.0  # spent waiting for the pool
         self._outcomes = iter(pool.train(task, cohort) if cohort else ())
         self._max_update_ratio = max_update_ratio
-        self._task, self._cohort, self._expected = task, cohort, expected
+        self._task, self._cohort = task, cohort
+        self._adapter, self._expected = adapter, adapter.select(task.shared)
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         def too_far(update: ClientUpdate) -> None:
@@ -253,6 +260,11 @@ class Answers:
         for update in near_the_others(self._in_order(), max_ratio=self._max_update_ratio, reject=too_far):
             self.trained.append(update.client_id)
             yield update
+
+    def leave_out(self, reason: str) -> None:
+        """Count every update that was usable by itself as rejected: together they are of no use."""
+        self.dropouts += [Dropout(client, "rejected", reason) for client in self.trained]
+        self.trained.clear()
 
     def _in_order(self) -> Iterator[tuple[ClientUpdate, Moves]]:
         """Yield the updates of the right form, with how far each moved, in ascending client order."""
@@ -275,9 +287,7 @@ class Answers:
                 self.dropouts.append(Dropout(outcome.client_id, "rejected", reason))
             else:
                 over.add(outcome.client_id)
-                is_judged = self._max_update_ratio is not None
-                own = moves(outcome.tensors, self._expected_of(outcome.client_id)) if is_judged else {}
-                held[outcome.client_id] = self._as_wide(outcome), own
+                held[outcome.client_id] = self._as_wide(outcome), self._moves_of(outcome)
             del outcome  # the next one trains while this would still be held
             while waiting and (waiting[0] in over or (waiting[0] in heard and len(held) > MOST_HELD)):
                 client = waiting.popleft()
@@ -290,6 +300,15 @@ class Answers:
 
     def _expected_of(self, client: int) -> Mapping[Slot, Tensor]:
         return narrowed(self._expected, self._task.ranks.get(client))
+
+    def _moves_of(self, update: ClientUpdate) -> Moves:
+        if self._max_update_ratio is None:
+            return {}
+        of_factors = moves(update.tensors, self._expected_of(update.client_id))
+        if self._task.personal:  # the server does not know the other factor
+            return of_factors
+        rank = self._task.ranks.get(update.client_id)
+        return {**of_factors, **product_moves(update.tensors, self._adapter, rank=rank)}
 
     def _as_wide(self, update: ClientUpdate) -> ClientUpdate:
         rank = self._task.ranks.get(update.client_id)

@@ -13,10 +13,12 @@ from simulations.bench.outcome import Measure, Outcome, read_outcome
 from simulations.bench.pictures import goals_picture, step_picture
 from simulations.bench.profile import colour_of
 from simulations.bench.registry import BENCHMARKS
+from simulations.bench.robust_table import read_played, robust_picture, table_markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FLAME = "performance-flame.svg"
 GOALS_PICTURE, STEP_PICTURE = "performance-goals.svg", "performance-step.svg"
+ROBUST_PICTURE = "robustness.svg"
 PARTS_OF_DOCUMENT = ("goals", "profile", "details")
 
 
@@ -114,6 +116,8 @@ def draw(folder: Path) -> list[Path]:
     pictures = {GOALS_PICTURE: goals_picture(rows(found))}
     if "step" in found and found["step"][0].measures:
         pictures[STEP_PICTURE] = step_picture(found["step"][0])
+    if "robust" in found and read_played(found["robust"][0]):
+        pictures[ROBUST_PICTURE] = robust_picture(found["robust"][0])
     drawn = []
     for name, picture in pictures.items():
         if picture.svg is not None:

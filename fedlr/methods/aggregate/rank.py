@@ -41,12 +41,14 @@ def svd_redistribution(adapter: AdapterState, updates: Iterable[ClientUpdate]) -
     Raises: ValueError without updates, or if the updates do not all hold the same tensors; InputError if the rank is
     above a layer's in_features.
     """
-    running = RunningProducts(adapter, max_rank=_held_rank(adapter))
+    running = RunningProducts(adapter, max_rank=held_rank(adapter))
     for update in updates:
         running.add(update)
     mean = running.mean()
     layers = mean.factors()
-    return mean.with_factors({path: _best(product, layers[path]) for path, product in running.products().items()})
+    return mean.with_factors(
+        {path: best_of_rank(product, layers[path]) for path, product in running.products().items()}
+    )
 
 
 def norm_weighted_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
@@ -86,14 +88,14 @@ def norm_weighted_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -
     return adapter.with_rounded(values)
 
 
-def _held_rank(adapter: AdapterState) -> int:
+def held_rank(adapter: AdapterState) -> int:
     """Return how many directions of every layer's sum are kept: twice as many columns are held, in float64."""
     layers = adapter.factors().values()
     bytes_a_rank = sum(2 * 8 * (len(layer.lora_B) + layer.lora_A.shape[1]) for layer in layers)
     return max(HELD_BYTES // max(1, bytes_a_rank), *(4 * len(layer.lora_A) for layer in layers), 1)
 
 
-def _best(product: LoraFactors, mean: LoraFactors) -> LoraFactors:
+def best_of_rank(product: LoraFactors, mean: LoraFactors) -> LoraFactors:
     """Return the best approximation of a product of the mean's rank, in its dtype."""
     rank, in_features = mean.lora_A.shape
     total = LowRankSum(max_rank=min(in_features, len(mean.lora_B)))
