@@ -14,23 +14,22 @@ from fedlr.methods.method import Method
 
 PROVEN = "set method=fedavg, fedsvd, ffa_lora, head or another whose aggregate is weighted_mean or a server optimizer"
 NO_PROOF = "no bound is proven on what one client can change in it"
-_ROBUST = "it chooses by"
 # By the name of the rule, as code has it: why its result is more than a function of the noised mean.
 REASONS = {
-    "CenteredClipping": f"{_ROBUST} lengths of the clients' own updates",
-    "CoordinateMedian": f"{_ROBUST} the clients' own numbers, one by one",
+    "CenteredClipping": "it chooses by lengths of the clients' own updates, before any noise",
+    "CoordinateMedian": "it chooses by the clients' own numbers, one by one, before any noise",
     "ExactResidual": "it folds away the difference between the clients' own products and their mean, without a bound",
     "FedAsk": "it multiplies each client's own product with random directions and combines the parts nonlinearly",
     "FedRot": "it turns each client's own factors before it averages them",
-    "GeometricMedian": f"{_ROBUST} distances between the clients' own updates",
+    "GeometricMedian": "it chooses by distances between the clients' own updates, before any noise",
     "LayerMean": "it averages the weights that each client's own parameters make of a layer, not the parameters",
     "LoraFair": "it corrects the mean by the clients' own products, before any noise",
     "LoraFairRidge": "it corrects the mean by the clients' own products, before any noise",
-    "MultiKrum": f"{_ROBUST} distances between the clients' own updates",
+    "MultiKrum": "it chooses by distances between the clients' own updates, before any noise",
     "ScaffoldServer": "its controls are made of single clients' updates, which would need a sum and noise of their own",
     "ScoredMean": "it reads a score of each layer from each client's own update",
     "SelfPruning": "it lowers ranks by single clients' updates",
-    "TrimmedMean": f"{_ROBUST} the clients' own numbers, one by one",
+    "TrimmedMean": "it chooses by the clients' own numbers, one by one, before any noise",
     "norm_weighted_mean": "its weights are norms of the clients' own updates, so one client changes everybody's",
     "projected_mean": "it multiplies each client's own product with random directions",
     "stack_and_fold": "it stacks the clients' own factors, which all of them are then sent",
