@@ -1,24 +1,35 @@
 """What the doctor looks at on the device itself. Each function says what it found, or raises what to change."""
 
 import os
+import resource
 import shutil
 import stat
+import sys
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from client.device import OWN
 from client.policy import check_terms
 from client.settings import Settings
-from client.trainee import check_model
+from client.trainee import Trainee, own_model
+from fedlr.adapters.state import HEAD, SHIPPED, roles_of
 from fedlr.config.build import build
+from fedlr.data.images import LabelledImages
 from fedlr.data.memory import free_memory
-from fedlr.data.table import LabelledText
+from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
 from fedlr.models.network import BaseModel, resolve
+from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.charges import Charge, read_ledger
-from fedlr.privacy.mechanism import check_delta
+from fedlr.privacy.ledger import Refusal
+from fedlr.privacy.mechanism import Mechanism, check_delta
+from fedlr.rounds.round import RoundRequest
+from fedlr.training.threads import torch_threads
 
 GB = 1e9
 BYTES = 4  # of a float32
@@ -41,7 +52,7 @@ def memory_text(settings: Settings) -> str:
     text = f"{free / GB:.1f} of {total / GB:.1f} GB free"
     if (weights := weight_bytes(settings)) is None:
         return text
-    needed = 2 * weights  # once as they are read, once as float32; what a step needs comes on top
+    needed = weights  # what a step needs comes on top: `round_text`
     if needed > free:
         raise InputError(
             f"{text}, and loading the model takes {needed / GB:.1f} GB; end other programs, or take another"
@@ -50,11 +61,17 @@ def memory_text(settings: Settings) -> str:
 
 
 def weight_bytes(settings: Settings) -> int | None:
-    """Return the size of the model's files; None where it is not read from a folder."""
+    """Return the bytes of the model's files and of its weights as float32; None where it is not read from a folder."""
     name = settings.model.section().get("name_or_path")
     folder = Path(resolve(name)) if isinstance(name, str) else None
-    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")] if folder and folder.is_dir() else []
-    return sum(sizes) or None
+    files = sorted(folder.glob("*.safetensors")) if folder and folder.is_dir() else []
+    return sum(file.stat().st_size + BYTES * num_weights(file) for file in files) or None
+
+
+def num_weights(path: Path) -> int:
+    """Return how many numbers a file of tensors holds, by its header."""
+    with safe_open(path, framework="pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # no mapping
 
 
 def device_text(settings: Settings) -> str:
@@ -95,7 +112,7 @@ def disk_text(settings: Settings) -> str:
 
 def model_text(settings: Settings) -> str:
     """Load the base model and compare its body's hash with the owner's list."""
-    base: BaseModel = build(settings.model.section(), "model", label_names=settings.label_names, seed=0)
+    base: BaseModel = build(settings.model.section(), "model", label_names=settings.output_names, seed=0)
     body, size = base.body_sha256, sum(p.numel() for p in base.network.parameters())
     text = f"{base.source}, {size / 1e6:.1f} million parameters, body {body}"
     if body not in settings.policy.allowed_models:
@@ -105,13 +122,17 @@ def model_text(settings: Settings) -> str:
 
 def data_text(settings: Settings) -> str:
     """Read the data; the number of rows is for this screen only."""
-    data: LabelledText = build(settings.data.section(), "data", seed=0)
+    data: Table = build(settings.data.section(), "data", seed=0)
     if data.label_names != settings.label_names:
         raise InputError(f"{data.source} has the labels {list(data.label_names)}, got {list(settings.label_names)}")
     if settings.budget() is not None:
         check_delta(settings.privacy.delta, len(data))
     dropped = f" ({data.num_dropped} bad rows left out)" if data.num_dropped else ""
-    return f"{len(data)} rows{dropped} with the labels {', '.join(data.label_names)}; nobody else is told how many"
+    what = f" with the labels {', '.join(data.label_names)}" if data.label_names else ""
+    if isinstance(data, LabelledImages):
+        height, width = data.image_size
+        what += f", pictures of {height} x {width} pixels, {data.pixels.nbytes / GB:.1f} GB once they are read"
+    return f"{len(data)} rows{dropped}{what}; nobody else is told how many"
 
 
 def ledger_text(settings: Settings, terms: Terms | None) -> str:
@@ -153,6 +174,52 @@ def terms_text(settings: Settings, terms: Terms, load: bool) -> str:
     text = f"{terms.name} is within the policy: {terms.num_rounds} rounds of {terms.trainer.num_steps} steps"
     if not load:
         return text
-    base: BaseModel = build(settings.model.section(), "model", label_names=settings.label_names, seed=terms.seed)
-    check_model(base, settings, terms)
-    return f"{text}, with the base model that is here"
+    own_model(settings, terms)
+    return f"{text}, task {terms.task_name}, with the base model that is here"
+
+
+def round_text(settings: Settings, terms: Terms) -> str:
+    """Try a round of the terms on constant rows of the largest size, and read the device's own rows as it would.
+
+    Nothing is charged, and no row of the device's passes the model. The number of rows is for this screen only.
+    """
+    trainee = Trainee.prepare(settings, terms, say=lambda line: None)
+    text = f"{len(trainee.share)} rows are read"
+    if trainee.share.table.num_truncated:
+        text += f", {trainee.share.table.num_truncated} of them cut to {terms.max_length} tokens"
+    if terms.mechanism is None:  # then a round is not tried before it begins
+        return text
+    adapter = read_adapter(trainee.model)
+    frozen = {SHIPPED} if terms.adapter.train_head else {SHIPPED, HEAD}
+    block = frozenset({slot.role for slot in adapter.tensors} - frozen)
+    with torch_threads(1):
+        trainee.check(block)
+        pool = trainee.pool(OWN, adapter, NothingToSpend())
+        list(pool.train(RoundRequest(0, adapter.select(block), block), [OWN]))
+        pool.close()
+    return f"{text}; a step of {', '.join(sorted(roles_of(block)))} was tried on constant rows: {peak_memory()}"
+
+
+def peak_memory() -> str:
+    """Say how much memory this process has had at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"this process has taken {peak / GB:.1f} GB at most, and {free_memory() / GB:.1f} GB are free"
+
+
+class NothingToSpend:
+    """Stands for a ledger whose budget is used up: a round is tried on constant rows, and then it is refused."""
+
+    def reserve(
+        self,
+        round_index: int,
+        mechanism: Mechanism,
+        num_steps: int,
+        client_ids: Sequence[int],
+        task: str | None = None,
+    ) -> Mapping[int, Refusal | None]:
+        """Refuse everybody."""
+        return dict.fromkeys(client_ids, Refusal("budget_exhausted", 0.0, 0.0))
+
+    def settle_all(self, round_index: int, steps_taken: Mapping[int, int]) -> None:
+        """Do nothing: no step was taken."""

@@ -13,6 +13,7 @@ from client.device_checks import (
     ledger_text,
     memory_text,
     model_text,
+    round_text,
     terms_text,
 )
 from client.findings import Finding, found
@@ -29,9 +30,9 @@ def doctor(arguments: Sequence[str]) -> int:
 
     Each line is ok, or REFUSE with what to change; the exit code is 1 where one says REFUSE. Nothing is changed, and
     nothing about the data is sent. --terms takes the file that `fedlr server terms` wrote for the operator: are the
-    experiment's terms accepted, is its base model here, and for how many of its rounds is there budget? The server is
-    asked whether it knows this device's key by joining and leaving again: --no-join leaves that out, for a device whose
-    client is running.
+    experiment's terms accepted, are its base model and its tokenizer here, for how many of its rounds is there budget,
+    and how much memory does a step on rows of the largest size take? The server is asked whether it knows this device's
+    key by joining and leaving again: --no-join leaves that out, for a device whose client is running.
     """
     if {"-h", "--help"} & set(arguments):
         print(doctor.__doc__)
@@ -82,18 +83,21 @@ def examine(settings: Settings, path: Path, *, terms: Terms | None = None, join:
     yield found("ledger", ledger_text, settings, terms)
     yield from server_findings(settings, join=join)
     if terms is not None:
-        yield found("terms", terms_text, settings, terms, memory.is_ok)
+        yield (agreed := found("terms", terms_text, settings, terms, memory.is_ok))
+        if agreed.is_ok and memory.is_ok:
+            yield found("round", round_text, settings, terms)
 
 
 def refusals(policy: Policy) -> Iterator[str]:
     """Say in words what the policy refuses."""
     p = policy
+    yield f"tasks other than {', '.join(p.allowed_tasks)}"
     yield f"any base model but {', '.join(sha256[:12] for sha256 in p.allowed_models)}"
     yield f"more than {p.max_steps_per_round} steps a round, {p.max_rounds} rounds, {p.max_experiments} experiments"
     yield f"a sample rate above {p.max_sample_rate:g}, a clip bound above {p.max_grad_norm:g}"
     yield f"a noise multiplier outside {p.min_noise_multiplier:g} to {p.max_noise_multiplier:g}"
     yield f"a divisor outside {p.min_divisor:g} to {p.max_divisor:g}"
-    yield f"texts over {p.max_length} tokens, {p.max_token_budget} tokens at a time"
+    yield f"texts and conversations over {p.max_length} tokens, {p.max_token_budget} tokens at a time"
     yield f"adapters other than {', '.join(p.allowed_adapters)}, of a rank over {p.max_rank}"
     yield f"messages over {p.max_trained_values} values of the adapter, {p.max_side_values} of what was folded away"
     yield f"optimizers other than {', '.join(name.rpartition('.')[2] for name in p.allowed_optimizers)}"

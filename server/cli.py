@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> None:
         check_enrolled(
             experiment, [entry.client_id for entry in roster.clients], [entry.client_id for entry in roster.revoked]
         )
-        print(f"{len(roster.clients)} devices are enrolled; loading the model and the held-out texts", flush=True)
+        print(f"{len(roster.clients)} devices are enrolled; loading the model and the held-out rows", flush=True)
     signal.signal(signal.SIGTERM, stopped)
     with ExitStack() as held:
         if run_dir is not None:

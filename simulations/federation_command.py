@@ -10,6 +10,7 @@ from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.errors import InputError
 from fedlr.runs.commands import command, ready
 from fedlr.runs.directory import create_run_dir, read_json
+from fedlr.tasks.evaluation import Metric
 from simulations.cli import say
 from simulations.rehearsal import Rehearsal
 
@@ -52,7 +53,9 @@ def compare_with_simulation(run_dir: Path, overrides: list[str], folder: Path) -
     simulated = simulate(experiment, say=lambda line: None)
     summaries = [read_json(path / "summary.json") for path in (run_dir, simulated)]
     for what, summary in zip(("federation", "simulation"), summaries, strict=True):
-        say(f"  {what:<11} accuracy {summary['final_accuracy']:.3f}   {summary['seconds']:.1f} s")
+        metric = Metric(**summary["metric"])
+        value = "not finite" if summary["final_score"] is None else metric.text(summary["final_score"])
+        say(f"  {what:<11} {metric.name} {value}   {summary['seconds']:.1f} s")
     return adapter_difference(run_dir / "adapter", simulated / "adapter")
 
 

@@ -97,12 +97,12 @@ def write_chats(path: Path) -> None:
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in turns), encoding="utf-8")
 
 
-def write_pictures(folder: Path) -> None:
+def write_pictures(folder: Path, *, labels: tuple[str, str] = LABELS) -> None:
     """Write made-up pictures, in a folder for each label."""
     data = made_up_images(40, seed=0, num_labels=2)
     for number, (row, label) in enumerate(zip(data.rows, data.labels, strict=True)):
-        (folder / LABELS[label]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(data.pixels[row]).save(folder / LABELS[label] / f"{number}.png")
+        (folder / labels[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.pixels[row]).save(folder / labels[label] / f"{number}.png")
 
 
 def client_yaml(folder: Path, **changes: Any) -> Path:

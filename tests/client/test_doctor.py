@@ -21,7 +21,15 @@ from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism
 from server.certificates import write_certificates
 from server.enrol import SuperLink, register
-from tests.client.device_files import client_yaml, device_settings, terms_tree
+from tests.client.device_files import (
+    LANGUAGE,
+    PICTURES,
+    client_yaml,
+    device_settings,
+    language_terms,
+    picture_terms,
+    terms_tree,
+)
 from tests.server.live_superlink import superlink
 
 OK = ("files", "memory", "device", "disk", "model", "data", "ledger")
@@ -247,3 +255,35 @@ def test_ledger_command_says_what_was_spent(path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["ledger_head"] == book.head()
     book.path.unlink()
     assert ledger([str(path)]) == 2 and "not an unspent budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "terms"), [(LANGUAGE, language_terms()), (PICTURES, picture_terms())])
+def test_a_device_of_another_task_is_told_what_a_round_takes(
+    kind: dict[str, Any], terms: dict[str, Any], server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ready(tmp_path, server, **kind)
+    asked = path.with_name("terms.json")
+    asked.write_text(json.dumps(terms_tree(terms)))
+    before = load_settings(path).ledger_path.read_bytes()
+    code, refused, said = examined(path, capsys, "--no-join", "--terms", str(asked))
+    assert (code, refused) == (0, {}), said
+    assert "40 rows are read; a step of lora_A, lora_B was tried" in said and "GB at most" in said
+    assert ("pictures of 16 x 16 pixels" in said) == (kind is PICTURES)
+    assert load_settings(path).ledger_path.read_bytes() == before, "nothing is charged"
+    asked.write_text(json.dumps(terms_tree({**terms, "task": {**terms["task"], "reading_sha256": "f" * 64}})))
+    assert "as the server has, got" in examined(path, capsys, "--no-join", "--terms", str(asked))[1]["terms"]
+
+
+def test_rows_that_are_wrong_are_named_by_number_and_never_by_what_they_say(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ready(tmp_path, server, **LANGUAGE)
+    asked, chats = path.with_name("terms.json"), path.with_name("chats.jsonl")
+    asked.write_text(json.dumps(terms_tree(language_terms({"max_length": 8}))))
+    assert "40 of them cut to 8 tokens" in examined(path, capsys, "--no-join", "--terms", str(asked))[2]
+    rows = chats.read_text().splitlines()
+    rows[6] = json.dumps({"messages": [{"role": "user", "content": "the patient's secret"}]})
+    chats.write_text("\n".join(rows))
+    code, refused, said = examined(path, capsys, "--no-join", "--terms", str(asked))
+    assert code == 1 and "row 7" in refused["data"] and "not the assistant's" in refused["data"]
+    assert "row 7" in refused["round"] and "secret" not in said

@@ -5,26 +5,42 @@ another order or with other pixels.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from client.settings import load_settings
+from client.doctor import read_terms
+from client.policy import check_terms
+from client.settings import Settings, load_settings
 from client.trainee import Trainee
+from fedlr.config.build import build
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.errors import InputError
 from fedlr.flower.task_terms import reading_sha256
+from fedlr.flower.terms import Terms
 from fedlr.models.causal import tiny_random_causal
+from fedlr.models.network import BaseModel
 from fedlr.runs.directory import LEDGER
 from fedlr.tasks.synthetic_chat import WORDS
 from fedlr.training.threads import torch_threads
 from server.federation import assemble as assemble_served
+from server.terms import write_terms
 from simulations.federation import assemble
 from simulations.ledgers import create_ledger
 from simulations.simulate import run_rounds
+from tests.client.device_files import (
+    device_settings,
+    tiny_language_model,
+    tiny_picture_model,
+    write_chats,
+    write_pictures,
+)
+from tests.server.live_superlink import ROOT
 from tests.server.whole_federation import Federation, close_all, difference, lines
 from tests.simulations.small_runs import quiet
 
@@ -130,3 +146,50 @@ def test_a_tokenizer_has_one_hash_whatever_it_was_last_asked_for() -> None:
 def _with_other_end(tokenizer: Any) -> Any:
     tokenizer.eos_token = "<|im_start|>"
     return tokenizer
+
+
+def words_of_page() -> list[str]:
+    """Return the overrides that docs/operator.md has for other tasks, one line for each."""
+    page = (ROOT / "docs" / "operator.md").read_text(encoding="utf-8")
+    return [line for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+
+
+def settings_of_page(folder: Path, number: int, state: Path) -> Settings:
+    """Return the settings of docs/client_yaml.md for conversations or pictures, with what else a device needs."""
+    page = (ROOT / "docs" / "client_yaml.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[number])
+    shown["model"]["name_or_path"] = str(folder / "model")
+    shown["data"]["path"] = str(folder / ("rows.jsonl" if number == 0 else "rows"))
+    if "image_size" in shown["data"]:
+        shown["data"]["image_size"] = 16
+    policy = {**shown.pop("policy", {}), "allowed_models": ["0" * 64]}
+    return device_settings(state, **shown, **{f"policy__{key}": value for key, value in policy.items()})
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["conversations", "pictures"])
+def test_what_the_pages_say_of_other_tasks_goes_together(number: int, tmp_path: Path) -> None:
+    base = [tiny_language_model(), tiny_picture_model()][number]
+    base.network.save_pretrained(tmp_path / "model")
+    base.tokenizer.save_pretrained(str(tmp_path / "model"))
+    write_chats(tmp_path / "rows.jsonl")
+    write_pictures(tmp_path / "rows", labels=("cat", "dog"))
+    words = words_of_page()[number].split()
+    replaced = {"model.name_or_path": tmp_path / "model", "data.path": tmp_path / ("rows.jsonl", "rows")[number]}
+    words = [next((f"{k}={v}" for k, v in replaced.items() if word.startswith(f"{k}=")), word) for word in words]
+    words += ["data.max_length=32"] if number == 0 else []  # a tiny model reads no more
+    out = tmp_path / "terms.json"
+    said = write_terms(compose_experiment(["runtime=superlink", "privacy.accountant=rdp", *words]), out, run_dir=None)
+    assert ("causal_lm", "image_classification")[number] in said
+    settings = settings_of_page(tmp_path, number, tmp_path / "device")
+    terms = read_terms(out)
+    loaded = own_model_unchecked(settings, terms)
+    policy = settings.policy.model_copy(update={"allowed_models": [loaded]})
+    check_terms(terms, settings.model_copy(update={"policy": policy}))
+    made = Trainee.prepare(settings.model_copy(update={"policy": policy}), terms, say=print)
+    assert len(made.share) == 40
+
+
+def own_model_unchecked(settings: Settings, terms: Terms) -> str:
+    """Return the hash that an owner copies into the policy."""
+    base: BaseModel = build(settings.model.section(), "model", label_names=settings.output_names, seed=terms.seed)
+    return base.body_sha256
