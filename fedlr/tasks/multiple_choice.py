@@ -46,14 +46,32 @@ def choose(
     Raises:
         InputError: for a choice that leaves no room for the question.
     """
-    rows = _encoded(questions, tokenizer, max_length)
-    likelihoods = _likelihoods(model, rows, token_budget)
+    found = likelihoods(model, questions, tokenizer, max_length=max_length, token_budget=token_budget)
     counts = [len(one.choices) for one in questions]
     right, right_by_length = 0, 0
-    for one, found in zip(questions, np.split(likelihoods, np.cumsum(counts)[:-1]), strict=True):
-        right += int(found.argmax()) == one.right
-        right_by_length += int((found / [len(choice) for choice in one.choices]).argmax()) == one.right
+    for one, own in zip(questions, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+        right += int(own.argmax()) == one.right
+        right_by_length += int((own / [len(choice) for choice in one.choices]).argmax()) == one.right
     return ChoiceScores(len(questions), right, right_by_length, float(np.mean([1 / count for count in counts])))
+
+
+@torch.no_grad()
+def likelihoods(
+    model: nn.Module,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    token_budget: int = 4096,
+) -> NDArray[np.float64]:
+    """Return the log-likelihood of every choice of every question, in their order, in nats; as `choose`."""
+    rows = _encoded(questions, tokenizer, max_length)
+    found = np.zeros(len(rows))
+    device = next(model.parameters()).device
+    for piece in micro_batches(rows.lengths, range(len(rows)), token_budget):
+        batch = rows.batch(piece).to(device)
+        found[piece] = -token_scores(model, batch.inputs, batch.targets).losses.double().sum(1).cpu().numpy()
+    return found
 
 
 def _encoded(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenisedTurns:
@@ -84,13 +102,3 @@ def _encoded(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, 
         pad_id=int(tokenizer.pad_token_id or 0),
         num_truncated=0,
     )
-
-
-@torch.no_grad()
-def _likelihoods(model: nn.Module, rows: TokenisedTurns, token_budget: int) -> NDArray[np.float64]:
-    found = np.zeros(len(rows))
-    device = next(model.parameters()).device
-    for piece in micro_batches(rows.lengths, range(len(rows)), token_budget):
-        batch = rows.batch(piece).to(device)
-        found[piece] = -token_scores(model, batch.inputs, batch.targets).losses.double().sum(1).cpu().numpy()
-    return found
