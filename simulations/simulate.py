@@ -22,6 +22,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
+from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import no_privacy_statement, privacy_statement, with_choices, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED
@@ -313,6 +314,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
         statement = privacy_statement(run_dir / LEDGER, clients, placed_by=federation.placed_by)
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     statement = with_choices(statement, choices_of(federation.experiment, released))
+    statement = with_earlier(statement, federation.earlier)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)
