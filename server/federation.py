@@ -3,8 +3,9 @@
 Nobody's training examples are here: of the data that a configuration names, the server keeps the held-out part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +46,7 @@ class Served:
     mechanism: Mechanism | None
     start: ServerState
     origin: str | None  # a sentence, where the start was made from public examples
+    earlier: Mapping[str, Any] | None  # of the run whose adapter is the start, if one is
     terms: Terms
     evaluator: Evaluator
     held_out: HeldOut
@@ -102,6 +104,7 @@ def assemble(
         mechanism=mechanism,
         start=parts.start,
         origin=parts.origin,
+        earlier=parts.earlier,
         terms=terms,
         evaluator=evaluator,
         held_out=held_out_labels(test.labels, held_out.label_names),

@@ -24,6 +24,7 @@ from fedlr.errors import InputError, PassingError
 from fedlr.files import make_folder, sync_file, write_whole
 from fedlr.models.export import export_adapter
 from fedlr.models.released import released_files
+from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.reported import reported_statement
 from fedlr.privacy.statement import with_choices, with_origin
 from fedlr.rounds.pools.local import sharing_base
@@ -179,6 +180,7 @@ class Run:
             mechanism=served.mechanism,
         )
         statement = with_choices(with_origin(statement, served.origin), choices_of(e, summary["released"]))
+        statement = with_earlier(statement, served.earlier)
         write_json(self.run_dir / "privacy.json", statement)
         for name in ("adapter", "adapter.partial"):  # of a process that was killed here
             shutil.rmtree(self.run_dir / name, ignore_errors=True)

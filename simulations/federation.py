@@ -1,7 +1,7 @@
 """From an experiment to the objects of a federation: everything that can fail does so here, before any work."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Federation:
     method: Method
     start: ServerState
     origin: str | None  # a sentence, where the start was made from public examples
+    earlier: Mapping[str, Any] | None  # of the run whose adapter is the start, if one is
     clients: tuple[Share, ...]
     test: Examples
     validation: Examples | None  # by which a model is chosen; None: none is
@@ -198,6 +199,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         method=parts.method,
         start=parts.start,
         origin=parts.origin,
+        earlier=parts.earlier,
         clients=tuple(Share(encoded, rows) for rows in partition.indices),
         test=test,
         validation=rest[0] if rest else None,

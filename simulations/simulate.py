@@ -23,6 +23,7 @@ from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.models.released import released_files
+from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED
@@ -323,6 +324,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
     )
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     statement = with_choices(statement, choices_of(federation.experiment, released))
+    statement = with_earlier(statement, federation.earlier)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.errors import InputError
-from fedlr.models.adapter_config import FROM_LABELS, FROM_PUBLIC, WITH_SIDE
+from fedlr.models.adapter_config import FROM_LABELS, FROM_PUBLIC, INFORMED, MADE_BY_THE_SERVER, WITH_SIDE
 
 if TYPE_CHECKING:
     from fedlr.config.schema import Experiment
@@ -18,6 +18,8 @@ def check_start(experiment: "Experiment") -> None:
     """
     adapter = experiment.adapter
     start, public = f"adapter.init_lora_weights={str(adapter.init_lora_weights).lower()}", adapter.public
+    if adapter.start_from is not None:
+        check_start_from(experiment)
     if adapter.init_lora_weights in FROM_PUBLIC:
         if public is None:
             raise InputError(f"Expected adapter.public={{path: FILE}} for {start}, which reads public texts, got null")
@@ -37,6 +39,22 @@ def check_start(experiment: "Experiment") -> None:
         raise InputError(f"Expected adapter=lora_xs for {start}, got adapter.system={adapter.system}")
     if adapter.init_lora_weights in WITH_SIDE:
         _check_side(experiment, start)
+
+
+def check_start_from(experiment: "Experiment") -> None:
+    """Refuse two starts at once, and one of another system than LoRA.
+
+    Raises:
+        InputError: which names the key to change.
+    """
+    adapter = experiment.adapter
+    if adapter.init_lora_weights in (*MADE_BY_THE_SERVER, *INFORMED):
+        raise InputError(
+            f"Expected adapter.init_lora_weights=true with adapter.start_from, got {adapter.init_lora_weights}: the "
+            "folder has the start"
+        )
+    if adapter.system != "lora":
+        raise InputError(f"Expected adapter=lora with adapter.start_from, got adapter.system={adapter.system}")
 
 
 def _check_side(experiment: "Experiment", start: str) -> None:

@@ -50,6 +50,8 @@ class AdapterConfig(BaseModel):
     target_modules: str | list[str]
     layers: list[Annotated[int, Field(ge=0, le=10_000)]] | None = None
     init_lora_weights: Any = True
+    # Left out where there is none: what devices are sent is then what it was before.
+    start_from: Annotated[str | None, Field(min_length=1, exclude_if=lambda path: path is None)] = None
     public: PublicTable | None = None
     use_rslora: bool = False
     train_head: bool = False
@@ -86,9 +88,14 @@ class AdapterConfig(BaseModel):
     def given_to_devices(self) -> "AdapterConfig":
         """Return what a device builds: a start that the server makes reaches it as the adapter that it is given, and of
         ranks it hears its own."""
-        made_here = self.init_lora_weights in MADE_BY_THE_SERVER
+        made_here = self.init_lora_weights in MADE_BY_THE_SERVER  # so is one that is read from a folder
         start = True if made_here else self.init_lora_weights
-        others = {"public": None, "client_ranks": None, "client_memory_mb": None}  # a task says a client's own rank
+        others = {
+            "start_from": None,
+            "public": None,
+            "client_ranks": None,
+            "client_memory_mb": None,
+        }  # a task says a client's own rank
         return self.model_copy(update={"init_lora_weights": start, **others})
 
     @field_validator("client_ranks")

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
+from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS
 
 PROTECTS_AGAINST = [
@@ -169,7 +170,8 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
     Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, what was
-    decided on the way, and the origin of the start are taken from privacy.json: the ledger has none of them.
+    decided on the way, and where the start is from (an earlier run's statement too) are taken from privacy.json: the
+    ledger has none of them.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -191,7 +193,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"Expected a privacy statement in {path}, got {error!r:.200}") from error
     found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
-    found = with_choices(found, stated.get("choices") or ())
+    found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")

@@ -4,8 +4,9 @@ A simulation gives all its rows, a server the rows that it holds out. Whatever c
 here, before any work.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedlr.config.auto_rates import provisional
 from fedlr.config.build import build, build_method, build_task, naming
@@ -38,6 +39,7 @@ class Assembled:
     training: LocalTraining
     start: ServerState
     origin: str | None  # a sentence, where the start was made from public examples
+    earlier: Mapping[str, Any] | None  # of the run whose adapter is the start, if one is
     examples: tuple[Examples, ...]  # of each table
     reads_features: bool  # all that trains reads features that no round changes: they can be cached, one row an example
     notes: tuple[str, ...]  # what is to be said aloud before the run
@@ -112,6 +114,7 @@ def assemble(
         training=local_training(e.trainer, method.client, task, num_rounds=e.num_rounds),
         start=start,
         origin=begun.origin,
+        earlier=begun.earlier,
         examples=examples,
         reads_features=reads_features(model, roles, start.adapter),
         notes=tuple(note for note in (faint, frozen_head_note(e, base, roles)) if note),

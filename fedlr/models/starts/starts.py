@@ -1,4 +1,4 @@
-"""The adapter before round 0: as it was drawn, or made by the server from weights, or from public examples.
+"""The adapter before round 0: as it was drawn, or made by the server from weights or public examples, or read.
 
 Some starts have a product B A that is not zero, and take it out of the base to leave the function as it was: PiSSA's
 base is W - scale * B A. Here no tensor of the base changes. The adapter carries side = -B A, which is merged into a
@@ -12,6 +12,7 @@ Legend: D out_features, K in_features, T tokens.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fedlr.models.peft_state import adapted_layers, read_adapter
 from fedlr.models.starts.factors import corda_factors, eva_factors, lora_ga_factors, olora_factors, pissa_factors
 from fedlr.models.starts.from_base import watching, weight_of
 from fedlr.models.starts.silver_bullet import core_layers, write_bases
+from fedlr.models.starts.start_from import read_start
 from fedlr.models.zero_head import zero_layers
 from fedlr.tasks.examples import Examples, micro_batches
 from fedlr.tasks.task import Task
@@ -40,6 +42,7 @@ class Start:
 
     adapter: AdapterState
     origin: str | None = None
+    earlier: Mapping[str, Any] | None = None  # what its card says of the run that it is from (fedlr.privacy.earlier)
 
 
 def start_of(
@@ -68,6 +71,9 @@ def start_of(
     Raises:
         InputError: for a public table that cannot be used, or is the private one, and numbers that are not finite.
     """
+    if config.start_from is not None:
+        adapter, earlier = read_start(Path(config.start_from).expanduser(), base, model)
+        return Start(adapter, earlier=earlier)
     name, drawn = config.init_lora_weights, read_adapter(model)
     if name in FROM_WEIGHTS:
         rank, scale = config.rank, drawn.scale
