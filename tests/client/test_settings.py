@@ -15,6 +15,9 @@ from fedlr.errors import InputError
 from tests.client.device_files import changed, client_yaml, device_settings
 
 ROOT = Path(__file__).parents[2]
+CHATS = {"data": {"_target_": "conversations", "path": "chats.jsonl", "format": "messages"}}
+ALLOWED = {**CHATS, "policy.allowed_tasks": ["causal_lm"]}
+MODEL = {"model._target_": "tiny_random_causal"}
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown key": ({"sever": {}}, ["'sever'", "did you mean server?"]),
     "an unknown key of a section": ({"privacy.epsilonn": 1.0}, ["'privacy.epsilonn'", "did you mean privacy.epsilon?"]),
@@ -40,6 +43,21 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no labels": ({"data.labels": ...}, ["data.labels", "two or more different names", "got null"]),
     "one label": ({"data.labels": ["a"]}, ["data.labels", "two or more different names"]),
     "a label twice": ({"data.labels": ["a", "a"]}, ["data.labels", "two or more different names"]),
+    "a task nobody knows": ({"policy.allowed_tasks": ["sound"]}, ["policy.allowed_tasks"]),
+    "conversations, not allowed": ({**CHATS, **MODEL}, ["policy.allowed_tasks to hold causal_lm"]),
+    "conversations for a classifier": (ALLOWED, ["model._target_ to be pretrained_causal", "got tiny_random"]),
+    "conversations past frozen layers": (
+        {**ALLOWED, **MODEL, "runtime.cache_prefix": True},
+        ["runtime.cache_prefix=false"],
+    ),
+    "labels of conversations": (
+        {**ALLOWED, **MODEL, "data.labels": ["a", "b"]},
+        ["no data.labels for rows without classes"],
+    ),
+    "pictures for a model of texts": (
+        {"data._target_": "images", "data.image_size": 16},
+        ["model._target_ to be pretrained_images"],
+    ),
     "labels as a text": ({"data.labels": "ab"}, ["data.labels", "two or more different names"]),
     "no target of the data": ({"data._target_": ...}, ["data._target_"]),
     "no privacy in one word": ({"privacy.epsilon": None}, ["policy.allow_no_privacy=true", "said twice"]),
