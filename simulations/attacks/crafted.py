@@ -55,7 +55,10 @@ class GaussianNoise:
         """Return a move for each hostile client."""
         usual = {s: torch.stack([move[s] for move in seen.honest]).square().mean().sqrt() for s in seen.broadcast}
         return [
-            {s: self.ratio * usual[s] * torch.from_numpy(seen.generator.standard_normal(t.shape)) for s, t in own.items()}
+            {
+                s: self.ratio * usual[s] * torch.from_numpy(seen.generator.standard_normal(t.shape))
+                for s, t in own.items()
+            }
             for own in seen.own
         ]
 

@@ -64,7 +64,9 @@ class AttackedPool:
 
 
 def _moves(updates: Sequence[ClientUpdate], broadcast: Mapping[Slot, Tensor]) -> list[Move]:
-    return [{slot: update.tensors[slot].double() - broadcast[slot].double() for slot in broadcast} for update in updates]
+    return [
+        {slot: update.tensors[slot].double() - broadcast[slot].double() for slot in broadcast} for update in updates
+    ]
 
 
 def _moved(broadcast: Mapping[Slot, Tensor], move: Move) -> dict[Slot, Tensor]:

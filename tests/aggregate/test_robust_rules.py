@@ -313,9 +313,7 @@ def test_a_rule_breaks_where_it_is_said_to_and_not_before(rule: Rule, num_bad: i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_hostile_clients_a_rule_is_the_mean(dtype: torch.dtype) -> None:
     adapter = start(dtype)
-    updates = [
-        replace(u, tensors={s: t.to(dtype) for s, t in u.tensors.items()}) for u in honest(start(), B_ONLY, 5)
-    ]
+    updates = [replace(u, tensors={s: t.to(dtype) for s, t in u.tensors.items()}) for u in honest(start(), B_ONLY, 5)]
     mean = weighted_mean(adapter, updates).fingerprint()
     assert TrimmedMean(0)(adapter, updates).fingerprint() == mean == MultiKrum(0)(adapter, updates).fingerprint()
     far = CenteredClipping(radius=1e9, num_iterations=1)(adapter, updates)

@@ -47,7 +47,9 @@ def sent(updates: Sequence[ClientUpdate], name: str, *, seed: int = 0) -> dict[i
 
 def moves(updates: Sequence[ClientUpdate]) -> NDArray[np.float64]:
     """(C, slots, 3, 3)"""
-    return np.stack([np.stack([(u.tensors[s] - START.tensors[s]).double().numpy() for s in (A, B, H)]) for u in updates])
+    return np.stack(
+        [np.stack([(u.tensors[s] - START.tensors[s]).double().numpy() for s in (A, B, H)]) for u in updates]
+    )
 
 
 EXPECTED: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {

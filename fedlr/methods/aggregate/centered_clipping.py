@@ -52,7 +52,6 @@ class CenteredClipping:
         coefficients = self.coefficients(adapter, held)
         return combined(adapter, held, coefficients, stay=max(0.0, 1.0 - sum(coefficients)))
 
-
     def coefficients(self, adapter: AdapterState, held: Sequence[ClientUpdate]) -> list[float]:
         """Return each update's coefficient at the centre, in ascending client order; what was broadcast has the rest
         to 1."""

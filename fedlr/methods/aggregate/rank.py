@@ -46,7 +46,9 @@ def svd_redistribution(adapter: AdapterState, updates: Iterable[ClientUpdate]) -
         running.add(update)
     mean = running.mean()
     layers = mean.factors()
-    return mean.with_factors({path: best_of_rank(product, layers[path]) for path, product in running.products().items()})
+    return mean.with_factors(
+        {path: best_of_rank(product, layers[path]) for path, product in running.products().items()}
+    )
 
 
 def norm_weighted_mean(adapter: AdapterState, updates: Iterable[ClientUpdate]) -> AdapterState:
