@@ -11,8 +11,8 @@ Neither bound is the other: (-lora_B, -lora_A) adds what an honest update adds, 
 
 The median of the first `NUM_REFERENCES` clients, in ascending order, is the measure: bounded memory, no schedule of the
 pool matters, and a minority of them cannot shift it beyond honest moves (Yin et al. 2018, Byzantine-robust distributed
-learning, sec. 4, use the median for this). It sees released tensors only, so it costs no epsilon. It stops crude harm and no more: an attack within the bound passes, and in a round of one or two
-updates there is no majority to ask.
+learning, sec. 4, use the median for this). It sees released tensors only, so it costs no epsilon. It stops crude harm,
+and no more: an attack within the bound passes, and in a round of one or two updates there is no majority to ask.
 """
 
 import math

@@ -2,9 +2,9 @@
 
 Real sentences, a frozen encoder and a head that trains (`method=head`), clients that all take part in every round. The
 hostile ones are a public draw (`simulations.attacks`), and know all that honest clients send. Every rule that is told
-how many they are is told the largest share of the table, however many there are. With privacy each client noises its own
-steps as ever, calibrated for one run; rules see noised updates, and cost no epsilon. Nobody is charged for the many runs
-over the same public rows: nothing of them is released.
+how many they are is told the largest share of the table, however many there are. With privacy each client noises its
+own steps as ever, calibrated for one run; rules see noised updates, and cost no epsilon. Nobody is charged for the many
+runs over the same public rows: nothing of them is released.
 """
 
 import csv

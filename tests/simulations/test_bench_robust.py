@@ -1,4 +1,4 @@
-"""`fedlr bench robust` counts what it says: accuracy by rule, attack and share, and honest clients that are left out."""
+"""`fedlr bench robust` counts what it says: accuracy by rule, attack and share, and honest clients left out."""
 
 from dataclasses import asdict
 from pathlib import Path
