@@ -27,8 +27,8 @@ def check_robust(experiment: Experiment, method: Method) -> None:
         )
     if e.weighting != "uniform" and not getattr(rule, "takes_weights", False):
         raise InputError(
-            f"Expected weighting=uniform with {named}, got {e.weighting!r}: it bounds the influence of a client, not of "
-            "a row"
+            f"Expected weighting=uniform with {named}, got {e.weighting!r}: it bounds the influence of a client, not "
+            "of a row"
         )
     if e.adapter.has_client_ranks:
         raise InputError(

@@ -7,11 +7,12 @@ three have in common is a role that moves many times as far as it does at other 
 An update's *move* in one role is the root mean square of (sent - broadcast) over all values of that role, which does
 not grow with a client's rank. Its move in delta_W is the norm of what it adds to the products of all layers: factors
 that each move a little too far multiply there, and a direction in which the other factor is large counts as what it is.
-Neither bound is the other: (-lora_B, -lora_A) adds what an honest update adds, or nothing. The median of the first `NUM_REFERENCES` clients, in ascending order, is the measure:
-bounded memory, no schedule of the pool matters, and a minority of them cannot shift it beyond honest moves (Yin et al.
-2018, Byzantine-robust distributed learning, sec. 4, use the median for this). It sees released tensors only, so it
-costs no epsilon. It stops crude harm and no more: an attack within the bound passes, and in a round of one or two
-updates there is no majority to ask.
+Neither bound is the other: (-lora_B, -lora_A) adds what an honest update adds, or nothing.
+
+The median of the first `NUM_REFERENCES` clients, in ascending order, is the measure: bounded memory, no schedule of the
+pool matters, and a minority of them cannot shift it beyond honest moves (Yin et al. 2018, Byzantine-robust distributed
+learning, sec. 4, use the median for this). It sees released tensors only, so it costs no epsilon. It stops crude harm,
+and no more: an attack within the bound passes, and in a round of one or two updates there is no majority to ask.
 """
 
 import math

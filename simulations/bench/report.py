@@ -13,12 +13,13 @@ from simulations.bench.outcome import Measure, Outcome, read_outcome
 from simulations.bench.pictures import goals_picture, step_picture
 from simulations.bench.profile import colour_of
 from simulations.bench.registry import BENCHMARKS
-from simulations.bench.robust_table import read_played, robust_picture, table_markdown
+from simulations.bench.robust_table import read_played, robust_picture
+from simulations.bench.robust_table import table_markdown as played_markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FLAME = "performance-flame.svg"
 GOALS_PICTURE, STEP_PICTURE = "performance-goals.svg", "performance-step.svg"
-ROBUST_PICTURE = "robustness.svg"
+ROBUST, ROBUST_PICTURE = "robust", "robustness.svg"
 PARTS_OF_DOCUMENT = ("goals", "profile", "details")
 
 
@@ -116,8 +117,8 @@ def draw(folder: Path) -> list[Path]:
     pictures = {GOALS_PICTURE: goals_picture(rows(found))}
     if "step" in found and found["step"][0].measures:
         pictures[STEP_PICTURE] = step_picture(found["step"][0])
-    if "robust" in found and read_played(found["robust"][0]):
-        pictures[ROBUST_PICTURE] = robust_picture(found["robust"][0])
+    if ROBUST in found and read_played(found[ROBUST][0]):
+        pictures[ROBUST_PICTURE] = robust_picture(found[ROBUST][0])
     drawn = []
     for name, picture in pictures.items():
         if picture.svg is not None:
@@ -132,17 +133,34 @@ def draw(folder: Path) -> list[Path]:
 
 
 def fill_document(folder: Path) -> list[Path]:
-    """Write the tables of a folder's results into docs/performance.md, and its pictures beside it.
+    """Write the tables of a folder's results into docs/performance.md and docs/robustness.md, and the pictures beside
+    them; a document that no result is of stays as it is.
 
     Raises:
-        InputError: outside a checkout, or if the document has no place for a table.
+        InputError: outside a checkout, or if a document has no place for a table.
     """
-    document = DOCS / "performance.md"
-    if not document.is_file():
-        raise InputError(f"Expected docs/performance.md of a checkout, got none at {document}")
-    text = document.read_text(encoding="utf-8")
     found = read_all(folder)
-    tables = {"goals": table_markdown(folder), "profile": profile_markdown(found), "details": details_markdown(found)}
+    tables: dict[str, dict[str, str]] = {}
+    if found.keys() - {ROBUST}:
+        goals, profile, details = table_markdown(folder), profile_markdown(found), details_markdown(found)
+        tables["performance.md"] = {"goals": goals, "profile": profile, "details": details}
+    if ROBUST in found and (played := read_played(found[ROBUST][0])):
+        machine = machine_text([found[ROBUST][1]])
+        tables["robustness.md"] = {ROBUST: f"{played_markdown(played)}\n\n{machine}"}
+    documents = [_filled(DOCS / name, parts) for name, parts in tables.items()]
+    pictures = []
+    for path in draw(folder):
+        if found.keys() - {ROBUST} or path.name == ROBUST_PICTURE:
+            write_whole(DOCS / path.name, path.read_text(encoding="utf-8"))
+            pictures.append(DOCS / path.name)
+    return [*documents, *pictures]
+
+
+def _filled(document: Path, tables: dict[str, str]) -> Path:
+    """Write tables between their marks in a document."""
+    if not document.is_file():
+        raise InputError(f"Expected docs/{document.name} of a checkout, got none at {document}")
+    text = document.read_text(encoding="utf-8")
     for name, table in tables.items():
         start, end = marks(name)
         before, _, rest = text.partition(start)
@@ -151,11 +169,7 @@ def fill_document(folder: Path) -> list[Path]:
             raise InputError(f"Expected {document.name} to hold {start} and {end} once, in this order")
         text = before + "\n\n".join([start, table, end]) + after
     write_whole(document, text)
-    pictures = []
-    for path in draw(folder):
-        write_whole(DOCS / path.name, path.read_text(encoding="utf-8"))
-        pictures.append(DOCS / path.name)
-    return [document, *pictures]
+    return document
 
 
 def marks(name: str) -> tuple[str, str]:

@@ -1,9 +1,10 @@
-"""What hostile clients do to a federation under each rule: accuracy, and honest clients that a rule leaves out. No clock.
+"""What hostile clients do to a federation under each rule: accuracy, and honest clients that are left out. No clock.
 
 Real sentences, a frozen encoder and a head that trains (`method=head`), clients that all take part in every round. The
-hostile ones are a public draw (`simulations.attacks`), and know all that honest clients send. Every rule that is told how
-many they are is told the largest share of the table, however many there are. With privacy each client noises its own
-steps as ever; rules see noised updates, and cost no epsilon.
+hostile ones are a public draw (`simulations.attacks`), and know all that honest clients send. Every rule that is told
+how many they are is told the largest share of the table, however many there are. With privacy each client noises its
+own steps as ever, calibrated for one run; rules see noised updates, and cost no epsilon. Nobody is charged for the many
+runs over the same public rows: nothing of them is released.
 """
 
 import csv
@@ -21,6 +22,7 @@ from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.multi_krum import MultiKrum
 from fedlr.methods.aggregate.trimmed_mean import TrimmedMean
 from fedlr.methods.method import Aggregator
+from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.outlying import MAX_UPDATE_RATIO
 from fedlr.rounds.round import ClientPool, RoundDiagnostics, ServerState, federated_rounds
 from fedlr.streams import Purpose, stream
@@ -28,12 +30,13 @@ from simulations.attacks.bad_clients import bad_clients
 from simulations.attacks.labels import with_flipped_labels
 from simulations.attacks.library import ATTACKS
 from simulations.attacks.pool import AttackedPool
+from simulations.audit.probe import Unmetered
 from simulations.bench.outcome import Measure, Outcome
 from simulations.bench.robust_table import CLEAN, IID, PRIVATE, SKEWED, Played, table
 from simulations.bench.settings import Settings
 from simulations.federation import Federation, assemble
 from simulations.runtime import pool_here
-from simulations.simulate import create_ledger, evaluator_of
+from simulations.simulate import evaluator_of
 
 SENTENCES = Path(".assets/vader.csv")
 SHARES = (0.1, 0.2, 0.3)
@@ -82,7 +85,7 @@ def run(settings: Settings) -> Outcome:
         for setting in _settings(settings, num_clients=num_clients, seed=seed):
             federation = assemble(compose_experiment(list(setting.words)), seed=seed)
             settings.say(f"  {setting.name}, seed {seed}: {len(federation.clients)} clients")
-            for one in play(federation, setting, scratch=settings.scratch, tiny=settings.size == "tiny"):
+            for one in play(federation, setting, tiny=settings.size == "tiny"):
                 played.append(replace(one, seed=seed))
     settings.say(table(played))
     return Outcome(
@@ -98,33 +101,31 @@ def run(settings: Settings) -> Outcome:
     )
 
 
-def play(federation: Federation, setting: Setting, *, scratch: Path, tiny: bool = False) -> Iterator[Played]:
+def play(federation: Federation, setting: Setting, *, tiny: bool = False) -> Iterator[Played]:
     """Yield how every rule fares against every attack, and without one."""
     e = federation.experiment
     told = rules(round(max(SHARES) * e.num_clients) if not tiny else 1)
     attacks = ("replacement",) if tiny else [name for name in ATTACKS if name not in ONE_FACTOR]
     arms = [(CLEAN, 0.0), *((attack, share) for attack in attacks for share in setting.shares)]
+    evaluator = evaluator_of(federation)
     with ExitStack() as stack:
         pools: dict[tuple[int, ...], ClientPool] = {}
-        for number, (attack, share) in enumerate(arms):
+        for attack, share in arms:
             bad = bad_clients(seed=federation.seed, num_clients=e.num_clients, share=share)
             flipped = tuple(sorted(bad)) if attack != CLEAN and ATTACKS[attack].flips_labels else ()
-            num_labels = len(federation.label_names)
-            clients = with_flipped_labels(federation.clients, flipped, num_labels=num_labels)
-            hostile = replace(federation, clients=clients)
-            for place, (name, rule) in enumerate(told.items()):
-                if hostile.budget is not None:  # a ledger charges each round once, so every run has its own
-                    path = scratch / f"robust-{e.name}-{number}-{place}.jsonl"
-                    with closing(pool_here(hostile, create_ledger(hostile, path))) as pool:
-                        found = one_run(hostile, pool, rule, attack=attack, bad=bad)
-                else:
-                    if flipped not in pools:
-                        pools[flipped] = stack.enter_context(closing(pool_here(hostile, None)))
-                    found = one_run(hostile, pools[flipped], rule, attack=attack, bad=bad)
+            if flipped not in pools:
+                num_labels = len(federation.label_names)
+                clients = with_flipped_labels(federation.clients, flipped, num_labels=num_labels)
+                ledger = None if federation.budget is None else Unmetered()
+                pools[flipped] = stack.enter_context(closing(pool_here(replace(federation, clients=clients), ledger)))
+            for name, rule in told.items():
+                found = one_run(federation, pools[flipped], evaluator, rule, attack=attack, bad=bad)
                 yield replace(found, setting=setting.name, rule=name, share=share)
 
 
-def one_run(federation: Federation, pool: ClientPool, rule: Rule, *, attack: str, bad: frozenset[int]) -> Played:
+def one_run(
+    federation: Federation, pool: ClientPool, evaluator: Evaluator, rule: Rule, *, attack: str, bad: frozenset[int]
+) -> Played:
     """Train under one rule and one attack; return the last model's accuracy and who was left out."""
     e, start = federation.experiment, federation.start.adapter
     craft = ATTACKS[attack].craft if attack != CLEAN else None
@@ -149,7 +150,7 @@ def one_run(federation: Federation, pool: ClientPool, rule: Rule, *, attack: str
         honest, lost = honest + len(asked - bad), lost + len(out - bad)
         hostile, stopped = hostile + len(asked & bad), stopped + len(out & bad)
         before = state
-    evaluation, _ = evaluator_of(federation).score(state)
+    evaluation, _ = evaluator.score(state)
     return Played(
         attack=attack,
         accuracy=evaluation.accuracy,
