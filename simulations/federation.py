@@ -205,7 +205,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         budget=budget,
         mechanism=mechanism,
         training=parts.training,
-        randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
+        randomness=randomness_of(experiment, parts.earlier, seed=seed),
         weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=sizes),
         side=SideWeights(parts.model),
@@ -218,6 +218,20 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
             *parts.notes,
         ),
     )
+
+
+def randomness_of(experiment: Experiment, earlier: Mapping[str, Any] | None, *, seed: int) -> Randomness:
+    """Return where batches and noise are drawn from.
+
+    A seeded run that begins with the adapter of an earlier one has streams of its own: with those of the same seed both
+    would add the same noise, and their releases would not compose as the statement says.
+    """
+    if experiment.privacy.randomness == "os":
+        return OsRandomness()
+    if earlier is None:
+        return SeededRandomness(seed)
+    digest = hashlib.sha256(f"{seed} {earlier['adapter_sha256']}".encode()).digest()
+    return SeededRandomness(int.from_bytes(digest[:4]))
 
 
 def left_out_note(partition: Partition, source: str) -> list[str]:
