@@ -146,8 +146,14 @@ def past_frozen_layers(f: Federation, *, say: Callable[[str], None]) -> Federati
     working, passed = working_model(f.experiment.runtime, f.model, tables, features=f.caches_features, say=say)
     table, test, *validation = passed
     clients = tuple(Share(table, client.rows) for client in f.clients)
-    found = {"clients": clients, "test": test, "validation": validation[0] if validation else None}
-    return replace(f, working=working, side=SideWeights(working), **found)
+    return replace(
+        f,
+        working=working,
+        clients=clients,
+        test=test,
+        validation=validation[0] if validation else None,
+        side=SideWeights(working),
+    )
 
 
 def prepare(experiment: Experiment, *, seed: int) -> Federation:
