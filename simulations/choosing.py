@@ -107,12 +107,13 @@ class Chooser:
         Raises:
             InputError: it is not the one of the lines.
         """
-        about, row = checkpoint.facts.get("best"), self._selection.best(self._rows)
-        if self._selection.release != BEST or (about is None and row is None):
+        about: Mapping[str, Any] = checkpoint.facts.get("best") or {}
+        row = self._selection.best(self._rows)
+        if self._selection.release != BEST or (not about and row is None):
             return
         found = None
         with reading_facts(where):
-            if about is not None and row is not None and about["round_index"] == row["rounds_completed"]:
+            if about and row is not None and about["round_index"] == row["rounds_completed"]:
                 side = checkpoint.more[SIDE]
                 paths = sorted({slot.path for slot in side})
                 layers = {path: LoraFactors(side[Slot(path, SIDE_A)], side[Slot(path, SIDE_B)]) for path in paths}

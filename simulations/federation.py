@@ -151,8 +151,14 @@ def past_frozen_layers(f: Federation, *, say: Callable[[str], None]) -> Federati
     working, passed = working_model(f.experiment.runtime, f.model, tables, features=f.caches_features, say=say)
     table, test, *validation = passed
     clients = tuple(Share(table, client.rows) for client in f.clients)
-    found = {"clients": clients, "test": test, "validation": validation[0] if validation else None}
-    return replace(f, working=working, side=SideWeights(working), **found)
+    return replace(
+        f,
+        working=working,
+        clients=clients,
+        test=test,
+        validation=validation[0] if validation else None,
+        side=SideWeights(working),
+    )
 
 
 def prepare(experiment: Experiment, *, seed: int) -> Federation:
@@ -211,7 +217,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         budget=budget,
         mechanism=mechanism,
         training=parts.training,
-        randomness=OsRandomness() if experiment.privacy.randomness == "os" else SeededRandomness(seed),
+        randomness=randomness_of(experiment, parts.earlier, seed=seed),
         weights=weights,
         ranks=experiment.adapter.ranks(experiment.num_clients, rows_and_columns=sizes),
         side=SideWeights(parts.model),
@@ -227,6 +233,20 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         client_budget=client_budget,
         client_mechanism=of_clients,
     )
+
+
+def randomness_of(experiment: Experiment, earlier: Mapping[str, Any] | None, *, seed: int) -> Randomness:
+    """Return where batches and noise are drawn from.
+
+    A seeded run that begins with the adapter of an earlier one has streams of its own: with those of the same seed both
+    would add the same noise, and their releases would not compose as the statement says.
+    """
+    if experiment.privacy.randomness == "os":
+        return OsRandomness()
+    if earlier is None:
+        return SeededRandomness(seed)
+    digest = hashlib.sha256(f"{seed} {earlier['adapter_sha256']}".encode()).digest()
+    return SeededRandomness(int.from_bytes(digest[:4]))
 
 
 def left_out_note(partition: Partition, source: str) -> list[str]:

@@ -347,7 +347,7 @@ def with_other_noise(federation: Federation) -> Federation:
     """Return the federation with streams of its own: the noise of one run must not cancel that of another."""
     if not isinstance(federation.randomness, SeededRandomness):
         return federation
-    seed = int(stream(federation.seed, Purpose.BASELINE).integers(2**32))
+    seed = int(stream(federation.randomness.seed, Purpose.BASELINE).integers(2**32))
     return replace(federation, randomness=SeededRandomness(seed))
 
 

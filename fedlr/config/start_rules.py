@@ -53,6 +53,11 @@ def check_start_from(experiment: "Experiment") -> None:
             f"Expected adapter.init_lora_weights=true with adapter.start_from, got {adapter.init_lora_weights}: the "
             "folder has the start"
         )
+    if experiment.runtime.kind != "local" and experiment.privacy.randomness == "seeded":
+        raise InputError(
+            f"Expected privacy.randomness=os seed=null with adapter.start_from and runtime={experiment.runtime.kind}, "
+            "got 'seeded': devices would draw the noise of the earlier run again"
+        )
     if adapter.system != "lora":
         raise InputError(f"Expected adapter=lora with adapter.start_from, got adapter.system={adapter.system}")
 

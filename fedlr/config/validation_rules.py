@@ -50,7 +50,7 @@ def check_selection(experiment: "Experiment", *, has_rows: bool) -> None:
         InputError: which names the keys.
     """
     e = experiment
-    asked = [("release", "last", e.release)] if e.release != "last" else []
+    asked: list[tuple[str, str, str | int]] = [("release", "last", e.release)] if e.release != "last" else []
     asked += [("patience", "null", e.patience)] if e.patience is not None else []
     if not asked:
         return

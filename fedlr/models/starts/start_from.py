@@ -68,7 +68,7 @@ def _check_card(folder: Path, card: str, base: BaseModel, model: AdaptedModel) -
     if found[1] != base.fingerprint:
         raise InputError(
             f"Expected an adapter of this run's base model, SHA-256 {base.fingerprint:.12}, in {KEY}={str(folder)!r}, "
-            f"got one of {found[1]:.12}: take model, model.pooling, labels and, of what is drawn, seed of the earlier run"
+            f"got one of {found[1]:.12}: take model, pooling, labels and, of what is drawn, seed of the earlier run"
         )
     if base.task_type != "CAUSAL_LM" and labels not in card:
         told = re.search(r"^Labels: .*?\. ", card, re.MULTILINE)

@@ -19,7 +19,15 @@ from fedlr.runs.report.comparison_arms import Interval, group_name, label_of, me
 from fedlr.runs.report.run_files import Run
 
 ARM_SECTIONS = ("method", "adapter", "trainer", "runtime")  # of a configuration; the rest of it makes the task
-ARM_KEYS = ("privacy.max_grad_norm", "server_momentum", "average_last")
+ARM_KEYS = (
+    "privacy.max_grad_norm",
+    "server_momentum",
+    "server_lr_schedule",
+    "server_warmup_rounds",
+    "average_last",
+    "release",
+    "patience",
+)
 MOST_NAMED = 3  # runs in a message
 
 Settings = Mapping[str, str]

@@ -45,7 +45,16 @@ def headline(run: Run) -> tuple[str, str]:
     whom = f"as {reported} report" if (reported := reporting(run)) else "max over clients"
     if run.statement.get("unit") == CLIENT.text:
         whom = "of one whole client, towards all but the server"
-    return f"ε = {epsilon_text(summary.epsilon_max)}", f"{whom}, at {delta}"
+    return f"ε = {epsilon_text(summary.epsilon_max)}", f"{whom}, at {delta}{_with_start(run)}"
+
+
+def _with_start(run: Run) -> str:
+    """Say what is known of a row that the earlier run read too, whose adapter this one began with."""
+    if not isinstance(started := run.statement.get("started_from"), Mapping):
+        return ""
+    total = started.get("epsilon_sum")
+    told = f"at most {epsilon_text(total)} with its start" if isinstance(total, float) else "no bound"
+    return f"; {told}, for a row that the start was trained on too"
 
 
 def reporting(run: Run) -> str:

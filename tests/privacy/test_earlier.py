@@ -1,0 +1,82 @@
+"""What a statement says of an earlier run: sums, data, units, and what it may not claim.
+
+Mutant this file kills: a statement that forgets the earlier run where both read the same data (`lambda s, e: s`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedlr.privacy.earlier import earlier_run, with_earlier
+from fedlr.privacy.rows import RELATION, UNIT
+from fedlr.privacy.statement import no_privacy_statement
+
+Statement = dict[str, Any]
+
+
+def statement(epsilon: float, name: str = "mine.csv", *, for_release: bool = True, unit: str = UNIT) -> Statement:
+    return {
+        "statement": f"epsilon <= {epsilon}.",
+        "differential_privacy": True,
+        "for_release": for_release,
+        "unit": unit,
+        "neighbouring_relation": RELATION,
+        "delta": 1e-5,
+        "epsilon": {"maximum": epsilon},
+        "dataset_id": name,
+    }
+
+
+def claims_too_much(join: Callable[[Statement, Statement], Statement]) -> bool:
+    """Whether a run on the rows of one without privacy, or of one not for release, is told to protect them."""
+    joined = [join(statement(1.0), earlier_run(no_privacy_statement(3) | {"dataset_id": "mine.csv"}))]
+    simulated = join(statement(1.0), earlier_run(statement(2.0, for_release=False)))
+    return any(one["differential_privacy"] for one in joined) or any(one["for_release"] for one in (*joined, simulated))
+
+
+def test_of_one_data_set_epsilons_add_up_and_nothing_is_claimed_that_the_earlier_run_does_not_have() -> None:
+    found = with_earlier(statement(1.5), earlier_run(statement(2.0)))
+    assert found["started_from"]["epsilon_sum"] == 3.5 and found["started_from"]["delta_sum"] == pytest.approx(2e-5)
+    assert "add up to epsilon <= 3.5 at delta = 2e-05" in found["statement"] and found["for_release"]
+    assert found["epsilon"] == {"maximum": 1.5}  # the ledger's
+    assert not claims_too_much(with_earlier)
+    assert claims_too_much(lambda own, earlier: own)
+
+
+def test_a_start_on_other_data_leaves_this_runs_claim_and_is_told() -> None:
+    found = with_earlier(statement(1.5), earlier_run(no_privacy_statement(3) | {"dataset_id": "theirs.csv"}))
+    assert found["differential_privacy"] and found["for_release"] and not found["started_from"]["may_be_same_data"]
+    assert "on 'theirs.csv' without differential privacy: a row that was read there is not protected" in str(found)
+    unnamed = with_earlier(statement(1.5), earlier_run(no_privacy_statement(3)))
+    assert unnamed["started_from"]["may_be_same_data"] and not unnamed["differential_privacy"]
+
+
+def test_a_start_of_a_start_is_counted_in() -> None:
+    second = with_earlier(statement(1.5), earlier_run(statement(2.0)))
+    third = with_earlier(statement(0.5), earlier_run(second))
+    assert third["started_from"]["epsilon_sum"] == 4.0 and third["started_from"]["delta_sum"] == pytest.approx(3e-5)
+
+
+def test_what_is_said_again_of_its_own_record_is_the_same() -> None:
+    found = with_earlier(statement(1.5), earlier_run(statement(2.0)))
+    assert with_earlier(statement(1.5), found["started_from"]) == found
+
+
+def test_epsilons_of_different_units_are_not_added() -> None:
+    found = with_earlier(statement(1.5), earlier_run(statement(2.0, unit="one client")))
+    assert found["started_from"]["epsilon_sum"] == "inf" and "no sum of the two" in found["statement"]
+    assert not found["differential_privacy"]
+
+
+def test_what_clients_report_counts_by_the_largest() -> None:
+    told = {key: value for key, value in statement(0.0).items() if key not in ("epsilon", "dataset_id")}
+    clients = [{"epsilon": 1.0}, {"epsilon": 2.5}]
+    assert earlier_run(told | {"clients": clients})["epsilon"] == 2.5
+    assert earlier_run(told | {"clients": [*clients, {"epsilon": "inf"}]})["epsilon"] == "inf"
+
+
+@pytest.mark.parametrize("change", [{"epsilon": {"maximum": "much"}}, {"delta": 2.0}, {"unit": None, "epsilon": None}])
+def test_another_form_is_no_statement(change: Statement) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        earlier_run(statement(1.0) | change)
