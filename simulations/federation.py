@@ -14,6 +14,7 @@ from fedlr.config.auto_rates import arm, resolved_rates
 from fedlr.config.build import build, build_method
 from fedlr.config.schema import Experiment
 from fedlr.data.partition import Partition
+from fedlr.data.persons import capped
 from fedlr.data.placement import all_texts, num_shared_texts
 from fedlr.data.table import Table
 from fedlr.methods.method import Method
@@ -174,7 +175,12 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
     )
     experiment = with_clients_of(experiment, partition)
-    num_shared = num_shared_texts(data, partition.indices)
+    has_persons = experiment.privacy.unit == "person"  # equal texts of two persons may lie apart
+    if has_persons:
+        assert experiment.privacy.rows_per_person is not None
+        most = experiment.privacy.rows_per_person
+        partition = replace(partition, indices=capped(data, partition.indices, most=most, seed=seed))
+    num_shared = 0 if has_persons else num_shared_texts(data, partition.indices)
     placed_by = placement(experiment, partition, num_shared=num_shared)
     num_rows = num_rows_of(experiment, data, held_out)
     experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)

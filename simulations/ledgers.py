@@ -31,6 +31,8 @@ def _ledger(federation: Federation, path: Path, make: Callable[..., PrivacyLedge
         accountant=privacy.accountant,
         dataset_id=federation.source,
         randomness=privacy.randomness,
+        unit="person" if privacy.unit == "person" else "example",
+        rows_per_person=privacy.rows_of_unit,
     )
 
 

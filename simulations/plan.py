@@ -98,7 +98,7 @@ def privacy_lines(federation: Federation) -> list[str]:
     )
     for cohort in islice(draws, e.num_rounds):
         participations[list(cohort)] += 1
-    event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
+    event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier, rows=e.privacy.rows_of_unit)
 
     def spent(rounds: int) -> float:
         steps = [(event, rounds * federation.training.num_steps)] if rounds else []
@@ -110,6 +110,11 @@ def privacy_lines(federation: Federation) -> list[str]:
     lines = [
         f"noise       multiplier {mechanism.noise_multiplier:g}, clip {mechanism.max_grad_norm:g}, "
         f"sample rate {mechanism.sample_rate:g}, {federation.training.num_steps} steps a round",
+        *(
+            [f"unit        one person, of whom at most {e.privacy.rows_of_unit} rows are trained on"]
+            if e.privacy.unit == "person"
+            else []
+        ),
         f"epsilon     {epsilon_text(spent(expected))} expected: a client trains in about {expected} of "
         f"{e.num_rounds} rounds",
         f"            {epsilon_text(spent(busiest))} for the busiest client in {whose}: {busiest} rounds",

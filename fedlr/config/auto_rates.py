@@ -157,6 +157,7 @@ def noise_multiplier_of(experiment: Experiment) -> float | None:
         sample_rate=trainer.sample_rate,
         num_steps=experiment.max_participations * trainer.num_steps,
         accountant=privacy.accountant,
+        rows=privacy.rows_of_unit,
     )
 
 

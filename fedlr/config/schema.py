@@ -144,6 +144,11 @@ class PrivacySection(Section):
     client_noise_multiplier: PositiveFloat | None = None
 
     @property
+    def rows_of_unit(self) -> int:
+        """How many rows of one unit `epsilon` allows for: of a person several, of an example one."""
+        return (self.rows_per_person or 1) if self.unit == "person" else 1
+
+    @property
     def is_private(self) -> bool:
         """Whether there is a budget: of each client for its rows, of the server for its clients, or both."""
         return self.epsilon is not None or self.client_epsilon is not None

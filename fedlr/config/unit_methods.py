@@ -61,8 +61,6 @@ def check_unit(experiment: Experiment, method: Method) -> None:
     if not is_proven(method.aggregate):
         rule = getattr(method.aggregate, "__name__", type(method.aggregate).__name__)
         raise InputError(f"{expected} for method={name}, got client: {REASONS.get(rule, NO_PROOF)} ({rule}); {PROVEN}")
-    if method.folds:
-        raise InputError(f"{expected} for method={name}, which folds clients' updates into the base, got client")
 
 
 def is_proven(aggregate: Any) -> bool:

@@ -20,6 +20,7 @@ def check_privacy(experiment: "Experiment") -> None:
         _check_no_client_keys(e)
     if p.unit == "client":
         _check_client(e)
+    _check_person(e)
     if e.cohort == "poisson" and e.max_participations < e.num_rounds:
         raise InputError(
             f"Expected privacy.max_participations=null with cohort=poisson, got {p.max_participations}, fewer than the "
@@ -83,4 +84,36 @@ def _check_client(e: "Experiment") -> None:
             "Expected cohort=fixed with budgets of both units (privacy.epsilon and privacy.client_epsilon), got "
             "poisson: what clients have spent of their own budgets tells who took part, and a Poisson cohort must be "
             "secret"
+        )
+
+
+def _check_person(e: "Experiment") -> None:
+    p, column = e.privacy, e.data.section().get("person_column")
+    if p.unit != "person":
+        if p.rows_per_person is not None:
+            raise InputError(
+                f"Expected privacy.unit=person with privacy.rows_per_person={p.rows_per_person}, got {p.unit}"
+            )
+        return
+    if p.epsilon is None:
+        raise InputError("Expected privacy.epsilon with privacy.unit=person, got null: it is the budget of a person")
+    if p.rows_per_person is None:
+        raise InputError(
+            "Expected privacy.rows_per_person with privacy.unit=person, got null: set how many rows of one person are "
+            "trained on at most, such as 4; a number that everybody may know"
+        )
+    if column is None:
+        raise InputError(
+            "Expected data.person_column with privacy.unit=person, got null: name the column of a data=table that says "
+            "whose a row is"
+        )
+    if e.runtime.kind != "local":
+        raise InputError(
+            f"Expected runtime=local with privacy.unit=person, got {e.runtime.kind}: devices account for rows, and a "
+            "ledger of a device knows no persons yet"
+        )
+    if p.accountant != "pld" and p.rows_per_person > 1:
+        raise InputError(
+            f"Expected privacy.accountant=pld with privacy.unit=person, got {p.accountant}: no Renyi bound of several "
+            "rows of one person is at hand"
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlr.data.placement import client_positions, whole_rows
+from fedlr.data.placement import client_positions, persons_of, placed_by
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
@@ -61,7 +61,7 @@ def iid(data: Table, *, num_clients: int, seed: int) -> Partition:
     """
     _check_num_clients(data, num_clients)
     even = np.full((max(1, len(data.label_names)), num_clients), 1 / num_clients)
-    return Partition(_dealt(data, even, client_positions(whole_rows(data), seed=seed)), depends_on="")
+    return Partition(_dealt(data, even, client_positions(placed_by(data), seed=seed)), depends_on="")
 
 
 def dirichlet(data: Table, *, num_clients: int, seed: int, alpha: float) -> Partition:
@@ -78,13 +78,14 @@ def dirichlet(data: Table, *, num_clients: int, seed: int, alpha: float) -> Part
     Source: after Hsu, Qi and Brown 2019, sec. 3, https://arxiv.org/abs/1909.06335
     """
     _check_num_clients(data, num_clients)
+    _check_no_persons(data, "dirichlet")
     _check_alpha(alpha)
     num_labels = _num_classes(data)
     generator = stream(seed, Purpose.PARTITION)
     wanted = generator.dirichlet(np.full(num_labels, alpha / num_labels), size=num_clients).T  # (L, C)
     totals = wanted.sum(axis=1, keepdims=True)
     shares = np.where(totals > 0, wanted, 1.0) / np.where(totals > 0, totals, num_clients)  # of nobody's: to all
-    return Partition(_dealt(data, shares, client_positions(whole_rows(data), seed=seed)), depends_on="")
+    return Partition(_dealt(data, shares, client_positions(placed_by(data), seed=seed)), depends_on="")
 
 
 def dirichlet_by_label(data: Table, *, num_clients: int, seed: int, alpha: float, min_examples: int = 10) -> Partition:
@@ -100,6 +101,7 @@ def dirichlet_by_label(data: Table, *, num_clients: int, seed: int, alpha: float
     their code that stops filling a client at the average size)
     """
     _check_num_clients(data, num_clients)
+    _check_no_persons(data, "dirichlet_by_label")
     _check_alpha(alpha)
     if not 0 <= min_examples * num_clients <= len(data):
         raise InputError(
@@ -107,7 +109,7 @@ def dirichlet_by_label(data: Table, *, num_clients: int, seed: int, alpha: float
             f"{num_clients} clients, got {min_examples}"
         )
     generator = stream(seed, Purpose.PARTITION)
-    positions = client_positions(whole_rows(data), seed=seed)
+    positions = client_positions(placed_by(data), seed=seed)
     redrawn = "all rows, as clients are drawn again until each has partition.min_examples: set it to 0"
     best = 0
     for _ in range(_MAX_REDRAWS):
@@ -248,6 +250,14 @@ def _check_num_clients(data: Table, num_clients: int) -> None:
         raise InputError(
             f"{num_clients} clients cannot share the {len(data)} examples of {data.source}: "
             f"set num_clients to {len(data)} or less"
+        )
+
+
+def _check_no_persons(data: Table, name: str) -> None:
+    if persons_of(data) is not None:
+        raise InputError(
+            f"Expected partition=iid, by_group or by_file with data.person_column, got {name}: it places rows by their "
+            "labels, and so a person's at several clients"
         )
 
 

@@ -6,6 +6,7 @@ Notable choices:
   one row would change what many clients hold, which no client's epsilon covers.
 * The hash reads the text as `content` gives it, so that equal texts lie at the same place: no example is at two
   clients, or both trained on and evaluated. Of a pair it reads both texts.
+* Where the rows have persons (`fedlr.data.persons`), the hash reads the person in place of the text.
 * The key is the seed's. Nothing here is secret: who knows seed and text knows the place.
 """
 
@@ -23,7 +24,7 @@ from fedlr.errors import InputError
 from fedlr.streams import Purpose, stream
 
 # Steps of Purpose.PARTITION: 0 draws the clients' label proportions.
-_SPLIT_STEP, _CLIENT_STEP, _VALIDATION_STEP = 1, 2, 3
+_SPLIT_STEP, _CLIENT_STEP, _VALIDATION_STEP, _PERSON_STEP = 1, 2, 3, 4
 
 AnyTable = TypeVar("AnyTable", bound=Table)
 
@@ -46,6 +47,23 @@ def whole_rows(data: Table) -> tuple[str, ...]:
 def all_texts(data: Table) -> frozenset[str]:
     """Return every text of a table, and every row of several as `whole_rows` writes it."""
     return frozenset((*(text for row in data.row_texts() for text in row), *whole_rows(data)))
+
+
+def persons_of(data: Table) -> tuple[str, ...] | None:
+    """Return whose each row is; None where the table names no persons."""
+    found: tuple[str, ...] | None = getattr(data, "persons", None)
+    return found
+
+
+def placed_by(data: Table) -> tuple[str, ...]:
+    """Return what decides about a row's place, one text a row: its person where there are persons, else its own "
+    "text."""
+    return persons_of(data) or whole_rows(data)
+
+
+def person_positions(data: Table, *, seed: int) -> NDArray[np.float64]:
+    """Return where in [0, 1) each row stands among those of its person, shape (N,); each depends on its own text."""
+    return _positions(whole_rows(data), seed=seed, step=_PERSON_STEP)
 
 
 def client_positions(texts: Sequence[str], *, seed: int) -> NDArray[np.float64]:
@@ -73,7 +91,7 @@ def split_train_test(data: AnyTable, *, num_test: float, seed: int) -> tuple[Any
     Raises:
         InputError: when `num_test` leaves one of the two sides without rows, or a label without a training example.
     """
-    positions = _positions(whole_rows(data), seed=seed, step=_SPLIT_STEP)
+    positions = _positions(placed_by(data), seed=seed, step=_SPLIT_STEP)
     is_test = positions < num_test if 0 < num_test < 1 else _lowest(data, positions, num_test=int(num_test))
     if is_test.all() or not is_test.any():
         raise InputError(

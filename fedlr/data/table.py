@@ -80,6 +80,7 @@ class LabelledText(Table):
     pairs: tuple[str, ...] | None = None
     clients: tuple[str, ...] | None = None
     num_held_out: int = 0
+    persons: tuple[str, ...] | None = None  # whose each row is, where a column says
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -94,16 +95,18 @@ class LabelledText(Table):
         texts = tuple(self.texts[i] for i in chosen)
         groups = None if self.groups is None else tuple(self.groups[i] for i in chosen)
         pairs = None if self.pairs is None else tuple(self.pairs[i] for i in chosen)
-        return replace(self, texts=texts, labels=self.labels[chosen], groups=groups, pairs=pairs)
+        persons = None if self.persons is None else tuple(self.persons[i] for i in chosen)
+        return replace(self, texts=texts, labels=self.labels[chosen], groups=groups, pairs=pairs, persons=persons)
 
 
 class Columns(NamedTuple):
-    """The names of the columns of a table that are read; `group` and `pair` may be none."""
+    """The names of the columns of a table that are read; `group`, `pair` and `person` may be none."""
 
     text: str
     label: str
     group: str | None = None
     pair: str | None = None
+    person: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -112,12 +115,13 @@ class Columns(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One usable row; group and pair are '' where the table has no such column."""
+    """One usable row; group, pair and person are '' where the table has no such column."""
 
     text: str
     label: Any  # a name, or before it is checked what the file has
     group: str = ""
     pair: str = ""
+    person: str = ""
 
 
 class Source(NamedTuple):
@@ -141,6 +145,7 @@ def load_table(
     train_split: str | None = None,
     label_groups: Mapping[str, Sequence[str]] | None = None,
     fetched_by: str | None = None,
+    person_column: str | None = None,
 ) -> LabelledText:
     """Load labelled texts from .csv, .tsv, .jsonl, .json (one object a line) or .parquet files, or from the Hub.
 
@@ -151,7 +156,8 @@ def load_table(
     `labels` fixes the label names and their order; without it all files must have the same.
     `label_groups` gives new names to groups of labels, in place of `labels`: {film: [movie], other: [amazon, nyt]}.
     `on_bad_row` is "refuse", or "drop", which leaves bad rows out and counts them in `num_dropped`.
-    `fetched_by` is the command that fetches the file, told where it is missing.
+    `fetched_by` is the command that fetches the file, told where it is missing. `person_column` says whose a row is
+    (`fedlr.data.persons`).
 
     Raises:
         InputError: which names the file, the row and what to change.
@@ -160,7 +166,7 @@ def load_table(
         raise InputError(f"Expected on_bad_row to be 'refuse' or 'drop', got {on_bad_row!r}")
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"Expected a path or the name of a dataset, got {path!r}")
-    columns = columns_of(text_column, label_column, group_column, text_pair_column)
+    columns = columns_of(text_column, label_column, group_column, text_pair_column, person_column)
     if labels is not None and label_groups is not None:
         raise InputError(f"Expected data.labels=null next to data.label_groups, which names the labels, got {labels!r}")
     sources = read_sources(os.fspath(path), columns, encoding=encoding, split=train_split, fetched_by=fetched_by)
@@ -210,6 +216,7 @@ def labelled(
         num_dropped=num_dropped,
         pairs=None if columns.pair is None else tuple(example.pair for example in examples),
         clients=clients,
+        persons=None if columns.person is None else tuple(example.person for example in examples),
     )
 
 
@@ -227,7 +234,7 @@ def _check_same_labels(sources: Sequence[Source], cleaned: Sequence[Sequence[Exa
             )
 
 
-def columns_of(text: str, label: str, group: str | None, pair: str | None) -> Columns:
+def columns_of(text: str, label: str, group: str | None, pair: str | None, person: str | None = None) -> Columns:
     """Return the columns, which must differ."""
     if pair is not None and pair in (text, label, group):
         key = "text_column" if pair == text else "label_column" if pair == label else "group_column"
@@ -235,9 +242,10 @@ def columns_of(text: str, label: str, group: str | None, pair: str | None) -> Co
             f"Expected text_pair_column to be a column of its own, got {pair!r}, which is {key}; set it to the second "
             "text's, or to null where a row has one text"
         )
-    columns = Columns(text, label, group, pair)
+    columns = Columns(text, label, group, pair, person)
     if len(set(columns.names)) < len(columns.names):
-        raise InputError(f"Expected different columns for text, label and group, got {columns.names}")
+        others = ", group and person" if person else " and group"
+        raise InputError(f"Expected different columns for text, label{others}, got {columns.names}")
     return columns
 
 
@@ -329,8 +337,11 @@ def texts_and_group(row: Row, columns: Columns) -> tuple[Example | None, str]:
     group, problem = ("", "") if columns.group is None else as_name(values[columns.group])
     if problem:
         return None, f", column {columns.group!r}: the group {problem}"
+    person, problem = ("", "") if columns.person is None else as_name(values[columns.person])
+    if problem:
+        return None, f", column {columns.person!r}: the person {problem}"
     pair = "" if columns.pair is None else values[columns.pair]
-    return Example(values[columns.text], values[columns.label], group, pair), ""
+    return Example(values[columns.text], values[columns.label], group, pair, person), ""
 
 
 def _check_enough(source: str, rows: Sequence[Example], num_dropped: int, columns: Columns) -> None:

@@ -64,13 +64,16 @@ class PoissonSampler:
         for DP-SGD with sampling via mixture of Gaussians mechanisms", https://arxiv.org/abs/2401.10294).
         """
         require_noise_multiplier(noise_multiplier)
-        if rows > 1:
+        if rows > 1 and self.sample_rate < 1:
             chances = [
                 math.comb(rows, drawn) * self.sample_rate**drawn * (1 - self.sample_rate) ** (rows - drawn)
                 for drawn in range(rows + 1)
             ]
             kept = [(float(drawn), chance) for drawn, chance in enumerate(chances) if chance > 0]
-            return dp_accounting.MixtureOfGaussiansDpEvent(noise_multiplier, *map(tuple, zip(*kept, strict=True)))
+            return dp_accounting.dp_event.MixtureOfGaussiansDpEvent(
+                noise_multiplier, *map(tuple, zip(*kept, strict=True))
+            )
+        noise_multiplier /= rows  # of whole batches all of them move the sum: one Gaussian of k times the sensitivity
         return dp_accounting.PoissonSampledDpEvent(self.sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
 
 

@@ -228,7 +228,7 @@ def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mec
         divisor=trainer.number_divisor(),
     )
     if privacy.noise_multiplier is not None:  # what was calibrated lasts for all rounds
-        event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier)
+        event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier, rows=privacy.rows_of_unit)
         one_round = epsilon([(event, trainer.num_steps)], budget.delta, accountant=privacy.accountant)
         if one_round > budget.epsilon:
             raise InputError(
