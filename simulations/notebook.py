@@ -134,7 +134,7 @@ def federation(
 
 
 def train(
-    federation: "Federation", *, ledger: Path | str | None = None
+    federation: "Federation", *, ledger: Path | str | None = None, server_ledger: Path | str | None = None
 ) -> "Iterator[tuple[ServerState, RoundDiagnostics]]":
     """Train a federation, one round per step: yield the server's state after it, and what happened in it.
 
@@ -142,9 +142,10 @@ def train(
         federation: of `fedlr.federation`.
         ledger: a file that is not there yet, for what each client spends; needed with privacy, as no result may leave
             a client that is not written down.
+        server_ledger: likewise, for what the server spends where whole clients are hidden (`privacy.unit=client`).
 
     Raises:
-        InputError: with privacy and without a ledger.
+        InputError: with privacy and without its ledger.
 
     >>> import fedlr
     >>> small = ("num_clients=3", "cohort_size=3", "data.num_examples=60", "data.num_test=20", "runtime.num_workers=1")
@@ -153,18 +154,24 @@ def train(
     [(1, 3), (2, 3)]
     """
     from fedlr.training.threads import torch_threads
+    from simulations.client_unit import create_server_ledger
     from simulations.ledgers import create_ledger
     from simulations.rounds import rounds_of
     from simulations.runtime import make_pool
 
-    if federation.budget is not None and ledger is None:
-        raise InputError(
-            "Expected a ledger with privacy, got none: name a new file, such as ledger='ledger.jsonl', or set "
-            "privacy=none"
-        )
-    book = None if ledger is None else create_ledger(federation, Path(ledger))
-    with torch_threads(1), closing(make_pool(federation, book)) as pool:
-        yield from rounds_of(federation, federation.start, pool)
+    for budget, name, given in (
+        (federation.budget, "ledger", ledger),
+        (federation.client_budget, "server_ledger", server_ledger),
+    ):
+        if budget is not None and given is None:
+            raise InputError(
+                f"Expected a {name} with privacy, got none: name a new file, such as {name}='{name}.jsonl', or set "
+                "privacy=none"
+            )
+    clients = None if ledger is None else create_ledger(federation, Path(ledger))
+    servers = None if server_ledger is None else create_server_ledger(federation, Path(server_ledger))
+    with torch_threads(1), closing(make_pool(federation, clients)) as pool:
+        yield from rounds_of(federation, federation.start, pool, server_ledger=servers)
 
 
 def score(federation: "Federation", state: "ServerState") -> "Evaluation":

@@ -117,8 +117,13 @@ def check_auditable(experiment: Experiment) -> None:
     Raises:
         InputError: naming the key.
     """
-    if experiment.privacy.epsilon is None:
+    if not experiment.privacy.is_private:
         raise InputError("Expected an epsilon to audit, got privacy=none; set privacy=dp")
+    if experiment.privacy.unit == "client":
+        raise InputError(
+            "Expected privacy.unit=example for an audit, whose canaries are single rows, got client; audit the same "
+            "configuration with privacy=dp"
+        )
     if experiment.runtime.kind != "local":
         raise InputError(
             f"Expected runtime=local for an audit, which trains in this process, got {experiment.runtime.kind}"

@@ -34,9 +34,9 @@ from simulations.audit.probe import Unmetered
 from simulations.bench.outcome import Measure, Outcome
 from simulations.bench.robust_table import CLEAN, IID, PRIVATE, SKEWED, Played, table
 from simulations.bench.settings import Settings
+from simulations.choosing import evaluator_of
 from simulations.federation import Federation, assemble
 from simulations.runtime import pool_here
-from simulations.simulate import evaluator_of
 
 SENTENCES = Path(".assets/vader.csv")
 SHARES = (0.1, 0.2, 0.3)

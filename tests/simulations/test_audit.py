@@ -169,6 +169,7 @@ def test_a_planted_fault_that_nothing_finds_is_an_error(
 
 REFUSED = {
     ("privacy=none",): "Expected an epsilon to audit, got privacy=none",
+    ("privacy=client",): "Expected privacy.unit=example for an audit, whose canaries are single rows, got client",
     ("data.public=false",): "Expected data.public=true for an audit, got false",
     ("runtime=flower",): "Expected runtime=local for an audit",
     ("audit.canaries=5",): "Expected audit.canaries to be",

@@ -81,6 +81,10 @@ def test_private_rounds_without_a_ledger_are_refused_before_any_training(folder:
     list(fedlr.train(f, ledger=ledger))
     with pytest.raises(InputError, match=r"ledger\.jsonl"):
         next(fedlr.train(f, ledger=ledger))
+    whole = fedlr.federation("experiment=tiny", "privacy=client", "num_rounds=1", *SMALL, say=None)
+    with pytest.raises(InputError, match="Expected a server_ledger with privacy, got none"):
+        next(fedlr.train(whole))
+    assert len(list(fedlr.train(whole, server_ledger=folder / "server.jsonl"))) == 1
 
 
 def test_what_no_path_leads_to_is_refused() -> None:
