@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from fedlr.config.build import build, build_task, naming
+from fedlr.config.build import build, build_method, build_task, naming
 from fedlr.config.schema import Experiment
 from fedlr.data.choices import ChoiceFormat, load_questions
 from fedlr.data.conversations import Conversations
@@ -79,7 +80,7 @@ def evaluate_run(
     Raises:
         InputError: the run is not finished or was changed, a table cannot be used, or holds rows of clients.
     """
-    experiment = recorded_experiment(run_dir, own_parts=own_parts)
+    experiment = on_this_machine(recorded_experiment(run_dir, own_parts=own_parts), say=say)
     check_asked(asked, experiment)
     summary = read_json(run_dir / SUMMARY)
     for path in asked.questions.values():
@@ -87,6 +88,8 @@ def evaluate_run(
     questions = {name: load_questions(Path(path), format=name) for name, path in asked.questions.items()}
     with torch_threads(experiment.runtime.num_workers):
         run = open_run(run_dir, experiment, summary)
+        if personal := build_method(experiment).personal:
+            say(f"note: each client kept its own {', '.join(personal)}: scored is what all share, with the start's")
         found = [] if asked.on is None else of_rows(run, asked, say=say)
         for name, path in asked.questions.items():
             say(f"choosing among the answers to {len(questions[name])} questions of {path}")
@@ -95,6 +98,15 @@ def evaluate_run(
         if asked.harness:
             found += of_harness(run, asked)
     return found, run.adapter_sha256
+
+
+def on_this_machine(experiment: Experiment, *, say: Callable[[str], None]) -> Experiment:
+    """Return the experiment with a processor that is here: what trained on a GPU can be scored without one."""
+    runtime = experiment.runtime
+    if not runtime.device.startswith("cuda") or torch.cuda.is_available():
+        return experiment
+    say(f"note: the run computed on {runtime.device}, which is not here: it is scored on the cpu, and rounds otherwise")
+    return experiment.model_copy(update={"runtime": runtime.model_copy(update={"device": "cpu"})})
 
 
 def check_asked(asked: Asked, experiment: Experiment) -> None:
@@ -156,7 +168,7 @@ def of_rows(run: Opened, asked: Asked, *, say: Callable[[str], None]) -> list[Ev
     """Score the rows of a table, by the run's task and by what the model answers."""
     assert asked.on is not None
     rows = public_rows(run.experiment, asked.on, changes=asked.changes, label_names=run.label_names, seed=run.seed)
-    say(f"{len(rows.table):,} {rows.name if rows.sha256 is None else 'rows of ' + rows.name}: {NOT_COVERED}")
+    say(f"{len(rows.table):,} of {rows.name}: {NOT_COVERED}")
     max_length = run.experiment.data.max_length
     with naming("data", "max_length"):
         run.task.check(run.base, rows.table, max_length=max_length)
