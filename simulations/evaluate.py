@@ -94,7 +94,8 @@ def evaluate_run(
         for name, path in asked.questions.items():
             say(f"choosing among the answers to {len(questions[name])} questions of {path}")
             told = {arm: of_questions(run, arm, questions[name]) for arm in run.arms}
-            found.append(EvaluationEntry(name, path, files_sha256(path), len(questions[name]), **told))
+            size, sha256 = len(questions[name]), files_sha256(path)
+            found.append(EvaluationEntry(name, path, sha256, size, told["released"], told.get("base")))
         if asked.harness:
             found += of_harness(run, asked)
     return found, run.adapter_sha256
@@ -120,7 +121,11 @@ def check_asked(asked: Asked, experiment: Experiment) -> None:
             "Expected --on TABLE (or held-out), --hellaswag FILE, --mmlu FILE or --harness TASKS, got none"
         )
     is_causal = experiment.task.target == "causal_lm"
-    of_language = {"--generate": asked.generate, "--harness": asked.harness, "--show": asked.show}
+    of_language: dict[str, object] = {
+        "--generate": asked.generate,
+        "--harness": asked.harness,
+        "--show": asked.show,
+    }
     of_language |= {f"--{name}": path for name, path in asked.questions.items()}
     if not is_causal and (one := next((name for name, value in of_language.items() if value), None)):
         raise InputError(f"Expected {one} of a language model, got a run of task={experiment.task.target}")
@@ -177,12 +182,13 @@ def of_rows(run: Opened, asked: Asked, *, say: Callable[[str], None]) -> list[Ev
     for arm in run.arms:
         with run.as_arm(arm):
             told[arm] = measures_of(evaluate(run.model, examples, task=run.task), run.experiment.task.target)
-    found = [EvaluationEntry("rows", rows.name, rows.sha256, len(rows.table), **told)]
+    about = (rows.name, rows.sha256, len(rows.table))
+    found = [EvaluationEntry("rows", *about, told["released"], told.get("base"))]
     if asked.generate is not None:
         assert isinstance(rows.table, Conversations)
         say(f"answering {len(rows.table):,} prompts, {len(run.arms)} times, with at most {asked.generate} tokens each")
         told, samples = of_answers(run, rows.table, asked)
-        found.append(EvaluationEntry("answers", rows.name, rows.sha256, len(rows.table), samples=samples, **told))
+        found.append(EvaluationEntry("answers", *about, told["released"], told.get("base"), samples))
     return found
 
 
@@ -239,4 +245,7 @@ def of_harness(run: Opened, asked: Asked) -> list[EvaluationEntry]:
         for name, (num_rows, measures) in scores.items():
             told.setdefault(name, {})[arm] = measures
             sizes[name] = num_rows
-    return [EvaluationEntry(f"harness {name}", name, None, sizes[name], **one) for name, one in told.items()]
+    return [
+        EvaluationEntry(f"harness {name}", name, None, sizes[name], one["released"], one.get("base"))
+        for name, one in told.items()
+    ]
