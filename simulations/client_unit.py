@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from fedlr.config.schema import Experiment
 from fedlr.privacy.ledger import PrivacyLedger
@@ -19,34 +18,6 @@ def ledgers_of(experiment: Experiment) -> list[str]:
     privacy = experiment.privacy
     found = [LEDGER] if privacy.epsilon is not None else []
     return found if privacy.client_epsilon is None else [*found, SERVER_LEDGER]
-
-
-def create_server_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
-    """Create the server's ledger of a run; None where whole clients are not hidden."""
-    return _server_ledger(federation, path, PrivacyLedger.create)
-
-
-def open_server_ledger(federation: Federation, path: Path) -> PrivacyLedger | None:
-    """Open the server's ledger of a run that goes on; None where whole clients are not hidden.
-
-    Raises:
-        InputError: it is missing, was changed, or is another run's.
-    """
-    return _server_ledger(federation, path, PrivacyLedger.open)
-
-
-def _server_ledger(federation: Federation, path: Path, make: Callable[..., PrivacyLedger]) -> PrivacyLedger | None:
-    if federation.client_budget is None:
-        return None
-    privacy = federation.experiment.privacy
-    return make(
-        path,
-        federation.client_budget,
-        accountant=privacy.accountant,
-        dataset_id=federation.source,
-        randomness=privacy.randomness,
-        unit="client",
-    )
 
 
 def client_unit(federation: Federation, ledger: PrivacyLedger | None) -> ClientUnit | None:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from fedlr.config.build import build, build_task, naming
+from fedlr.config.build import build, build_method, build_task, naming
 from fedlr.config.schema import Experiment
 from fedlr.data.choices import ChoiceFormat, load_questions
 from fedlr.data.conversations import Conversations
@@ -79,7 +80,7 @@ def evaluate_run(
     Raises:
         InputError: the run is not finished or was changed, a table cannot be used, or holds rows of clients.
     """
-    experiment = recorded_experiment(run_dir, own_parts=own_parts)
+    experiment = on_this_machine(recorded_experiment(run_dir, own_parts=own_parts), say=say)
     check_asked(asked, experiment)
     summary = read_json(run_dir / SUMMARY)
     for path in asked.questions.values():
@@ -87,14 +88,26 @@ def evaluate_run(
     questions = {name: load_questions(Path(path), format=name) for name, path in asked.questions.items()}
     with torch_threads(experiment.runtime.num_workers):
         run = open_run(run_dir, experiment, summary)
+        if personal := build_method(experiment).personal:
+            say(f"note: each client kept its own {', '.join(personal)}: scored is what all share, with the start's")
         found = [] if asked.on is None else of_rows(run, asked, say=say)
         for name, path in asked.questions.items():
             say(f"choosing among the answers to {len(questions[name])} questions of {path}")
             told = {arm: of_questions(run, arm, questions[name]) for arm in run.arms}
-            found.append(EvaluationEntry(name, path, files_sha256(path), len(questions[name]), **told))
+            size, sha256 = len(questions[name]), files_sha256(path)
+            found.append(EvaluationEntry(name, path, sha256, size, told["released"], told.get("base")))
         if asked.harness:
             found += of_harness(run, asked)
     return found, run.adapter_sha256
+
+
+def on_this_machine(experiment: Experiment, *, say: Callable[[str], None]) -> Experiment:
+    """Return the experiment with a processor that is here: what trained on a GPU can be scored without one."""
+    runtime = experiment.runtime
+    if not runtime.device.startswith("cuda") or torch.cuda.is_available():
+        return experiment
+    say(f"note: the run computed on {runtime.device}, which is not here: it is scored on the cpu, and rounds otherwise")
+    return experiment.model_copy(update={"runtime": runtime.model_copy(update={"device": "cpu"})})
 
 
 def check_asked(asked: Asked, experiment: Experiment) -> None:
@@ -108,7 +121,11 @@ def check_asked(asked: Asked, experiment: Experiment) -> None:
             "Expected --on TABLE (or held-out), --hellaswag FILE, --mmlu FILE or --harness TASKS, got none"
         )
     is_causal = experiment.task.target == "causal_lm"
-    of_language = {"--generate": asked.generate, "--harness": asked.harness, "--show": asked.show}
+    of_language: dict[str, object] = {
+        "--generate": asked.generate,
+        "--harness": asked.harness,
+        "--show": asked.show,
+    }
     of_language |= {f"--{name}": path for name, path in asked.questions.items()}
     if not is_causal and (one := next((name for name, value in of_language.items() if value), None)):
         raise InputError(f"Expected {one} of a language model, got a run of task={experiment.task.target}")
@@ -156,7 +173,7 @@ def of_rows(run: Opened, asked: Asked, *, say: Callable[[str], None]) -> list[Ev
     """Score the rows of a table, by the run's task and by what the model answers."""
     assert asked.on is not None
     rows = public_rows(run.experiment, asked.on, changes=asked.changes, label_names=run.label_names, seed=run.seed)
-    say(f"{len(rows.table):,} {rows.name if rows.sha256 is None else 'rows of ' + rows.name}: {NOT_COVERED}")
+    say(f"{len(rows.table):,} of {rows.name}: {NOT_COVERED}")
     max_length = run.experiment.data.max_length
     with naming("data", "max_length"):
         run.task.check(run.base, rows.table, max_length=max_length)
@@ -165,12 +182,13 @@ def of_rows(run: Opened, asked: Asked, *, say: Callable[[str], None]) -> list[Ev
     for arm in run.arms:
         with run.as_arm(arm):
             told[arm] = measures_of(evaluate(run.model, examples, task=run.task), run.experiment.task.target)
-    found = [EvaluationEntry("rows", rows.name, rows.sha256, len(rows.table), **told)]
+    about = (rows.name, rows.sha256, len(rows.table))
+    found = [EvaluationEntry("rows", *about, told["released"], told.get("base"))]
     if asked.generate is not None:
         assert isinstance(rows.table, Conversations)
         say(f"answering {len(rows.table):,} prompts, {len(run.arms)} times, with at most {asked.generate} tokens each")
         told, samples = of_answers(run, rows.table, asked)
-        found.append(EvaluationEntry("answers", rows.name, rows.sha256, len(rows.table), samples=samples, **told))
+        found.append(EvaluationEntry("answers", *about, told["released"], told.get("base"), samples))
     return found
 
 
@@ -227,4 +245,7 @@ def of_harness(run: Opened, asked: Asked) -> list[EvaluationEntry]:
         for name, (num_rows, measures) in scores.items():
             told.setdefault(name, {})[arm] = measures
             sizes[name] = num_rows
-    return [EvaluationEntry(f"harness {name}", name, None, sizes[name], **one) for name, one in told.items()]
+    return [
+        EvaluationEntry(f"harness {name}", name, None, sizes[name], one["released"], one.get("base"))
+        for name, one in told.items()
+    ]

@@ -1,6 +1,7 @@
 """EleutherAI's lm-eval on a released adapter, where it is installed: `pip install 'fedlr[harness]'`."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def harness_scores(
     Raises:
         InputError: no such task, or its data cannot be had.
     """
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -154,8 +154,7 @@ def train(
     [(1, 3), (2, 3)]
     """
     from fedlr.training.threads import torch_threads
-    from simulations.client_unit import create_server_ledger
-    from simulations.ledgers import create_ledger
+    from simulations.ledgers import create_ledger, create_server_ledger
     from simulations.rounds import rounds_of
     from simulations.runtime import make_pool
 

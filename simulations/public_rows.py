@@ -58,7 +58,7 @@ def public_rows(
                 f"Expected no data.{next(iter(changes))} with --on {HELD_OUT}, whose rows the run has read"
             )
         table, _ = load_held_out(experiment, seed=seed)
-        return PublicRows(table, f"rows that the run held out ({table.source})", None)
+        return PublicRows(table, f"the held-out rows of {table.source}", None)
     own = experiment.data.section()
     section = dict(own) if isinstance(own.get("path"), str) else dict(SECTIONS.get(experiment.task.target, own))
     section |= {"path": on, **({"train_split": None} if "train_split" in section else {}), **changes}

@@ -20,9 +20,8 @@ from fedlr.runs.directory import (
 from fedlr.runs.report import write_report
 from fedlr.training.threads import torch_threads
 from simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
-from simulations.client_unit import open_server_ledger
 from simulations.federation import Federation, assemble
-from simulations.ledgers import open_ledger
+from simulations.ledgers import open_ledger, open_server_ledger
 from simulations.progress import Progress
 from simulations.simulate import run
 

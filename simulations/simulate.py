@@ -56,7 +56,6 @@ from simulations.checkpoints import Checkpoints
 from simulations.choosing import Chooser, charge_the_rest, evaluator_of
 from simulations.client_accuracy import score_clients
 from simulations.client_unit import (
-    create_server_ledger,
     ledgers_of,
     noise_as_of_one,
     noise_of_update,
@@ -64,7 +63,7 @@ from simulations.client_unit import (
 )
 from simulations.contact_sheet import contact_sheet, named, shown_rows
 from simulations.federation import Federation, assemble, describe
-from simulations.ledgers import create_ledger, open_ledger, spent_in_rounds
+from simulations.ledgers import create_ledger, create_server_ledger, open_ledger, spent_in_rounds
 from simulations.progress import Progress
 from simulations.rounds import rounds_of
 from simulations.runtime import make_pool

@@ -19,7 +19,8 @@ from fedlr.config.schema import Section
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_problem
 from fedlr.flower.records import ANY, Limits, RecordDict, facts_of, from_record, to_record
-from fedlr.flower.terms import Sha256, Terms
+from fedlr.flower.task_terms import Sha256
+from fedlr.flower.terms import Terms
 from fedlr.rounds.round import RoundRequest
 
 BROADCAST, SIDE, CONTROL, ENROLLED = GROUPS = ("broadcast", "side", "control", "enrolled")

@@ -28,7 +28,7 @@ def with_one_rank(model: AdaptedModel) -> None:
     config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     if not (config.rank_pattern or config.alpha_pattern or config.use_rslora):
         return
-    layers = adapted_layers(model)
+    layers: dict[str, Any] = dict(adapted_layers(model))
     rank = max(len(layer.lora_A[ADAPTER_NAME].weight) for layer in layers.values())
     scale = float(next(iter(layers.values())).scaling[ADAPTER_NAME])
     for layer in layers.values():

@@ -74,8 +74,7 @@ class PrivacyLedger:
             randomness: "seeded" (a simulation of privacy) or "os".
             accountant: "pld" or "rdp".
             unit: whose presence epsilon is about (`fedlr.privacy.units`). Of the client unit the ledger is the
-            server's,
-                and its one client, 0, stands for every client alike.
+                server's, and its one client, 0, stands for every client alike.
             rows_per_person: of the person unit, the most rows that one person may have.
 
         Raises:

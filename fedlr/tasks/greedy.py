@@ -46,7 +46,7 @@ def prompts_of(data: Conversations, tokenizer: PreTrainedTokenizerBase, *, max_l
         if row[0].role == TEXT:
             raise InputError(f"Expected conversations to answer, got plain texts in {data.source}")
         messages = [{"role": turn.role, "content": turn.text} for turn in row[:-1]]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if len(ids) >= max_length:
             raise InputError(
                 f"{data.source}, row {number}: expected a prompt of less than {max_length} tokens (data.max_length), "
@@ -97,7 +97,7 @@ def greedy_answers(
         for row, tokens in zip(rows, said[:, ids.shape[1] :].tolist(), strict=True):
             stop = next((place for place, token in enumerate(tokens) if token in ends), None)
             ended[row] = stop is not None
-            texts[row] = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+            texts[row] = str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()
     return texts, ended
 
 

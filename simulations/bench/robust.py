@@ -24,7 +24,7 @@ from fedlr.methods.aggregate.trimmed_mean import TrimmedMean
 from fedlr.methods.method import Aggregator
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.outlying import MAX_UPDATE_RATIO
-from fedlr.rounds.round import ClientPool, RoundDiagnostics, ServerState, federated_rounds
+from fedlr.rounds.round import ClientPool, RoundDiagnostics, ServerState
 from fedlr.streams import Purpose, stream
 from simulations.attacks.bad_clients import bad_clients
 from simulations.attacks.labels import with_flipped_labels
@@ -36,6 +36,7 @@ from simulations.bench.robust_table import CLEAN, IID, PRIVATE, SKEWED, Played, 
 from simulations.bench.settings import Settings
 from simulations.choosing import evaluator_of
 from simulations.federation import Federation, assemble
+from simulations.rounds import rounds_of
 from simulations.runtime import pool_here
 
 SENTENCES = Path(".assets/vader.csv")
@@ -130,21 +131,14 @@ def one_run(
     e, start = federation.experiment, federation.start.adapter
     craft = ATTACKS[attack].craft if attack != CLEAN else None
     attacked = AttackedPool(pool, craft=craft, bad=bad, enrolled=start, seed=federation.seed)
-    method = replace(federation.method, aggregate=rule.aggregate)
+    trained = replace(
+        federation,
+        method=replace(federation.method, aggregate=rule.aggregate),
+        experiment=e.model_copy(update={"max_update_ratio": rule.max_update_ratio}),
+    )
     before, state = federation.start, federation.start
     honest, lost, hostile, stopped = 0, 0, 0, 0
-    for state, diagnostics in federated_rounds(
-        federation.start,
-        pool=attacked,
-        method=method,
-        num_rounds=e.num_rounds,
-        num_clients=e.num_clients,
-        cohort_size=e.cohort_size,
-        max_participations=e.max_participations,
-        seed=federation.seed,
-        train_head=e.adapter.train_head,
-        max_update_ratio=rule.max_update_ratio,
-    ):
+    for state, diagnostics in rounds_of(trained, federation.start, attacked):
         out = left_out(rule.aggregate, before, attacked, diagnostics)
         asked = {update.client_id for update in attacked.sent}
         honest, lost = honest + len(asked - bad), lost + len(out - bad)

@@ -74,8 +74,8 @@ def honest(adapter: AdapterState, roles: Sequence[str], num_clients: int, *, see
 
 
 def function_of(adapter: AdapterState) -> Vectors:
-    """All that the adapter computes as one vector: scaled dense products and the head."""
-    dense = [SCALE * (layer.lora_B.double() @ layer.lora_A.double()).flatten() for layer in adapter.factors().values()]
+    """All that the adapter computes as one vector: dense products and the head."""
+    dense = [(layer.lora_B.double() @ layer.lora_A.double()).flatten() for layer in adapter.factors().values()]
     return torch.cat([*dense, adapter.tensors[HEAD_SLOT].double().flatten()]).numpy()
 
 

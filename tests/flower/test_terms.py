@@ -5,15 +5,16 @@ Mutants these tests reject: a new field that is written where it says nothing; a
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from client.bounds import MODELS_OF_TASK, TASK_OF_DATA, Policy
 from fedlr.config.parts import PARTS
 from fedlr.errors import InputError
-from fedlr.flower.task_terms import TASKS
+from fedlr.flower.task_terms import TASKS, LanguageTask
 from fedlr.flower.terms import Terms
+from fedlr.tasks.chat import TEMPLATES
 from fedlr.tasks.text_classification import TextClassification
 from tests.client.device_files import TERMS, changed
 
@@ -90,6 +91,8 @@ def test_every_reader_and_every_model_of_the_project_is_for_one_task() -> None:
     assert set(TASK_OF_DATA) == set(PARTS["data"]) and set(TASK_OF_DATA.values()) == set(TASKS) == set(PARTS["task"])
     assert {model for models in MODELS_OF_TASK.values() for model in models} == set(PARTS["model"])
     assert set(MODELS_OF_TASK) == set(TASKS)
+    (names,) = (get_args(part) for part in get_args(LanguageTask.model_fields["template"].annotation) if get_args(part))
+    assert set(names) == set(TEMPLATES), "terms know every template by its name"
 
 
 def test_a_policy_of_an_older_release_allows_no_language_model() -> None:

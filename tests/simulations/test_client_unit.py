@@ -31,8 +31,9 @@ from fedlr.rounds.round import Dropout, RoundRequest, ServerState, run_round
 from fedlr.runs.directory import CLIENTS, METRICS, SERVER_LEDGER, SUMMARY
 from fedlr.streams import SeededRandomness
 from fedlr.training.threads import torch_threads
-from simulations.client_unit import client_unit, create_server_ledger, poisson_draws
+from simulations.client_unit import client_unit, poisson_draws
 from simulations.federation import Federation
+from simulations.ledgers import create_server_ledger
 from simulations.plan import make_plan
 from simulations.resume import resume
 from simulations.simulate import run_rounds, simulate

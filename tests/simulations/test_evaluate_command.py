@@ -295,3 +295,14 @@ def test_classifiers_score_what_their_run_scored(words: tuple[str, ...], tmp_pat
     assert rows.released["loss"] == pytest.approx(last["loss"], rel=1e-4) and "macro_f1" in rows.released
     with pytest.raises(InputError, match="Expected --generate of a language model"):
         scores(run_dir, on="held-out", generate=3)
+
+
+def test_a_run_of_another_machine_and_of_personal_parts_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = run_of(tmp_path, "experiment=tiny_lm", "data.num_examples=60", "method=fedsa_lora")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path, told = run_dir / "config.yaml", list[str]()
+    path.write_text(path.read_text().replace("device: cpu", "device: cuda"))
+    (rows,), _ = evaluate_run(run_dir, Asked(on="held-out"), say=told.append)
+    assert rows.base is not None and "which is not here" in told[0] and "each client kept its own lora_B" in told[1]

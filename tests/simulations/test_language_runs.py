@@ -119,7 +119,6 @@ REFUSED: Sequence[tuple[str, str]] = [
     ("task.max_response=0", "task.max_response in"),
     ("data.max_length=65", "data.max_length <= model.max_length=64"),
     ("adapter.target_modules=[lm_head]", "lm_head"),
-    ("runtime.kind=superlink", "runtime=local"),
 ]
 
 

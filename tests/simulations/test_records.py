@@ -107,7 +107,15 @@ def test_bytes_are_those_of_the_records_on_the_wire(tmp_path: Path, method: str)
 
 def test_summary_adds_up() -> None:
     f = federation()
-    row = {"accuracy": 0.5, "loss": 0.7, "epsilon_max": 1.0, "bytes_up": 3, "bytes_down": 5, "num_trained": 2}
+    row = {
+        "rounds_completed": 1,
+        "accuracy": 0.5,
+        "loss": 0.7,
+        "epsilon_max": 1.0,
+        "bytes_up": 3,
+        "bytes_down": 5,
+        "num_trained": 2,
+    }
     found = summary(f, f.start, [{**row, "accuracy": 0.25}, row, row], seconds=2.0)
     assert (found["start_accuracy"], found["final_accuracy"]) == (0.25, 0.5)
     assert (found["bytes_up"], found["bytes_down"]) == (9, 15)

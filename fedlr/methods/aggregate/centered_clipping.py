@@ -26,8 +26,8 @@ class CenteredClipping:
     a radius beyond every update it is the mean. Memory grows with the cohort. Post-processing of released updates.
 
     Args:
-        radius: tau, a length of scaled delta_W and head together; null (ours): the median distance from the centre, in
-            each iteration, which less than half of the updates cannot carry away.
+        radius: tau, a length of delta_W without its scale and of the head together; null (ours): the median distance
+            in each iteration, which less than half of the updates cannot carry away.
         num_iterations: of the line above.
 
     Raises: InputError for unequal weights; ValueError without updates, or if they do not all hold the same tensors.

@@ -23,8 +23,8 @@ from fedlr.methods.aggregate.stacking import RunningProducts
 
 
 def gram(adapter: AdapterState, held: Sequence[ClientUpdate]) -> Tensor:
-    """Return <x_j, x_k> of all pairs of updates, (C, C) float64: x_k is what client k adds to every layer's scaled
-    product and to the head, as one vector.
+    """Return <x_j, x_k> of all pairs of updates, (C, C) float64: x_k is what client k adds to every layer's
+    product, without the scale (a Flower strategy does not know it), and to the head, as one vector.
 
     Guarantees: the same, to rounding, whatever gauge each client chose for factors that it trained both; and for
     every gauge of what was broadcast. The side product is no part of it.
@@ -51,7 +51,7 @@ def gram(adapter: AdapterState, held: Sequence[ClientUpdate]) -> Tensor:
             products_CC = _of_vectors(_root(layer.lora_B) @ moves)
         else:
             continue
-        total_CC += adapter.scale**2 * products_CC
+        total_CC += products_CC
     for slot in sorted(trained - of_layers):
         total_CC += _of_vectors(stacked(held, slot) - adapter.tensors[slot].double())
     return total_CC

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.errors.messages import shown
+from fedlr.runs.plain_yaml import plain_yaml
 
 LARGEST = 1e18  # of any number of a run: what is larger was never written, and cannot be drawn
 MOST = 1_000_000  # rounds, clients: a page is drawn of each
@@ -105,6 +106,25 @@ def read_text(path: Path) -> str:
 def read_record(path: Path) -> Record:
     """Return the JSON object in a required file."""
     return _parse(read_text(path), str(path))
+
+
+def optional_record(path: Path) -> Record | None:
+    """Return the JSON object in a file; None where there is no such file."""
+    return read_record(path) if path.exists() else None
+
+
+def read_plain_yaml(path: Path) -> str:
+    """Return YAML without tags and references, which somebody else may have written.
+
+    Raises:
+        InputError: it is something else.
+    """
+    text = read_text(path)
+    try:
+        plain_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    return text
 
 
 def read_lines(path: Path) -> list[Record]:

@@ -14,7 +14,16 @@ from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
 from fedlr.runs.report.contact_sheet import SheetRow, read_contact_sheet
 from fedlr.runs.report.evaluation_text import Evaluated, read_evaluations
 from fedlr.runs.report.of_selection import released_of, validation_of
-from fedlr.runs.report.records import LARGEST, Record, as_record, read_lines, read_record, read_text
+from fedlr.runs.report.records import (
+    LARGEST,
+    Record,
+    as_record,
+    optional_record,
+    read_lines,
+    read_plain_yaml,
+    read_record,
+    read_text,
+)
 from fedlr.runs.verdict import Verdict
 from fedlr.tasks.evaluation import ACCURACY, Metric
 from fedlr.tasks.scores import MOST_CLASSES
@@ -148,12 +157,12 @@ def read_run(run_dir: Path) -> Run:
     """
     config = read_text(run_dir / "config.yaml")
     statement = read_record(run_dir / "privacy.json").values
-    partition = _optional(run_dir / "partition.json")
-    alone = _optional(run_dir / "baselines" / "alone.json")
-    adapter = _optional(run_dir / "adapter" / "adapter_config.json")
-    own = _optional(run_dir / "client_accuracy.json")
+    partition = optional_record(run_dir / "partition.json")
+    alone = optional_record(run_dir / "baselines" / "alone.json")
+    adapter = optional_record(run_dir / "adapter" / "adapter_config.json")
+    own = optional_record(run_dir / "client_accuracy.json")
     more = ("contact_sheet.json", "audit.json", "evaluation.json")
-    sheet, audit, evaluations = (_optional(run_dir / name) for name in more)
+    sheet, audit, evaluations = (optional_record(run_dir / name) for name in more)
     card, asked_config = run_dir / "adapter" / "README.md", run_dir / "asked.yaml"
     baseline, together = (run_dir / "baselines" / arm / "metrics.jsonl" for arm in ("no_privacy", "centralised"))
     summary = _summary(read_record(run_dir / "summary.json"))
@@ -175,7 +184,7 @@ def read_run(run_dir: Path) -> Run:
         client_accuracy=read_client_accuracy(own) if own else (),
         contact_sheet=read_contact_sheet(sheet, alone) if sheet else (),
         card=read_text(card) if card.exists() else "",
-        asked_config=_plain(asked_config) if asked_config.exists() else "",
+        asked_config=read_plain_yaml(asked_config) if asked_config.exists() else "",
         audit=read_audit(audit) if audit else None,
         evaluations=read_evaluations(evaluations) if evaluations else (),
     )
@@ -206,24 +215,6 @@ def spent_by_client(run: Run) -> dict[int, float]:
     for row in run.asked:
         spent[row.client_id] = max(spent.get(row.client_id, 0.0), row.epsilon or 0.0)
     return dict(sorted(spent.items()))
-
-
-def _plain(path: Path) -> str:
-    """Return YAML without tags and references, which somebody else may have written.
-
-    Raises:
-        InputError: it is something else.
-    """
-    text = read_text(path)
-    try:
-        plain_yaml(text)
-    except ValueError as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
-    return text
-
-
-def _optional(path: Path) -> Record | None:
-    return read_record(path) if path.exists() else None
 
 
 def _states(path: Path, metric: Metric) -> list[State]:
