@@ -182,7 +182,7 @@ def num_evaluations(federation: Federation) -> int:
 
 def num_arms(federation: Federation) -> int:
     """Return how many times the rounds run: once, and once more without privacy if that is compared."""
-    return 1 + int(federation.experiment.tracking.run_no_privacy and federation.mechanism is not None)
+    return 1 + int(federation.experiment.tracking.run_no_privacy and federation.experiment.privacy.is_private)
 
 
 def num_threads(federation: Federation) -> int:

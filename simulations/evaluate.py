@@ -32,7 +32,7 @@ from fedlr.tasks.multiple_choice import ChoiceScores, choose
 from fedlr.tasks.task import Task
 from fedlr.training.threads import torch_threads
 from simulations.harness import check_harness, harness_scores
-from simulations.public_rows import NOT_COVERED, check_not_trained_on, files_sha256, public_rows
+from simulations.public_rows import HELD_OUT, NOT_COVERED, check_not_trained_on, files_sha256, public_rows
 
 CAUSAL_LM = "CAUSAL_LM"
 
@@ -133,6 +133,11 @@ def check_asked(asked: Asked, experiment: Experiment) -> None:
         raise InputError("Expected --on TABLE (or held-out) with --generate, whose prompts are asked, got none")
     if asked.show and not asked.generate:
         raise InputError("Expected --generate TOKENS with --show, whose answers are kept, got none")
+    if asked.show and asked.on == HELD_OUT and not experiment.data.public:
+        raise InputError(
+            "Expected data.public=true of a run whose held-out rows are shown, got false: --show writes rows as text; "
+            "name a table of your own with --on"
+        )
     if asked.changes and not asked.on:
         raise InputError(f"Expected --on TABLE with data.{next(iter(asked.changes))}, got none")
     if asked.generate:

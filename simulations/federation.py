@@ -98,6 +98,9 @@ class Federation:
         one = {"num_clients": 1, "cohort_size": 1}
         trainer = e.trainer.model_copy(update={"divisor": divisor})
         privacy = e.privacy.model_copy(update={"max_participations": None})
+        if privacy.unit == "client":  # of which one alone cannot hide
+            none = {"client_epsilon": None, "client_delta": None, "client_noise_multiplier": None}
+            privacy = privacy.model_copy(update={"unit": "example", **none})
         rows = np.sort(np.concatenate([client.rows for client in f.clients]))
         return replace(
             f,
@@ -262,12 +265,14 @@ def left_out_note(partition: Partition, source: str) -> list[str]:
 
 
 def fingerprint(*parts: Table) -> str:
-    """Return the SHA-256 of rows, labels and groups, in their order."""
+    """Return the SHA-256 of rows, labels, groups and persons, in their order."""
     digest = hashlib.sha256()
     for part in parts:
         for row, label, group in zip(part.row_texts(), part.targets(), part.groups or (None,) * len(part), strict=True):
             digest.update(repr((row[0], label, group, *row[1:])).encode())
         digest.update(repr(part.label_names).encode())
+        if (persons := getattr(part, "persons", None)) is not None:
+            digest.update(repr(persons).encode())
     return digest.hexdigest()
 
 

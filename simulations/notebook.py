@@ -154,6 +154,7 @@ def train(
     [(1, 3), (2, 3)]
     """
     from fedlr.training.threads import torch_threads
+    from simulations.choosing import charge_the_rest
     from simulations.ledgers import create_ledger, create_server_ledger
     from simulations.rounds import rounds_of
     from simulations.runtime import make_pool
@@ -170,7 +171,14 @@ def train(
     clients = None if ledger is None else create_ledger(federation, Path(ledger))
     servers = None if server_ledger is None else create_server_ledger(federation, Path(server_ledger))
     with torch_threads(1), closing(make_pool(federation, clients)) as pool:
-        yield from rounds_of(federation, federation.start, pool, server_ledger=servers)
+        done = 0
+        try:
+            for state, told in rounds_of(federation, federation.start, pool, server_ledger=servers):
+                done = state.round_index
+                yield state, told
+        finally:
+            if federation.experiment.cohort == "fixed":  # a secret cohort cannot be charged beforehand
+                charge_the_rest(federation, clients, num_rounds=done)
 
 
 def score(federation: "Federation", state: "ServerState") -> "Evaluation":

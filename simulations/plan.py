@@ -21,8 +21,8 @@ from fedlr.rounds.cohorts import cohorts
 from fedlr.runs.recorder import held_out_labels, recipe_of
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.verdict import advice, least_told
-from fedlr.training.noise import update_noise
 from fedlr.training.threads import torch_threads
+from simulations.client_unit import noise_as_of_one
 from simulations.costs import (
     Costs,
     cohort_bytes,
@@ -67,7 +67,7 @@ def make_plan(experiment: Experiment) -> str:
 def learning_lines(federation: Federation) -> list[str]:
     """Say what would have to come out for the run to have learned, and what stands in its way already."""
     held_out = held_out_labels(federation.test.labels, federation.label_names)
-    noise_sd = update_noise(federation.training, federation.mechanism)
+    noise_sd = noise_as_of_one(federation)
     recipe = recipe_of(federation.experiment, head_is_drawn=federation.base.head_is_drawn, noise_sd=noise_sd)
     if not held_out.label_counts:
         return [

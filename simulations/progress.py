@@ -66,7 +66,7 @@ class Progress:
         if row["accuracy"] is not None and row["loss"] is None:
             self.say(f"  NOT FINITE: the model's outputs overflow; {SMALLER_STEPS}")
 
-    def arm_done(self, experiment: Experiment, *, num_rounds: int) -> None:
+    def arm_done(self, experiment: Experiment, *, num_rounds: int, is_private: bool) -> None:
         """Say that an arm stopped before its last round, if it did."""
         e = experiment
         if num_rounds == e.num_rounds:
@@ -74,7 +74,7 @@ class Progress:
         self._total -= (e.num_rounds - num_rounds) * e.cohort_size
         self.say(
             f"  stopped: {count(e.patience or 0, 'scored round')} without a better model on validation rows"
-            + (f"; epsilon is that of all {e.num_rounds} announced rounds" if e.privacy.epsilon is not None else "")
+            + (f"; epsilon is that of all {e.num_rounds} announced rounds" if is_private else "")
         )
 
     def judged(self, verdict: Mapping[str, Any], released: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from fedlr.config.build import build
 from fedlr.config.schema import Experiment
 from fedlr.data.files import table_files
-from fedlr.data.placement import whole_rows
+from fedlr.data.placement import content, whole_rows
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.runs.tables import load_examples, load_held_out
@@ -105,7 +105,7 @@ def _check_rows(experiment: Experiment, table: Table, on: str, *, seed: int) -> 
         trained, _ = load_examples(experiment, seed=seed)
     except InputError:
         return  # they are at the clients, or have gone
-    if not set(whole_rows(trained)).isdisjoint(whole_rows(table)):
+    if not set(map(content, whole_rows(trained))).isdisjoint(map(content, whole_rows(table))):
         raise _of_clients(experiment, on)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fedlr.adapters.state import Slot
 from fedlr.config.auto_rates import alone_rounds, found_text
-from fedlr.config.schedules import rates_after
+from fedlr.config.schedules import client_rates, rates_after
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.models.released import released_files
-from fedlr.privacy.earlier import with_earlier
+from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
 from fedlr.rounds.evaluate import MOST_SCORED
@@ -66,7 +66,7 @@ from simulations.federation import Federation, assemble, describe
 from simulations.ledgers import create_ledger, create_server_ledger, open_ledger, spent_in_rounds
 from simulations.progress import Progress
 from simulations.rounds import rounds_of
-from simulations.runtime import make_pool
+from simulations.runtime import make_pool, pool_here
 
 
 def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
@@ -94,6 +94,8 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             say(f"note: {note}")
         if found := found_text(experiment, federation.experiment):
             say(found)
+        if federation.earlier is not None:
+            say(f"note: {start_note(federation.earlier)}")
         run_dir = create_run_dir(experiment)
         with sole_writer(run_dir):
             write_asked(run_dir, experiment)
@@ -249,7 +251,7 @@ def run_rounds(
             progress.round_done(row, num_clients=e.cohort_size if diagnostics.is_secret else len(diagnostics.cohort))
             if chooser.is_over:
                 break
-    progress.arm_done(e, num_rounds=state.round_index)
+    progress.arm_done(e, num_rounds=state.round_index, is_private=ledger is not None)
     return chooser.released(state), rows, checkpoints.seconds()
 
 
@@ -277,7 +279,9 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     progress.alone()
     federation = federation.at_rate_of("alone_lr").over(alone_rounds(federation.experiment))
     ledger = open_ledger(federation, path) if path.exists() else create_ledger(federation, path)
-    with closing(make_pool(with_other_noise(federation), ledger)) as pool:
+    # Processes of their own compute the rates of the whole run's rounds.
+    make = make_pool if client_rates(federation.experiment).is_constant else pool_here
+    with closing(make(with_other_noise(federation), ledger)) as pool:
         evaluator = evaluator_of(federation)
         arms = train_alone(federation, pool, client_done=progress.client_done)
         found = [

@@ -38,7 +38,7 @@ MISSPELT = {
     "method=fedsdv": ["lora_fair_ridge", "got 'fedsdv'; did you mean fedsvd?"],
     "method=fed/svd": ["method to be one of", "got 'fed/svd'"],
     "model=3": ["model to be one of", "tiny", "got '3'"],
-    "privacy=": ["privacy to be one of dp, none, got ''"],
+    "privacy=": ["privacy to be one of client, dp, none, got ''"],
     "experiment=tyni": ["got 'tyni'; did you mean tiny?"],
     "-m experiment=tiny method=fedsvd,fedsdv": ["got 'fedsdv'"],
 }

@@ -206,7 +206,8 @@ def find(name: Any, where: str) -> Callable[..., Any]:
             there.
     """
     if not isinstance(name, str):
-        raise InputError(f"Expected {where} to be a part's name, got {shown(name)}")
+        beside = f"; beside arguments of it set {where}=NAME" if name is None and where.endswith(TARGET) else ""
+        raise InputError(f"Expected {where} to be a part's name, got {shown(name)}{beside}")
     place = place_of(name, section_of(where), where)
     check_name(place, where)
     try:

@@ -53,6 +53,11 @@ def check_start_from(experiment: "Experiment") -> None:
             f"Expected adapter.init_lora_weights=true with adapter.start_from, got {adapter.init_lora_weights}: the "
             "folder has the start"
         )
+    if experiment.privacy.epsilon is not None and experiment.privacy.client_epsilon is not None:
+        raise InputError(
+            "Expected a budget of one unit with adapter.start_from, got privacy.epsilon and privacy.client_epsilon: "
+            "what a start adds to two epsilons is not counted; set one of them to null"
+        )
     if experiment.runtime.kind != "local" and experiment.privacy.randomness == "seeded":
         raise InputError(
             f"Expected privacy.randomness=os seed=null with adapter.start_from and runtime={experiment.runtime.kind}, "

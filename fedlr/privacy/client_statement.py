@@ -67,7 +67,7 @@ def client_statement(
     return {
         "statement": sentence(header, spent, num_clients=num_clients, placed_by=placed_by),
         "differential_privacy": is_private,
-        "for_release": is_private and header.randomness == "os" and not placed_by,
+        "for_release": is_private and header.randomness == "os" and not placed_by and header.delta * num_clients < 1,
         "placement_depends_on": list(placed_by),
         "unit": CLIENT.text,
         "neighbouring_relation": CLIENT.relation,

@@ -1,7 +1,8 @@
 """What a statement says of an earlier run whose adapter this one began with.
 
 The released adapter is a function of both runs. So a row that both read is protected by their sum alone: epsilons and
-deltas add up (Dwork and Roth 2014, theorem 3.16), whatever the two data sets are called.
+deltas add up (Dwork and Roth 2014, theorem 3.16). Whether they read the same rows nothing here can tell, what files are
+called least of all: a statement never claims more than that of its start.
 """
 
 import math
@@ -54,29 +55,32 @@ def with_earlier(statement: dict[str, Any], earlier: Mapping[str, Any] | None) -
         statement: of this run.
         earlier: what `earlier_run` returned, and names of the folder; or `started_from` of a statement.
 
-    Guarantees: where the two runs may have read the same data, the statement claims no differential privacy, and no
-        release, that the earlier one does not have.
+    Guarantees: the statement claims no differential privacy, and no release, that the earlier one does not have.
     """
     if earlier is None:
         return statement
-    kept = {key: value for key, value in earlier.items() if key not in ("epsilon_sum", "delta_sum", "may_be_same_data")}
+    kept = {key: value for key, value in earlier.items() if key not in ("epsilon_sum", "delta_sum")}
     own, before = largest(statement), float(earlier["epsilon"])
     is_alike = earlier["unit"] == f"{statement['unit']} ({statement['neighbouring_relation']})"
     total = own + before if is_alike else math.inf  # of other units nothing adds up
     delta = (statement["delta"] or 0.0) + (earlier["delta"] or 0.0) if math.isfinite(total) else None
     names = (statement.get("dataset_id"), earlier["dataset_id"])
-    may_be_same = None in names or names[0] == names[1]
-    sums = {
-        "epsilon_sum": total if delta is not None else INFINITE,
-        "delta_sum": delta,
-        "may_be_same_data": may_be_same,
+    sums = {"epsilon_sum": total if delta is not None else INFINITE, "delta_sum": delta}
+    return {
+        **statement,
+        "started_from": {**kept, **sums},
+        "statement": f"{statement['statement']} {_sentence(earlier, before, total, delta, names)}",
+        "differential_privacy": statement["differential_privacy"] and delta is not None,
+        "for_release": statement["for_release"] and earlier["for_release"],
     }
-    found = {**statement, "started_from": {**kept, **sums}}
-    found["statement"] = f"{statement['statement']} {_sentence(earlier, before, total, delta, names)}"
-    if may_be_same:
-        found["differential_privacy"] = statement["differential_privacy"] and delta is not None
-        found["for_release"] = statement["for_release"] and earlier["for_release"]
-    return found
+
+
+def start_note(earlier: Mapping[str, Any]) -> str:
+    """Say, before a run, what its start is worth to whoever is in both."""
+    before = float(earlier["epsilon"])
+    if not math.isfinite(before):
+        return "the start was trained without privacy: whatever epsilon this run prints, it is not private as a whole"
+    return f"the start was trained with epsilon {_up(before)}, which adds to this run's for a row that both read"
 
 
 def _sentence(

@@ -14,6 +14,7 @@ import numpy as np
 from fedlr.config.auto_rates import schedule_of
 from fedlr.config.schema import Experiment
 from fedlr.methods.method import Method
+from fedlr.methods.rate_schedule import CONSTANT
 from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.outcome import finite, problem_of
@@ -72,6 +73,7 @@ def metrics_row(
         bool(errors) or bool(state.adapter.factors())
     )  # of other systems perhaps not: None, and no exact 0.0
     statuses = [dropout.status for dropout in d.dropouts] if d else []
+    noise_now = noise_sd if of_clients else _at(noise_sd, rates)  # the server's is the same at any rate of clients
     train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)
     return {
         "rounds_completed": state.round_index,
@@ -92,7 +94,7 @@ def metrics_row(
         "aggregation_error_by_layer": dict(errors),
         "singular_values": dict(d.singular_values) if d else {},
         **({} if rates is None else {"rates": dict(rates)}),
-        "noise_to_signal": d.change.noise_to_signal(_at(noise_sd, rates)) if d and d.change else None,
+        "noise_to_signal": d.change.noise_to_signal(noise_now) if d and d.change else None,
         "bytes_up": d.bytes_up if d else 0,
         "bytes_down": d.bytes_down if d else 0,
         "seconds": {
@@ -152,6 +154,8 @@ def recipe_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | 
     `head_is_drawn` says that the base model brings no classification head of its own; `noise_sd` as in `metrics_row`.
     """
     e, model = experiment, experiment.model.section()
+    if e.privacy.client_epsilon is not None:  # the server adds the noise, whatever the clients' rates are
+        e = e.model_copy(update={"trainer": e.trainer.model_copy(update={"lr_schedule": CONSTANT, "warmup_rounds": 0})})
     pooling, lr = model.get("pooling", "mean"), e.trainer.optimizer.section().get("lr")
     is_mean = isinstance(pooling, str) and (pooling == "auto" or "mean" in pooling)
     return Recipe(
@@ -163,6 +167,7 @@ def recipe_of(experiment: Experiment, *, head_is_drawn: bool, noise_sd: float | 
             noise_sd, rounds=schedule_of(e, (0.0, 1.0)).accumulated_rounds(), cohort_size=e.cohort_size
         ),
         has_label_weights=bool(e.data.label_weights),
+        of_clients=e.privacy.client_epsilon is not None and e.privacy.epsilon is None,
     )
 
 

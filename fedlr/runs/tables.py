@@ -134,7 +134,6 @@ def load_test_table(experiment: Experiment, *, seed: int, label_names: Sequence[
         changed = {"train_split": data.test_split}
     if label_names and not section.get("labels") and not section.get("label_groups"):
         changed["labels"] = list(label_names)
-    if "fetched_by" in section:
-        changed["fetched_by"] = None
+    changed |= {key: None for key in ("fetched_by", "person_column") if key in section}
     table: Table = build({**section, **changed}, "data", seed=seed)
     return table

@@ -6,6 +6,8 @@ from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 
+LARGE_DELTA = 0.01
+
 
 def client_delta(experiment: Experiment) -> float:
     """Return the delta of the client unit: as configured, else n^-1.1 for n clients (McMahan et al. 2018, sec. 4).
@@ -71,9 +73,14 @@ def unit_notes(experiment: Experiment) -> tuple[str, ...]:
             f"privacy.client_delta={client_delta(e):g} is 1 / num_clients or more: to publish one client in the clear "
             f"would count as private; set it below {1 / e.num_clients:.3g}"
         )
-    if e.cohort == "fixed":
+    elif client_delta(e) > LARGE_DELTA:
         found.append(
-            "a cohort of a fixed size amplifies nothing: every round counts as if all clients took part; "
-            "cohort=poisson with a server that tells nobody who was drawn does"
+            f"delta is {client_delta(e):.3g} for {e.num_clients} clients: so few hide hardly anybody; this unit is for "
+            "hundreds of clients and more"
+        )
+    if cohort_rate(e) == 1:
+        found.append(
+            "a cohort of a fixed size, or of everybody, amplifies nothing: every round counts as if all clients took "
+            "part; cohort=poisson of a part of them does, with a server that tells nobody who was drawn"
         )
     return tuple(found)

@@ -71,6 +71,7 @@ class Recipe:
     lr: float | None = None
     gathered_noise: float | None = None
     has_label_weights: bool = False
+    of_clients: bool = False  # the noise hides whole clients, and the server adds it
 
 
 @dataclass(frozen=True)
@@ -307,9 +308,11 @@ def _about_rate(recipe: Recipe, outcome: Result | None) -> list[str]:
 def _about_noise(recipe: Recipe, outcome: Result | None) -> list[str]:
     found = []
     if outcome is not None and (outcome.noise_to_signal or 0) > MOSTLY_NOISE:
+        rows = "" if recipe.of_clients else "more rows (trainer.sample_rate, more data), "
         found.append(
-            "a round's update is mostly noise: take more rows (trainer.sample_rate, more data), more clients a round "
-            "(cohort_size), fewer trained numbers (adapter.rank, adapter.layers), or a larger privacy.epsilon"
+            f"a round's update is mostly noise: take {rows}more clients a round (cohort_size), fewer trained numbers "
+            "(adapter.rank, adapter.layers), or a larger "
+            + ("privacy.client_epsilon" if recipe.of_clients else "privacy.epsilon")
         )
     if recipe.num_rounds < FEW_ROUNDS:
         found.append(f"{recipe.num_rounds} rounds are few: raise num_rounds")

@@ -119,7 +119,7 @@ def check_auditable(experiment: Experiment) -> None:
     """
     if not experiment.privacy.is_private:
         raise InputError("Expected an epsilon to audit, got privacy=none; set privacy=dp")
-    if experiment.privacy.unit == "client":
+    if experiment.privacy.unit != "example":
         raise InputError(
             "Expected privacy.unit=example for an audit, whose canaries are single rows, got client; audit the same "
             "configuration with privacy=dp"

@@ -44,12 +44,19 @@ def test_of_one_data_set_epsilons_add_up_and_nothing_is_claimed_that_the_earlier
     assert claims_too_much(lambda own, earlier: own)
 
 
-def test_a_start_on_other_data_leaves_this_runs_claim_and_is_told() -> None:
-    found = with_earlier(statement(1.5), earlier_run(no_privacy_statement(3) | {"dataset_id": "theirs.csv"}))
-    assert found["differential_privacy"] and found["for_release"] and not found["started_from"]["may_be_same_data"]
-    assert "on 'theirs.csv' without differential privacy: a row that was read there is not protected" in str(found)
-    unnamed = with_earlier(statement(1.5), earlier_run(no_privacy_statement(3)))
-    assert unnamed["started_from"]["may_be_same_data"] and not unnamed["differential_privacy"]
+@pytest.mark.parametrize("name", ["theirs.csv", "/home/u/mine.csv", None])
+def test_whatever_the_data_of_a_start_are_called_no_more_is_claimed_than_it_has(name: str | None) -> None:
+    found = with_earlier(statement(1.5), earlier_run(no_privacy_statement(3) | {"dataset_id": name}))
+    assert not found["differential_privacy"] and not found["for_release"]
+    assert "without differential privacy: a row that was read there is not protected" in str(found)
+    simulated = with_earlier(statement(1.5), earlier_run(statement(2.0, str(name), for_release=False)))
+    assert simulated["differential_privacy"] and not simulated["for_release"]
+
+
+def test_a_run_without_privacy_is_not_forgotten_behind_one_with_it() -> None:
+    second = with_earlier(statement(1.5, "theirs.csv"), earlier_run(no_privacy_statement(3)))
+    third = with_earlier(statement(0.5), earlier_run(second))
+    assert not third["differential_privacy"] and not third["for_release"]
 
 
 def test_a_start_of_a_start_is_counted_in() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.rounds.round import RoundRequest
+from fedlr.rounds.round import RoundRequest, ServerState
 from fedlr.runs.directory import LEDGER
+from fedlr.runs.selection import Selection
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.ledgers import create_ledger
 from simulations.progress import Progress
-from simulations.simulate import run_rounds
+from simulations.simulate import leave_behind, run_rounds
 
 # What a run without privacy leaves behind; a private one also its ledger.
 RUN_FILES = {
@@ -77,3 +78,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def open_ledger(path: Path, f: Federation) -> PrivacyLedger:
     return PrivacyLedger.open(path, f.budget, accountant="rdp", dataset_id=f.source, randomness="seeded")
+
+
+def leave_state_behind(f: Federation, folder: Path, state: ServerState) -> None:
+    """Write statement and adapter of a state, as if it were the last of a run."""
+    rows = [{"rounds_completed": state.round_index}]
+    released = Selection.of(f.experiment, f.task.metric).record(rows, num_rounds=f.experiment.num_rounds)
+    leave_behind(f, folder, state, released)

@@ -32,8 +32,7 @@ from simulations.alone import train_alone
 from simulations.federation import Federation, assemble
 from simulations.ledgers import create_ledger
 from simulations.runtime import make_pool
-from simulations.simulate import leave_behind
-from tests.simulations.small_runs import experiment, federation
+from tests.simulations.small_runs import experiment, federation, leave_state_behind
 from tests.training.small_models import mutant
 
 OPACUS = "trainer.engine=opacus"
@@ -341,6 +340,6 @@ def test_the_card_of_a_personal_method_says_what_is_missing(tmp_path: Path) -> N
         f = federation(f"method={name}")
         (tmp_path / name).mkdir()
         create_ledger(f, tmp_path / name / "ledger.jsonl")
-        leave_behind(f, tmp_path / name, f.start)
+        leave_state_behind(f, tmp_path / name, f.start)
         card = (tmp_path / name / "adapter" / "README.md").read_text()
         assert ("Every client kept lora_B to itself" in card) is says

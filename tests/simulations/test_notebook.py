@@ -81,6 +81,11 @@ def test_private_rounds_without_a_ledger_are_refused_before_any_training(folder:
     list(fedlr.train(f, ledger=ledger))
     with pytest.raises(InputError, match=r"ledger\.jsonl"):
         next(fedlr.train(f, ledger=ledger))
+    left = fedlr.federation("experiment=tiny", "num_rounds=3", *SMALL, say=None)
+    loop = fedlr.train(left, ledger=folder / "left.jsonl")
+    assert next(loop)[0].round_index == 1  # and no further
+    loop.close()
+    assert (folder / "left.jsonl").read_text().count('"reserved"') == 9
     whole = fedlr.federation("experiment=tiny", "privacy=client", "num_rounds=1", *SMALL, say=None)
     with pytest.raises(InputError, match="Expected a server_ledger with privacy, got none"):
         next(fedlr.train(whole))

@@ -20,9 +20,17 @@ from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.directory import LEDGER
 from simulations.ledgers import create_ledger
-from simulations.simulate import leave_behind, simulate
+from simulations.simulate import simulate
 from tests.simulations import small_runs
-from tests.simulations.small_runs import RUN_FILES, experiment, federation, lines, open_ledger, rounds
+from tests.simulations.small_runs import (
+    RUN_FILES,
+    experiment,
+    federation,
+    leave_state_behind,
+    lines,
+    open_ledger,
+    rounds,
+)
 
 
 def test_a_run_leaves_everything_behind_and_nothing_half_done(tmp_path: Path) -> None:
@@ -197,6 +205,6 @@ def test_what_is_exported_is_the_last_state(tmp_path: Path) -> None:
     f = federation()
     before = read_adapter(f.model).fingerprint()
     rounds(f, tmp_path / "run")
-    leave_behind(f, tmp_path / "run", f.start)
+    leave_state_behind(f, tmp_path / "run", f.start)
     assert f.start.adapter.fingerprint() in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert read_adapter(f.model).fingerprint() == before

@@ -37,8 +37,8 @@ from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.resume import resume
 from simulations.runtime import make_pool
-from simulations.simulate import leave_behind, simulate
-from tests.simulations.small_runs import experiment, federation, lines, rounds
+from simulations.simulate import simulate
+from tests.simulations.small_runs import experiment, federation, leave_state_behind, lines, rounds
 
 XS = ("adapter=lora_xs", "method=fedavg", "trainer.engine=opacus")
 KEEPS_THE_FUNCTION = [name for name in MADE_BY_THE_SERVER if name != "lora_sb"]
@@ -321,7 +321,7 @@ def test_randomness_of_the_operating_system_starts_as_well(tmp_path: Path) -> No
 def test_leaving_behind_folds_the_side_into_further_ranks(tmp_path: Path) -> None:
     f = federation(*words("pissa", "privacy=none"))
     state = ServerState(f.start.adapter)
-    leave_behind(f, tmp_path, state)
+    leave_state_behind(f, tmp_path, state)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert set(config["rank_pattern"].values()) == {8}
     assert read_adapter(sharing_base(f.model)).side == {}

@@ -33,8 +33,8 @@ from fedlr.training.local import sum_over
 from fedlr.training.threads import torch_threads
 from simulations.federation import Federation, assemble
 from simulations.runtime import make_pool
-from simulations.simulate import leave_behind, simulate
-from tests.simulations.small_runs import experiment, federation, lines, rounds
+from simulations.simulate import simulate
+from tests.simulations.small_runs import experiment, federation, leave_state_behind, lines, rounds
 
 FEDAVG = ("method=fedavg", "trainer.engine=opacus")
 # Linear by hooks, by vmap and by copies; multilinear by vmap and by copies; nonlinear with an exact block.
@@ -126,7 +126,7 @@ def check_export(system: str, folder: Path) -> None:
         for slot, tensor in f.start.adapter.select(f.request().block).items()
     }
     state = replace(f.start, adapter=f.start.adapter.with_tensors(moved))
-    leave_behind(f, folder, state)
+    leave_state_behind(f, folder, state)
     own = sharing_base(f.model)
     before = logits_of(own)
     write_adapter(own, state.adapter.tensors)

@@ -137,6 +137,8 @@ def _name(slot: Slot) -> str:
 def _earlier(folder: Path, card: str, sha256: str) -> dict[str, Any]:
     try:
         statement = json.loads(STATEMENT.findall(card)[-1])
+        if "client_unit" in statement:
+            raise ValueError("epsilons of two units, of which neither can be counted on here")
         return {"folder": str(folder), "adapter_sha256": sha256, **earlier_run(statement)}
     except (IndexError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
@@ -150,6 +152,10 @@ def _text(path: Path) -> str:
             raise InputError(f"Expected at most {LARGEST_TEXT:,} bytes in {path}, got {path.stat().st_size:,}")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
+        if (path.parent / "adapter").is_dir():
+            raise InputError(
+                f"Expected the adapter folder of an earlier run, got the run: set {KEY}={path.parent}/adapter"
+            ) from error
         raise InputError(
             f"Expected the adapter folder of an earlier run in {KEY}, RUN_DIR/adapter, got {str(path.parent)!r} "
             f"without a readable {path.name} ({one_line(error)[:80]})"

@@ -18,6 +18,8 @@ def aggregation_error(run: Run) -> Picture:
     """How far the aggregate is from the mean of the clients' updates."""
     name, title = "aggregation-error", "Aggregation error of each round"
     states = [state for state in run.states if state.rounds_completed > 0 and state.aggregation_error is not None]
+    if not states and not run.asked and len(run.states) > 1:
+        return Picture(name, title, "Withheld: it would tell of single clients, whom this run hides.")
     if not states:
         return Picture(name, title, "No round was aggregated, or the adapter is not LoRA, whose products are compared.")
     errors = [error for state in states for error in (state.aggregation_error or 0.0, *state.error_by_layer.values())]
