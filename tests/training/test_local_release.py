@@ -209,7 +209,7 @@ def test_an_optimizer_that_is_kept_is_caught() -> None:
     kept = mutant(
         shipped,
         (
-            "optimizer = training.optimizer(list(trained.values()))",
+            "optimizer = training.optimizer_of(list(trained.values()), round_index=round_index)",
             "optimizer = KEPT.setdefault(id(model), training.optimizer(list(trained.values())))",
         ),
     )
