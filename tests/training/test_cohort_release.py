@@ -175,7 +175,7 @@ def test_an_optimizer_that_is_kept_is_caught() -> None:
     kept = mutant(
         shipped,
         (
-            "optimizer = training.optimizer([theta])",
+            "optimizer = training.optimizer_of([theta], round_index=round_index)",
             "optimizer = KEPT.setdefault(id(sums), training.optimizer([theta]))\n"
             "    optimizer.state[theta] = optimizer.state.pop(optimizer.param_groups[0]['params'][0], {})\n"
             "    optimizer.param_groups[0]['params'] = [theta]",
