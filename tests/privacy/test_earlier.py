@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 
 from fedlr.privacy.earlier import earlier_run, with_earlier
-from fedlr.privacy.rows import RELATION, UNIT
 from fedlr.privacy.statement import no_privacy_statement
+from fedlr.privacy.units import EXAMPLE
 
 Statement = dict[str, Any]
 
 
-def statement(epsilon: float, name: str = "mine.csv", *, for_release: bool = True, unit: str = UNIT) -> Statement:
+def statement(
+    epsilon: float, name: str = "mine.csv", *, for_release: bool = True, unit: str = EXAMPLE.text
+) -> Statement:
     return {
         "statement": f"epsilon <= {epsilon}.",
         "differential_privacy": True,
         "for_release": for_release,
         "unit": unit,
-        "neighbouring_relation": RELATION,
+        "neighbouring_relation": EXAMPLE.relation,
         "delta": 1e-5,
         "epsilon": {"maximum": epsilon},
         "dataset_id": name,
