@@ -17,6 +17,7 @@ import pytest
 import fedlr
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
+from fedlr.privacy.statement import privacy_statement
 from simulations.methods_command import names
 from simulations.notebook import words_of
 
@@ -81,11 +82,13 @@ def test_private_rounds_without_a_ledger_are_refused_before_any_training(folder:
     list(fedlr.train(f, ledger=ledger))
     with pytest.raises(InputError, match=r"ledger\.jsonl"):
         next(fedlr.train(f, ledger=ledger))
-    left = fedlr.federation("experiment=tiny", "num_rounds=3", *SMALL, say=None)
-    loop = fedlr.train(left, ledger=folder / "left.jsonl")
+    three = fedlr.federation("experiment=tiny", "num_rounds=3", *SMALL, say=None)
+    loop = fedlr.train(three, ledger=folder / "left.jsonl")
     assert next(loop)[0].round_index == 1  # and no further
     loop.close()
-    assert (folder / "left.jsonl").read_text().count('"reserved"') == 9
+    assert len(list(fedlr.train(three, ledger=folder / "all.jsonl"))) == 3
+    left, done = (privacy_statement(folder / name, range(3))["epsilon"] for name in ("left.jsonl", "all.jsonl"))
+    assert left == done
     whole = fedlr.federation("experiment=tiny", "privacy=client", "num_rounds=1", *SMALL, say=None)
     with pytest.raises(InputError, match="Expected a server_ledger with privacy, got none"):
         next(fedlr.train(whole))
