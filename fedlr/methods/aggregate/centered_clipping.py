@@ -62,8 +62,9 @@ class CenteredClipping:
 def clipped_centre(gram_CC: Tensor, *, radius: float | None, num_iterations: int) -> Tensor:
     """Return the coefficients c of v = sum_k c_k x_k, (C,), from inner products alone; their sum is at most 1.
 
-    >>> clipped_centre(torch.diag(torch.tensor([1.0, 1.0, 1e12]).double()), radius=1.0, num_iterations=1).tolist()
-    [0.3333333333333333, 0.3333333333333333, 3.333333333333333e-07]
+    >>> gram = torch.diag(torch.tensor([1.0, 1.0, 16.0], dtype=torch.float64))
+    >>> (12 * clipped_centre(gram, radius=1.0, num_iterations=1)).round(decimals=9).tolist()
+    [4.0, 4.0, 1.0]
     """
     num_clients = len(gram_CC)
     found_C = torch.zeros(num_clients, dtype=torch.float64)
