@@ -80,7 +80,8 @@ def start_note(earlier: Mapping[str, Any]) -> str:
     before = float(earlier["epsilon"])
     if not math.isfinite(before):
         return "the start was trained without privacy: whatever epsilon this run prints, it is not private as a whole"
-    return f"the start was trained with epsilon {_up(before)}, which adds to this run's for a row that both read"
+    whom = str(earlier["unit"]).partition(" (")[0]
+    return f"the start was trained with epsilon {_up(before)} for {whom}; privacy.json counts it in at the end"
 
 
 def _sentence(

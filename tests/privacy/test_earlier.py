@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedlr.privacy.earlier import earlier_run, with_earlier
+from fedlr.privacy.earlier import earlier_run, start_note, with_earlier
 from fedlr.privacy.statement import no_privacy_statement
 from fedlr.privacy.units import EXAMPLE
 
@@ -59,6 +59,14 @@ def test_a_run_without_privacy_is_not_forgotten_behind_one_with_it() -> None:
     second = with_earlier(statement(1.5, "theirs.csv"), earlier_run(no_privacy_statement(3)))
     third = with_earlier(statement(0.5), earlier_run(second))
     assert not third["differential_privacy"] and not third["for_release"]
+
+
+def test_a_note_says_whom_the_epsilon_of_a_start_protects() -> None:
+    assert start_note(earlier_run(statement(1.5))) == (
+        "the start was trained with epsilon 1.5 for one training example of one client; privacy.json counts it in at "
+        "the end"
+    )
+    assert "is not private as a whole" in start_note(earlier_run(no_privacy_statement(3)))
 
 
 def test_a_start_of_a_start_is_counted_in() -> None:
