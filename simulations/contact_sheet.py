@@ -17,6 +17,7 @@ from PIL import Image
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState
 from fedlr.tasks.pictures import EncodedImages
+from simulations.choosing import evaluator_of
 from simulations.federation import Federation
 
 MOST_CLIENTS = 24
@@ -36,11 +37,12 @@ def named(evaluator: Evaluator, state: ServerState, rows: NDArray[np.int64]) -> 
     return [int(label) for label in evaluator.answers(state, rows).named] if len(rows) else []
 
 
-def contact_sheet(federation: Federation, evaluator: Evaluator, state: ServerState) -> dict[str, Any] | None:
+def contact_sheet(federation: Federation, state: ServerState) -> dict[str, Any] | None:
     """Return contact_sheet.json; None where nothing is shown."""
     test, tests, rows = federation.test, federation.client_tests, shown_rows(federation)
     if tests is None or not rows or not isinstance(test, EncodedImages):
         return None
+    evaluator = evaluator_of(federation)
     clients: list[dict[str, Any]] = []
     for client_id, mine in enumerate(rows):
         told = named(evaluator, state, mine)

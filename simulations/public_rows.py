@@ -13,6 +13,7 @@ from fedlr.config.build import build
 from fedlr.config.schema import Experiment
 from fedlr.data.files import table_files
 from fedlr.data.placement import content, whole_rows
+from fedlr.data.public import file_sha256
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.runs.tables import load_examples, load_held_out
@@ -123,6 +124,6 @@ def _of_clients(experiment: Experiment, on: str) -> InputError:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error

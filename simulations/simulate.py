@@ -26,7 +26,7 @@ from fedlr.models.released import released_files
 from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
-from fedlr.rounds.evaluate import MOST_SCORED
+from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, scored
 from fedlr.runs.asked import write_asked
@@ -131,7 +131,7 @@ def run(
         write_json(
             run_dir / CLIENT_ACCURACY, score_clients(federation.client_tests, partial(accuracy_on, federation, state))
         )
-    if sheet := contact_sheet(federation, evaluator_of(federation), state):
+    if sheet := contact_sheet(federation, state):
         write_json(run_dir / CONTACT_SHEET, sheet)
     result = summary(federation, state, rows, seconds=seconds)
     leave_behind(federation, run_dir, state, result["released"])
@@ -285,7 +285,7 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
         evaluator = evaluator_of(federation)
         arms = train_alone(federation, pool, client_done=progress.client_done)
         found = [
-            (evaluator.score(scored(arm.state))[0], arm.num_updates, of_own_rows(federation, client_id, arm))
+            (evaluator.score(scored(arm.state))[0], arm.num_updates, of_own_rows(federation, evaluator, client_id, arm))
             for client_id, arm in enumerate(arms)
         ]
     spent = ledger.spent_all(range(len(found))) if ledger else {}
@@ -306,7 +306,7 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates, _ in found))
 
 
-def of_own_rows(federation: Federation, client_id: int, arm: Arm) -> dict[str, Any]:
+def of_own_rows(federation: Federation, evaluator: Evaluator, client_id: int, arm: Arm) -> dict[str, Any]:
     """Return how good a client alone is on held-out rows of its own, where that is told of clients at all, and what it
     takes the pictures of the contact sheet for."""
     tests, shown = federation.client_tests, shown_rows(federation)
@@ -316,7 +316,7 @@ def of_own_rows(federation: Federation, client_id: int, arm: Arm) -> dict[str, A
     own = {"own_accuracy": accuracy_on(federation, state, tests.rows[client_id])}
     if client_id >= len(shown):
         return own
-    return {**own, "named": named(evaluator_of(federation), state, shown[client_id])}
+    return {**own, "named": named(evaluator, state, shown[client_id])}
 
 
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ def options(group: str, packaged: Path) -> list[str]:
 
 def file_of(group: str, name: str, packaged: Path) -> Path:
     """Return the file of an option that is there."""
-    return next(file for folder in folders(packaged) if (file := folder / group / f"{name}.yaml").is_file())
+    return _files(group, name, packaged)[0]
 
 
 def check_own(group: str, choice: str, packaged: Path) -> None:
@@ -44,9 +44,13 @@ def check_own(group: str, choice: str, packaged: Path) -> None:
     Raises:
         InputError: which says what to rename.
     """
-    found = [file for folder in folders(packaged) if (file := folder / group / f"{choice}.yaml").is_file()]
-    if len(found) > 1 and len({file.read_bytes() for file in found}) > 1:
+    if len({file.read_bytes() for file in _files(group, choice, packaged)}) > 1:
         raise InputError(
             f"Expected {group}={choice} to be one file, got fedlr's and {OWN}/{group}/{choice}.yaml of this folder: "
             f"call yours otherwise, its `name` too, such as {group}=my_{choice}"
         )
+
+
+def _files(group: str, name: str, packaged: Path) -> list[Path]:
+    """Return the files of one name, fedlr's first."""
+    return [file for folder in folders(packaged) if (file := folder / group / f"{name}.yaml").is_file()]

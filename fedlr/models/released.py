@@ -4,7 +4,6 @@ The folder may come from anywhere. PEFT would import modules that some keys of a
 read a pickle where the safetensors file is missing: neither is reached.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from fedlr.data.public import file_sha256
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line, one_line, shown
 from fedlr.models.network import AdaptedModel, BaseModel
@@ -28,7 +28,7 @@ def released_files(folder: Path) -> dict[str, str]:
         InputError: if one of them is missing or cannot be read.
     """
     try:
-        return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CONFIG, TENSORS)}
+        return {name: file_sha256(folder / name) for name in (CONFIG, TENSORS)}
     except OSError as error:
         raise InputError(f"Expected {CONFIG} and {TENSORS} in {folder}, got: {error.strerror or error}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charges, Header, read_ledger
 from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION
-from fedlr.privacy.units import CLIENT
+from fedlr.privacy.units import CLIENT, rounded_up
 
 POISSON = (
     "the Poisson draw of each round's cohort over the fixed population of enrolled clients, which nobody but the "
@@ -100,7 +100,7 @@ def sentence(header: Header, spent: float, *, num_clients: int, placed_by: Seque
         "" if header.delta * num_clients < 1 else f", which is 1/{num_clients} or more and so no protection of anybody"
     )
     claim = (
-        f"epsilon <= {math.ceil(spent * 1000) / 1000} at delta = {header.delta:.6g}{large}, for {CLIENT.text} (add or "
+        f"epsilon <= {rounded_up(spent)} at delta = {header.delta:.6g}{large}, for {CLIENT.text} (add or "
         "remove), against readers of the models and the other clients; the server is trusted, and sees updates in the "
         "clear"
     )

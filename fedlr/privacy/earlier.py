@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedlr.privacy.units import rounded_up
+
 INFINITE = "inf"
 
 
@@ -81,7 +83,7 @@ def start_note(earlier: Mapping[str, Any]) -> str:
     if not math.isfinite(before):
         return "the start was trained without privacy: whatever epsilon this run prints, it is not private as a whole"
     whom = str(earlier["unit"]).partition(" (")[0]
-    return f"the start was trained with epsilon {_up(before)} for {whom}; privacy.json counts it in at the end"
+    return f"the start was trained with epsilon {rounded_up(before)} for {whom}; privacy.json counts it in at the end"
 
 
 def _sentence(
@@ -95,13 +97,11 @@ def _sentence(
             "there is not protected here either."
         )
     told = (
-        f"It began with an adapter that was trained with epsilon <= {_up(before)} at delta = {earlier['delta']:g}{data}"
-        f"{same}, for {earlier['unit']}, by its model card"
+        f"It began with an adapter that was trained with epsilon <= {rounded_up(before)} at delta = "
+        f"{earlier['delta']:g}{data}{same}, for {earlier['unit']}, by its model card"
     )
     if delta is None:
         return f"{told}: no sum of the two bounds what is known of a row that both runs read."
-    return f"{told}: for a row that both runs read the two add up to epsilon <= {_up(total)} at delta = {delta:g}."
-
-
-def _up(epsilon: float) -> float:
-    return math.ceil(epsilon * 1000) / 1000
+    return (
+        f"{told}: for a row that both runs read the two add up to epsilon <= {rounded_up(total)} at delta = {delta:g}."
+    )

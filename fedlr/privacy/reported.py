@@ -19,7 +19,7 @@ from fedlr.privacy.statement import (
     SIMULATION,
     no_privacy_statement,
 )
-from fedlr.privacy.units import EXAMPLE
+from fedlr.privacy.units import EXAMPLE, rounded_up
 
 
 def reported_statement(
@@ -48,9 +48,9 @@ def reported_statement(
         return no_privacy_statement(num_clients)
     largest = max(epsilon.values(), default=math.inf)  # of nobody there is nothing to say
     is_private, silent = math.isfinite(largest), num_clients - len(epsilon)
-    rounded_up = math.ceil(largest * 1000) / 1000 if is_private else math.inf
+    told = rounded_up(largest) if is_private else math.inf
     claim = (
-        f"each client whose update was used reports epsilon <= {rounded_up} at delta <= {delta}, max over "
+        f"each client whose update was used reports epsilon <= {told} at delta <= {delta}, max over "
         f"{len(epsilon)} clients, for {EXAMPLE.text} ({EXAMPLE.relation}), by its own ledger over its whole life; this "
         f"server cannot check it, and {silent} of {num_clients} clients reported nothing"
     )

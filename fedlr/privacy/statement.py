@@ -16,7 +16,7 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
-from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS
+from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS, rounded_up
 
 PROTECTS_AGAINST = [
     "A2: readers of the released model",
@@ -237,9 +237,8 @@ def _sentence(header: Header, largest: float, *, noiseless: bool, placed_by: Seq
     if math.isinf(largest):
         why = "no noise was added" if noiseless else "the noise is too small for the accountant"
         return f"No differential privacy: epsilon = inf, max over clients ({why})."
-    rounded_up = math.ceil(largest * 1000) / 1000
     claim = (
-        f"epsilon <= {rounded_up} at delta = {header.delta}, max over clients, for {UNITS[header.unit].text} "
+        f"epsilon <= {rounded_up(largest)} at delta = {header.delta}, max over clients, for {UNITS[header.unit].text} "
         f"({UNITS[header.unit].relation}), each client under its own accounting"
     )
     if header.unit == PERSON.name:

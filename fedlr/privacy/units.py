@@ -4,6 +4,7 @@ Three units, three numbers. One cannot be computed from another, and two of one 
 its own neighbours change.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,3 +48,12 @@ def unit_of_text(text: str) -> Unit:
         if unit.text == text:
             return unit
     raise InputError(f"Expected the unit of a ledger, such as {EXAMPLE.text!r}, got {text!r:.100}")
+
+
+def rounded_up(epsilon: float) -> float:
+    """Return an epsilon as a sentence says it: never smaller, to thousandths.
+
+    >>> rounded_up(5.2561)
+    5.257
+    """
+    return math.ceil(epsilon * 1000) / 1000

@@ -71,9 +71,10 @@ class Evaluator:
         With `personal` tensors it is the mean over the clients that keep them: there is no one model.
         """
         started = time.perf_counter()
+        self._side.merge(state.adapter)
         found = []
         for own in personal or ({},):
-            self._write(state, own)
+            write_adapter(self._model, {**state.adapter.tensors, **own})
             with torch_threads(self._num_threads):
                 found.append(evaluate(self._model, self._test, task=self._task))
         return mean_evaluation(found), time.perf_counter() - started
@@ -81,11 +82,8 @@ class Evaluator:
     @torch.no_grad()
     def answers(self, state: ServerState, rows: Sequence[int] | np.ndarray) -> Any:
         """Return what the task tells of these held-out rows, in one micro-batch (`fedlr.tasks.task.Task.answers`)."""
-        self._write(state, {})
+        self._side.merge(state.adapter)
+        write_adapter(self._model, state.adapter.tensors)
         self._model.eval()
         device = next(self._model.parameters()).device
         return self._task.answers(self._model, self._test.batch(rows).to(device))
-
-    def _write(self, state: ServerState, own: Mapping[Slot, Tensor]) -> None:
-        self._side.merge(state.adapter)
-        write_adapter(self._model, {**state.adapter.tensors, **own})

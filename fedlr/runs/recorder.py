@@ -69,9 +69,8 @@ def metrics_row(
     spent = spent or of_clients.values()
     is_secret = d is not None and d.is_secret
     errors = d.aggregation_error if d else {}
-    is_measured = not is_secret and (
-        bool(errors) or bool(state.adapter.factors())
-    )  # of other systems perhaps not: None, and no exact 0.0
+    # Of other systems than LoRA perhaps not: None, and no exact 0.0.
+    is_measured = not is_secret and bool(errors or state.adapter.factors())
     statuses = [dropout.status for dropout in d.dropouts] if d else []
     noise_now = noise_sd if of_clients else _at(noise_sd, rates)  # the server's is the same at any rate of clients
     train_s, aggregate_s = (d.train_s, d.aggregate_s) if d else (0.0, 0.0)

@@ -21,9 +21,8 @@ def epsilon_by_client(run: Run) -> Picture:
     """What each client has spent of its own budget."""
     name, title = "epsilon-clients", "Privacy spent by each client"
     spent = spent_by_client(run)
-    if not run.asked and run.summary.epsilon_max is not None:
-        same = f"epsilon {run.summary.epsilon_max:.3f}"
-        return Picture(name, title, f"The same for every client, {same}: who took part is told to nobody.")
+    if run.hides_clients:
+        return Picture(name, title, "Withheld of each client: who took part is told to nobody. The statement has it.")
     if all(row.epsilon is None for row in run.asked):
         return Picture(name, title, "No client states an epsilon: this run gives no differential privacy.")
     if not all(map(math.isfinite, spent.values())):

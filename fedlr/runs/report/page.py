@@ -98,7 +98,7 @@ def _layers(run: Run) -> list[str]:
 
 def _answers(run: Run) -> list[str]:
     """Return what came of asking clients: counts by status, and the reasons of those that did not train."""
-    if not run.asked and len(run.states) > 1:
+    if run.hides_clients:
         return [paragraph("Which clients were asked is told to nobody: this run hides whole clients.", kind="answers")]
     status = Counter(row.status for row in run.asked)
     told = ", ".join(f"{status[name]:,} {name}" for name in sorted(status, key=lambda name: (-status[name], name)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.errors.messages import shown
+from fedlr.privacy.units import CLIENT
 from fedlr.runs.plain_yaml import plain_yaml
 from fedlr.runs.report.audit_text import AuditResult, read_audit
 from fedlr.runs.report.client_accuracy import OfClient, read_client_accuracy
@@ -146,6 +147,12 @@ class Run:
     asked_config: str = ""  # the configuration as it was asked for
     contact_sheet: Sequence[SheetRow] = ()
     audit: AuditResult | None = None  # of `fedlr audit RUN_DIR`
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether nothing is told of single clients: the statement is of whole clients, or has them beside rows."""
+        return self.statement.get("unit") == CLIENT.text or "client_unit" in self.statement
+
     evaluations: Sequence[Evaluated] = ()  # of `fedlr evaluate RUN_DIR`
 
 

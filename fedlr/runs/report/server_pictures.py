@@ -18,7 +18,7 @@ def aggregation_error(run: Run) -> Picture:
     """How far the aggregate is from the mean of the clients' updates."""
     name, title = "aggregation-error", "Aggregation error of each round"
     states = [state for state in run.states if state.rounds_completed > 0 and state.aggregation_error is not None]
-    if not states and not run.asked and len(run.states) > 1:
+    if run.hides_clients:
         return Picture(name, title, "Withheld: it would tell of single clients, whom this run hides.")
     if not states:
         return Picture(name, title, "No round was aggregated, or the adapter is not LoRA, whose products are compared.")
