@@ -67,9 +67,9 @@ NEVER_TOGETHER = {"fedlr/rounds/round.py": "fedlr.training", "fedlr/rounds/cohor
 # Tables of names, which are looked up late and by text: a string there is no import.
 TABLES = ("fedlr/config/parts.py", "fedlr/config/old_names.py")
 # Flower's simulation starts both apps by name, in processes that import nothing of simulations.
-APPS = {"simulations/flower_run.py": ("server.app.app", "client.app.app")}
+APPS = {"simulations/flower_run.py": ("fedlr.server.app.app", "fedlr.client.app.app")}
 RULES = "fedlr.methods.method, fedlr.methods.aggregate.fair, fedlr.methods.finalise.renewal"
-A_NAME = re.compile(r"(fedlr|simulations|server|client)(\.\w+)+(:\w+)?")
+A_NAME = re.compile(r"fedlr(\.\w+)+(:\w+)?")
 
 
 def names_used(source: str, package: str = "") -> Iterator[str]:
@@ -121,15 +121,19 @@ def within(name: str, banned: str) -> bool:
 def offences(path: str, source: str) -> list[str]:
     """What a module at `path`, relative to the repository, does against the rules."""
     house, *folders = path.split("/")[:-1]
+    package = ".".join([house, *folders] if house == "fedlr" else ["fedlr", house, *folders])
     named = set(named_modules(source)) - set(APPS.get(path, ())) if path not in TABLES else set()
-    used = sorted({*names_used(source, ".".join([house, *folders])), *named})
+    used = sorted({*names_used(source, package), *named})
     found = [f"{path}: {name} is never used" for name in used if any(within(name, ban) for ban in NEVER)]
     found += [f"{path}: line {line} allows pickle" for line in unpickling(source)]
     for library, places in PLACES.items():
         if not any(is_in(place, path) for place in places):
             found += [f"{path}: {name}, but {library} stays in {places}" for name in used if within(name, library)]
     for other in set(HOUSES) - {house}:
-        found += [f"{path}: {name}, but {house} never imports {other}" for name in used if within(name, other)]
+        names = [name for name in used if within(name, f"fedlr.{other}")]
+        found += [f"{path}: {name}, but {house} never imports {other}" for name in names]
+    outside = [name for name in used if any(within(name, other) for other in (*HOUSES, "configs"))]
+    found += [f"{path}: {name}, but a wheel has it under fedlr only" for name in outside]
     return found + ([o for name in used for o in _against_order(path, name)] if house == "fedlr" else [])
 
 
@@ -144,7 +148,7 @@ def _against_order(path: str, name: str) -> list[str]:
 
 
 def named_modules(source: str) -> Iterator[str]:
-    """Names of modules of this project that stand in strings, as `"server.app:app"` does."""
+    """Names of modules of this project that stand in strings, as `"fedlr.server.app:app"` does."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and A_NAME.fullmatch(node.value):
             name = node.value.replace(":", ".")
@@ -179,7 +183,9 @@ def test_module_is_short_and_named_for_what_it_holds(path: Path) -> None:
 
 
 def test_every_room_has_its_place_in_the_order_and_there_are_few() -> None:
-    entries = {path.name for path in (ROOT / "fedlr").iterdir()}
+    links = {path.name for path in (ROOT / "fedlr").iterdir() if path.is_symlink()}
+    assert links == {*HOUSES, "configs"}
+    entries = {path.name for path in (ROOT / "fedlr").iterdir()} - links
     assert unknown_rooms(entries) == set() and {*ROOMS} <= {entry.removesuffix(".py") for entry in entries}
     assert len(ROOMS) <= MOST_ENTRIES
     assert unknown_rooms([*entries, "helpers.py", "trackers"]) == {"helpers", "trackers"}
@@ -188,7 +194,8 @@ def test_every_room_has_its_place_in_the_order_and_there_are_few() -> None:
 def test_linter_exempts_exactly_the_places_of_this_table() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
     assert set(config["flake8-tidy-imports"]["banned-api"]) == {*PLACES, *NEVER}
-    assert set(config["flake8-tidy-imports"]["banned-module-level-imports"]) == set(HOUSES)
+    houses = {f"fedlr.{house}" for house in HOUSES}
+    assert set(config["flake8-tidy-imports"]["banned-module-level-imports"]) == houses
     exempt = {place for place, rules in config["per-file-ignores"].items() if "TID251" in rules}
     expected = {place for places in PLACES.values() for place in places} | {"tests/"}
     assert {place.removesuffix("*") for place in exempt} == expected
@@ -211,9 +218,11 @@ OFFENCES = {
     "def f():\n    from opacus.accountants import RDPAccountant": "fedlr/rounds/evaluate.py",
     "from peft import LoraConfig": "fedlr/training/local.py",
     "from hydra.utils import instantiate": "fedlr/rounds/pools/local.py",
-    "def f():\n    import simulations.cli": "fedlr/config/schema.py",
-    "import importlib\nimportlib.import_module('simulations.cli')": "fedlr/runs/report/page.py",
-    "from server import app": "client/app.py",
+    "def f():\n    import fedlr.simulations.cli": "fedlr/config/schema.py",
+    "import importlib\nimportlib.import_module('fedlr.simulations.cli')": "fedlr/runs/report/page.py",
+    "from fedlr.server import app": "client/app.py",
+    "from fedlr import server": "client/app.py",
+    "from server import app": "server/cli.py",
     "from fedlr.training import local": "fedlr/rounds/round.py",
     "from fedlr import training": "fedlr/rounds/round.py",
     "from fedlr.rounds.round import run_round": "fedlr/methods/aggregate/mean.py",
@@ -221,7 +230,7 @@ OFFENCES = {
     "from fedlr.config.schema import Experiment": "fedlr/rounds/round.py",
     "from fedlr.models.peft_state import read_adapter": "fedlr/adapters/state.py",
     "from fedlr.training.gradients import clip_weights": "fedlr/models/precision.py",
-    "APP = 'server.app:app'": "fedlr/flower/messages.py",
+    "APP = 'fedlr.server.app:app'": "fedlr/flower/messages.py",
     "RULE = 'fedlr.config.parts'": "fedlr/privacy/ledger.py",
     "import fedlr.runs.prepare": "fedlr/config/build.py",
 }

@@ -27,7 +27,7 @@ from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_R
 from fedlr.methods.rate_schedule import CONSTANT
 from fedlr.models.adapter_config import AdapterConfig
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 AUTO = "auto"  # of a number that is found from public ones when a run is prepared (`fedlr.config.auto_rates`)
 
 
