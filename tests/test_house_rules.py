@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 ROOT = Path(__file__).parents[1]
 HOUSES = ("simulations", "server", "client")
@@ -269,3 +270,10 @@ def test_rules_load_no_framework_and_the_package_loads_nothing() -> None:
         code = f"import sys, {imports}; print(*sorted({heavy} & set(sys.modules)))"
         loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert set(loaded.stdout.split()) <= allowed, imports
+
+
+def test_a_wheel_takes_no_name_but_fedlr() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    packages = find_namespace_packages(str(ROOT), include=config["find"]["include"])
+    assert {package.partition(".")[0] for package in packages} == {"fedlr"}
+    assert {"fedlr.simulations.bench.rivals", "fedlr.server.view", "fedlr.client", "fedlr.configs.data"} <= {*packages}
