@@ -132,6 +132,11 @@ class LoraStrategy(Strategy):
                 f"Expected a method whose clients only train a block, got {self.method.name}: {reason}; "
                 "use fedlr's own server and clients for it"
             )
+        if self.method.server_momentum or not self.method.server_rates.is_constant:
+            raise InputError(
+                f"Expected a method={self.method.name} without momentum and schedule of the server's step, which this "
+                "strategy would not take, got one; use fedlr's own server for it"
+            )
         _check_in(0, 1, fraction_train=fraction_train, fraction_evaluate=fraction_evaluate)
         _check_in(0, math.inf, min_train_nodes=min_train_nodes, min_evaluate_nodes=min_evaluate_nodes)
         _check_in(0, math.inf, min_available_nodes=min_available_nodes, max_wait_s=max_wait_s)

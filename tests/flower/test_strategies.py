@@ -24,6 +24,7 @@ from fedlr.errors import InputError
 from fedlr.flower import FedIT, FedSVD, FfaLora, LoraFair, lora_strategy, strategy
 from fedlr.flower.lora_strategy import LoraStrategy, method_named, needs_more_of_clients
 from fedlr.methods.method import Always, Method, full_adapter, keep
+from fedlr.methods.rate_schedule import RateSchedule
 from fedlr.rounds.cohorts import sample_cohort
 from fedlr.rounds.round import RoundRequest, initial_state, run_round
 from tests.flower.in_process_grid import InProcessGrid, inside_a_run
@@ -244,6 +245,14 @@ BROKEN_STARTS: dict[str, tuple[str, dict[str, Tensor]]] = {
     "an empty head": ("or nothing in 'x'", {"x": torch.ones(0)}),
     "rank above the layer": ("in_features", {A: torch.ones(3, 2), B: torch.ones(4, 3)}),
 }
+
+
+def test_a_step_of_the_server_that_the_strategy_would_not_take_is_refused() -> None:
+    falling = RateSchedule("cosine", num_rounds=4)
+    fedavg, fedadam = method_named("fedavg"), method_named("fedadam")
+    for method in (replace(fedavg, server_momentum=0.9), replace(fedadam, server_rates=falling)):
+        with pytest.raises(InputError, match="without momentum and schedule of the server's step"):
+            LoraStrategy(method)
 
 
 @pytest.mark.parametrize("case", BROKEN_STARTS)
