@@ -24,6 +24,7 @@ from fedlr.rounds.evaluate import evaluate
 from fedlr.runs.directory import FINISHED, SUMMARY, read_json, recorded_experiment
 from fedlr.runs.evaluations import EvaluationEntry, Sample
 from fedlr.runs.prepare import whole_and_working
+from fedlr.runs.selection import BEST
 from fedlr.runs.verdict import binomial_interval
 from fedlr.simulations.harness import check_harness, harness_scores
 from fedlr.simulations.public_rows import HELD_OUT, NOT_COVERED, check_not_trained_on, files_sha256, public_rows
@@ -85,6 +86,8 @@ def evaluate_run(
     summary = read_json(run_dir / SUMMARY)
     for path in asked.questions.values():
         check_not_trained_on(experiment, path)
+    if chose_by(experiment, asked.on):
+        say(f"note: the run chose its model, or when to stop, by {asked.on}: these scores flatter it")
     questions = {name: load_questions(Path(path), format=name) for name, path in asked.questions.items()}
     with torch_threads(experiment.runtime.num_workers):
         run = open_run(run_dir, experiment, summary)
@@ -99,6 +102,21 @@ def evaluate_run(
         if asked.harness:
             found += of_harness(run, asked)
     return found, run.adapter_sha256
+
+
+def chose_by(experiment: Experiment, table: str | None) -> bool:
+    """Return whether a run chose what it released by the rows of a table, so that their score is no fair figure."""
+    validation = experiment.data.validation_path
+    chooses = experiment.release == BEST or experiment.patience is not None
+    if table in (None, HELD_OUT) or validation is None or not chooses:
+        return False
+    if table == validation:
+        return True
+    try:
+        chosen = files_sha256(validation)
+    except InputError:  # it has gone
+        return False
+    return chosen is not None and chosen == files_sha256(str(table))
 
 
 def on_this_machine(experiment: Experiment, *, say: Callable[[str], None]) -> Experiment:

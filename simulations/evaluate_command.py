@@ -97,13 +97,17 @@ def data_changes(words: Sequence[str]) -> dict[str, Any]:
 
 def lines_of(found: Sequence["EvaluationEntry"]) -> list[str]:
     """Return the scores as a table for a terminal, and below it what was answered."""
-    rows = [("", "base", "released")]
+    arms = ["base", "released"] if any(entry.base is not None for entry in found) else ["released"]
+    rows = [["", *arms]]
     for entry in found:
-        rows.append((f"{entry.kind}: {entry.num_rows:,} of {entry.of}", "", ""))
-        base = entry.base or {}
-        rows += [(f"  {name}", figure(base.get(name)), figure(value)) for name, value in entry.released.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    told = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
+        rows.append([f"{entry.kind}: {entry.num_rows:,} of {entry.of}", *("" for _ in arms)])
+        scores = {"base": entry.base or {}, "released": entry.released}
+        rows += [[f"  {name}", *(figure(scores[arm].get(name)) for arm in arms)] for name in entry.released]
+    names, *columns = (max(map(len, column)) for column in zip(*rows, strict=True))
+    told = [
+        "  ".join([f"{row[0]:<{names}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], columns, strict=True))]).rstrip()
+        for row in rows
+    ]
     for entry in found:
         for sample in entry.samples:
             told += ["", *(f"{name:>8}: {text_of(value)}" for name, value in vars(sample).items())]

@@ -11,7 +11,7 @@ from fedlr.config.schema import Experiment
 from fedlr.runs.outcome import SMALLER_STEPS, counted
 from fedlr.runs.recorder import score_text
 from fedlr.runs.report.wording import count, epsilon_text
-from fedlr.runs.selection import LAST, VALIDATION, told
+from fedlr.runs.selection import BEST, LAST, VALIDATION, told
 from fedlr.runs.verdict import verdict_lines
 from fedlr.tasks.evaluation import ACCURACY, Metric
 
@@ -74,6 +74,7 @@ class Progress:
         self._total -= (e.num_rounds - num_rounds) * e.cohort_size
         self.say(
             f"  stopped: {count(e.patience or 0, 'scored round')} without a better model on validation rows"
+            + ("" if e.release == BEST else "; released is the last model, as release=last says, not the best")
             + (f"; epsilon is that of all {e.num_rounds} announced rounds" if is_private else "")
         )
 

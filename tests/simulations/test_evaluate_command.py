@@ -15,8 +15,8 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.models import released
 from fedlr.runs.evaluations import EvaluationEntry, add_evaluations
-from fedlr.simulations.evaluate import Asked, evaluate_run
-from fedlr.simulations.evaluate_command import evaluate
+from fedlr.simulations.evaluate import Asked, chose_by, evaluate_run
+from fedlr.simulations.evaluate_command import evaluate, lines_of
 from fedlr.simulations.simulate import simulate
 
 FEW = ("num_rounds=2", "num_clients=3", "cohort_size=2", "tracking.run_alone=false", "tracking.run_no_privacy=false")
@@ -306,3 +306,23 @@ def test_a_run_of_another_machine_and_of_personal_parts_says_so(
     path.write_text(path.read_text().replace("device: cpu", "device: cuda"))
     (rows,), _ = evaluate_run(run_dir, Asked(on="held-out"), say=told.append)
     assert rows.base is not None and "which is not here" in told[0] and "each client kept its own lora_B" in told[1]
+
+
+def test_a_table_in_the_terminal_has_a_column_for_the_base_only_where_it_answers() -> None:
+    of_classes = EvaluationEntry("rows", "a.csv", None, 8, {"accuracy": 0.75}, None)
+    of_language = EvaluationEntry("rows", "b.csv", None, 8, {"loss": 3.5}, {"loss": 4.25})
+    assert lines_of([of_classes])[-1].split() == ["accuracy", "0.75"] and "base" not in lines_of([of_classes])[0]
+    assert lines_of([of_classes, of_language])[-1].split() == ["loss", "4.25", "3.5"]
+
+
+def test_scores_on_the_rows_that_chose_the_model_are_said_to_flatter_it(tmp_path: Path) -> None:
+    mine, copy, other = (tmp_path / name for name in ("mine.csv", "copy.csv", "other.csv"))
+    for path, row in ((mine, "a,b"), (copy, "a,b"), (other, "c,d")):
+        path.write_text(f"text,label\n{row}\n", encoding="utf-8")
+    words = ["experiment=text", f"data.path={other}", "data.labels=[b,d]", f"data.validation_path={mine}"]
+    chooses, last = (compose_experiment([*words, f"release={release}"]) for release in ("best", "last"))
+    assert chose_by(chooses, str(mine)) and chose_by(chooses, str(copy))
+    assert not any(chose_by(chooses, table) for table in (str(other), "held-out", None))
+    assert not chose_by(last, str(mine))
+    mine.unlink()
+    assert not chose_by(chooses, str(copy))
