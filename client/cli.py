@@ -41,7 +41,6 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"Expected one file, such as client.yaml, got {len(arguments)} arguments")
     go_offline(True)  # before whatever reads the environment once
     from fedlr.client.device import Device  # heavy: torch and all that
-    from fedlr.client.device_checks import data_text
     from fedlr.client.node import serve
     from fedlr.client.settings import load_settings
 
@@ -51,8 +50,7 @@ def run(arguments: list[str]) -> None:
     def say(line: str) -> None:
         print(f"{settings.name}: {line}", flush=True)
 
-    device = Device(settings, say=say)
-    data_text(settings)  # before it connects: found in a round, a row that is wrong would be told in a word
+    device = Device(settings, say=say)  # reads the rows: what is wrong with them is found before it connects
     try:
         serve(settings, device, say=say)
     finally:

@@ -3,8 +3,8 @@
     request -> policy -> an answer kept from before? -> the round on constant rows -> ledger.reserve -> DP-SGD
             -> ledger.settle -> disk -> reply
 
-What a request can make fail fails before the ledger is charged, whatever rows would have been drawn
-(`fedlr.rounds.pools.rehearsal`).
+What a request can make fail fails before the ledger is charged, whatever rows there are and would have been drawn
+(`fedlr.rounds.pools.rehearsal`); rows that it makes unreadable count as zero (`fedlr.client.own_rows`).
 
 Nothing but `flower.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
 word. A round that was released is sent again from disk; one that was charged and never released is charged again with
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
+from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
 from fedlr.client.replies import Kept, Replies, last_heads
 from fedlr.client.settings import Settings
@@ -50,7 +51,8 @@ class Device:
 
     Raises:
         InputError: the ledger is missing (which is not an unspent budget), was changed, belongs to other settings, or
-            is an older copy of itself: it lacks a row that was its last when an update was released.
+            is an older copy of itself: it lacks a row that was its last when an update was released; or the rows cannot
+            be read. They are read here, and never again: found in a round, what is wrong would be told in a word.
     """
 
     def __init__(self, settings: Settings, *, say: Callable[[str], None]) -> None:
@@ -63,6 +65,7 @@ class Device:
         if self._ledger is not None:
             for head in last_heads(settings.experiments_dir):
                 self._ledger.require(head)
+        self._rows = read_rows(settings)
 
     def answer(self, record: RecordDict) -> RecordDict:
         """Answer one request.
@@ -138,7 +141,9 @@ class Device:
             return now
         self.close()
         try:
-            self._trainee = made = Trainee.prepare(self._settings, request.terms, features=features, say=self._say)
+            self._trainee = made = Trainee.prepare(
+                self._settings, request.terms, self._rows, features=features, say=self._say
+            )
         except Unfit as error:
             raise Refused(error.reason, str(error)) from error
         except InputError as error:

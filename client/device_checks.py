@@ -14,20 +14,20 @@ from safetensors import safe_open
 
 from fedlr.adapters.state import HEAD, SHIPPED, roles_of
 from fedlr.client.device import OWN
+from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import check_terms
 from fedlr.client.settings import Settings
 from fedlr.client.trainee import Trainee, own_model
 from fedlr.config.build import build
 from fedlr.data.images import LabelledImages
 from fedlr.data.memory import free_memory
-from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
 from fedlr.models.network import BaseModel, resolve
 from fedlr.models.peft_state import read_adapter
 from fedlr.privacy.charges import Charge, read_ledger
 from fedlr.privacy.ledger import Refusal
-from fedlr.privacy.mechanism import Mechanism, check_delta
+from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.round import RoundRequest
 from fedlr.training.threads import torch_threads
 
@@ -122,11 +122,7 @@ def model_text(settings: Settings) -> str:
 
 def data_text(settings: Settings) -> str:
     """Read the data; the number of rows is for this screen only."""
-    data: Table = build(settings.data.section(), "data", seed=0)
-    if data.label_names != settings.label_names:
-        raise InputError(f"{data.source} has the labels {list(data.label_names)}, got {list(settings.label_names)}")
-    if settings.budget() is not None:
-        check_delta(settings.privacy.delta, len(data))
+    data = read_rows(settings)
     dropped = f" ({data.num_dropped} bad rows left out)" if data.num_dropped else ""
     what = f" with the labels {', '.join(data.label_names)}" if data.label_names else ""
     if isinstance(data, LabelledImages):
@@ -183,8 +179,13 @@ def round_text(settings: Settings, terms: Terms) -> str:
 
     Nothing is charged, and no row of the device's passes the model. The number of rows is for this screen only.
     """
-    trainee = Trainee.prepare(settings, terms, say=lambda line: None)
-    text = f"{len(trainee.share)} rows are read"
+    said: list[str] = []
+    rows = read_rows(settings)
+    trainee = Trainee.prepare(settings, terms, rows, say=said.append)
+    if len(trainee.share) < len(rows):
+        why = next(line for line in said if "cannot be read" in line)
+        raise InputError(f"{why}; mend those rows, or ask the operator for another task.template")
+    text = f"{len(rows)} rows are read"
     if trainee.share.table.num_truncated:
         text += f", {trainee.share.table.num_truncated} of them cut to {terms.max_length} tokens"
     if terms.mechanism is None:  # then a round is not tried before it begins

@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of
+from fedlr.client.own_rows import LateRows, check_form, encode_readable
 from fedlr.client.settings import Settings
 from fedlr.config.build import build, build_choice
 from fedlr.config.schema import RuntimeSection
-from fedlr.data.conversations import Conversations
-from fedlr.data.scored import ScoredText
+from fedlr.data.store import TableStore
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason
@@ -24,12 +25,18 @@ from fedlr.models.base_delta import SideWeights
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import LAYOUT, read_adapter
 from fedlr.models.tuners.attach import attach
-from fedlr.privacy.mechanism import check_delta
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import Charges, LocalPool
 from fedlr.rounds.pools.rehearsal import Rehearsal
 from fedlr.rounds.round import RoundRequest
-from fedlr.runs.prepare import check_trainable, local_training, reads_features, working_model
+from fedlr.runs.prepare import (
+    check_trainable,
+    local_training,
+    past_frozen,
+    reads_features,
+    state_store,
+    working_model,
+)
 from fedlr.streams import OsRandomness, SeededRandomness
 from fedlr.tasks.constant_rows import constant_share, constant_table
 from fedlr.tasks.examples import Examples, Share
@@ -70,39 +77,43 @@ class Trainee:
 
     @classmethod
     def prepare(
-        cls, settings: Settings, terms: Terms, *, features: bool = False, say: Callable[[str], None]
+        cls, settings: Settings, terms: Terms, rows: Table, *, features: bool = False, say: Callable[[str], None]
     ) -> "Trainee":
-        """Load the base model and the examples, once an experiment.
+        """Load the base model and encode the rows, once an experiment.
 
         Args:
             settings: the device's own.
             terms: what it agreed to.
+            rows: the device's own (`fedlr.client.own_rows`); whether one can be read decides nothing that is told.
             features: whether the rounds train the head alone, on adapters that are zero (`only_head`).
             say: the device's own log.
 
         Raises:
-            Unfit: the device's model, or its labels or data, are not what the terms need.
+            Unfit: the device's model, or the form of its table, is not what the terms need.
             InputError: what the terms ask of them cannot be done here.
         """
         task, max_length = terms.built_task(), terms.max_length
         with torch_threads(1):
             with unfit("model"):
                 base = own_model(settings, terms)
-                rows = constant_rows(task, base, terms, num_long=settings.runtime.num_workers)
-                task.check(base, rows, max_length=max_length)
+                constants = constant_rows(task, base, terms, num_long=settings.runtime.num_workers)
+                task.check(base, constants, max_length=max_length)
                 model = attach(base, terms.adapter, seed=terms.seed)
-            constant = constant_share(task, base, rows, max_length=max_length)
+            constant = constant_share(task, base, constants, max_length=max_length)
             with unfit("data"):
-                encoded = task.encode(base, own_rows(settings, terms), max_length=max_length)
+                check_form(rows, terms)
             # The constant rows first: where they fail, no row of a person's is read.
-            tables: list[Examples] = [constant.table, encoded]
             runtime = runtime_of(settings)
             features = runtime.cache_prefix and features and reads_features(model, {HEAD}, read_adapter(model))
-            working, (table, own) = working_model(runtime, model, tables, features=features, say=say)
-        if encoded.num_truncated:
-            say(f"{encoded.num_truncated} of {len(encoded)} rows are cut to {max_length} tokens")
-        rehearsal = Rehearsal(replace(constant, table=table), say)
-        return cls(settings, terms, task, model, working, Share.whole(own), SideWeights(working), rehearsal, features)
+            working, (table,) = working_model(runtime, model, [constant.table], features=features, say=say)
+            rehearsal = Rehearsal(replace(constant, table=table), say)
+            own = encode_readable(task, base, rows, max_length=max_length, say=say)
+            if own is not None and own.num_truncated:
+                say(f"{own.num_truncated} of {len(own)} rows are cut to {max_length} tokens")
+            if own is not None and runtime.cache_prefix:
+                own = past_prefix(runtime, model, own, rehearsal, features=features)
+        share = Share(table, np.empty(0, dtype=np.int64)) if own is None else Share.whole(own)
+        return cls(settings, terms, task, model, working, share, SideWeights(working), rehearsal, features)
 
     def check(self, block: Block) -> None:
         """Refuse a block of which the engine cannot train the roles.
@@ -161,31 +172,21 @@ def own_model(settings: Settings, terms: Terms) -> BaseModel:
     return base
 
 
-def own_rows(settings: Settings, terms: Terms) -> Table:
-    """Read the device's own table.
+def past_prefix(
+    runtime: RuntimeSection, model: AdaptedModel, rows: Examples, rehearsal: Rehearsal, *, features: bool
+) -> Examples:
+    """Return a device's rows past the layers that are cached: kept, or passed anew in every step where that fails.
 
-    Raises:
-        InputError: it cannot be read, is of another kind than the terms, or is too large for the owner's delta.
+    How many and how long they are decides what memory and disk keeping them takes, and nobody else is told of it:
+    constant rows have passed, and the model that trains is the same.
     """
-    data: Table = build(settings.data.section(), "data", seed=terms.seed)
-    if list(data.label_names) != terms.label_names:
-        raise InputError(
-            f"Expected the label names {terms.label_names} of the terms in data.labels, got {list(data.label_names)}"
-        )
-    if (getattr(data, "pairs", None) is not None) != terms.pairs:
-        wanted, got = ("pairs", "single texts") if terms.pairs else ("single texts", "pairs")
-        raise InputError(f"Expected rows of {wanted}, as the terms say, got {got}; set data.text_pair_column")
-    if isinstance(terms.task, LanguageTask) and isinstance(data, Conversations):
-        if data.is_plain == terms.task.has_turns:
-            wanted, got = ("conversations", "plain texts") if data.is_plain else ("plain texts", "conversations")
-            raise InputError(f"Expected rows of {wanted}, as the terms say, got {got}; look at data.format")
-    if isinstance(terms.task, ScoreTask) and isinstance(data, ScoredText):
-        if list(data.score_range) != terms.task.score_range:
-            wanted_range, got_range = terms.task.score_range, list(data.score_range)
-            raise InputError(f"Expected data.score_range={wanted_range}, as the terms say, got {got_range}")
-    if settings.privacy.epsilon is not None:
-        check_delta(settings.privacy.delta, len(data))
-    return data
+    threads, say = runtime.num_workers, rehearsal.say
+    try:
+        return past_frozen(model, rows, features, num_threads=threads, store=state_store(runtime, say=say))
+    except Exception as error:  # the memory, the disk, an operation that does not take a value
+        why = f"{type(error).__name__}: {error}"
+        say(f"the rows cannot be kept past the frozen layers, and pass them in every step instead: {why}")
+    return LateRows(rows, lambda few: past_frozen(model, few, features, num_threads=1, store=TableStore()), rehearsal)
 
 
 def only_head(task: RoundRequest, enrolled: AdapterState | None) -> bool:

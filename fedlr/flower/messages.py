@@ -30,7 +30,7 @@ RefusalReason = Literal[
     "already_reserved",
     "policy",  # the terms are outside what its owner allows
     "model",  # its base model is missing, or another than the terms name
-    "data",  # its table cannot be read, or has other labels than the terms name
+    "data",  # its table is of another form than the terms name: other labels, pairs, plain texts
     "not_enrolled",  # it lost the adapter it was given, and needs it again
     "other_task",  # it was asked for something else in this round before
     "device_error",

@@ -15,10 +15,12 @@ Legend: C clients, V trained values of one client, slot after slot in their orde
 """
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +38,8 @@ from fedlr.tasks.batch import Batch
 from fedlr.tasks.examples import Examples, Share, micro_batches
 from fedlr.training.fused import ClippedSums
 from fedlr.training.local import LocalTraining, check_training
+
+AHEAD = 2 * (os.cpu_count() or 1)  # micro-batches that run or wait to be added up: enough for every thread
 
 # Torch's optimizers whose update of an entry reads that entry's gradient and history alone.
 ELEMENTWISE = (
@@ -271,12 +275,16 @@ def in_order(
 ) -> Iterator[ClippedSums]:
     """Work on the pieces side by side and yield the results in the order of the pieces.
 
-    If one fails, the others are called off or waited for, and its error is raised.
+    No more than `AHEAD` results wait at a time: the memory that they take does not tell how many rows were drawn. If
+    one fails, the others are called off or waited for, and its error is raised.
     """
-    waiting = deque(threads.submit(work, piece) for piece in pieces)
+    rest = iter(pieces)
+    waiting = deque(threads.submit(work, piece) for piece in islice(rest, AHEAD))
     try:
         while waiting:
-            yield waiting.popleft().result()
+            found = waiting.popleft().result()
+            waiting.extend(threads.submit(work, piece) for piece in islice(rest, 1))
+            yield found
     finally:
         for future in [future for future in waiting if not future.cancel()]:
             future.exception()

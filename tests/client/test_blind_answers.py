@@ -21,6 +21,7 @@ from fedlr.adapters.state import LORA_A, LORA_B, SIDE_A, SIDE_B, Slot
 from fedlr.client.device import Device
 from fedlr.client.settings import Settings
 from fedlr.client.trainee import Trainee
+from fedlr.data.table import Table
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.pools.client_state import Kept
@@ -159,10 +160,10 @@ def one_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Load the model once for the same terms; the rehearsals begin anew."""
     original = Trainee.prepare
 
-    def prepare(settings: Settings, terms: Any, *, features: bool = False, say: Any) -> Trainee:
+    def prepare(settings: Settings, terms: Any, rows: Table, *, features: bool = False, say: Any) -> Trainee:
         key = f"{terms.sha256()} {features}"
         if key not in TRAINEES:
-            TRAINEES[key] = original(settings, terms, features=features, say=say)
+            TRAINEES[key] = original(settings, terms, rows, features=features, say=say)
         return replace(TRAINEES[key], settings=settings)
 
     monkeypatch.setattr(Trainee, "prepare", prepare)

@@ -18,6 +18,7 @@ from fedlr.adapters.state import LORA_A, LORA_B, Slot
 from fedlr.client.device import Device
 from fedlr.client.settings import Settings
 from fedlr.client.trainee import Trainee
+from fedlr.data.table import Table
 from fedlr.flower.messages import Request
 from fedlr.flower.records import RecordDict
 from fedlr.flower.terms import Terms
@@ -63,9 +64,9 @@ def one_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Load the model once for the same terms; every device has its own log and its own rehearsals."""
     original = Trainee.prepare
 
-    def prepare(settings: Settings, terms: Terms, *, features: bool = False, say: Any) -> Trainee:
+    def prepare(settings: Settings, terms: Terms, rows: Table, *, features: bool = False, say: Any) -> Trainee:
         if terms.sha256() not in MODELS:
-            MODELS[terms.sha256()] = original(settings, terms, features=features, say=say)
+            MODELS[terms.sha256()] = original(settings, terms, rows, features=features, say=say)
         made = MODELS[terms.sha256()]
         return replace(made, settings=settings, rehearsal=Rehearsal(made.rehearsal.share, say))
 

@@ -16,6 +16,7 @@ import fedlr.client.cli
 import fedlr.client.node
 from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors
 from fedlr.client.device import Device
+from fedlr.client.own_rows import read_rows
 from fedlr.client.trainee import Trainee
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply, Request
@@ -96,26 +97,21 @@ def test_data_that_cannot_be_used_are_found_before_a_device_connects(
     assert "letters.csv" in capsys.readouterr().err
 
 
-def test_a_refusal_says_whether_model_or_data_do_not_fit_and_charges_nothing(tmp_path: Path) -> None:
+def test_a_refusal_says_what_does_not_fit_and_charges_nothing_and_rows_are_read_once(tmp_path: Path) -> None:
     said: list[str] = []
     settings = device_settings(tmp_path / "device")
     ledger, rows = settings.ledger_path.read_bytes(), tmp_path / "device" / "letters.csv"
     device = Device(settings, say=said.append)
-    whole = rows.read_text()
-    rows.write_text("text,label\nfine,unknown\n")
-    assert answer(device, request()).facts.refused == "data"
-    rows.unlink()
-    assert answer(device, request()).facts.refused == "data"
-    rows.write_text(whole)
     assert answer(device, request(max_length=600)).facts.refused == "policy"
     assert answer(device, request(max_length=500)).facts.refused == "model"  # longer than this one reads
-    assert settings.ledger_path.read_bytes() == ledger and len(said) == 4
+    assert settings.ledger_path.read_bytes() == ledger and len(said) == 2
+    rows.unlink()  # what a device read when it started is what it trains on
     assert answer(device, request()).tensors
 
 
 def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_path: Path) -> None:
     settings, asked = device_settings(tmp_path / "device"), request()
-    trainee = Trainee.prepare(settings, asked.terms, say=lambda line: None)
+    trainee = Trainee.prepare(settings, asked.terms, read_rows(settings), say=lambda line: None)
     assert asked.enrolled is not None
     plain = {name: tensor.clone() for name, tensor in trainee.working.state_dict().items()}
     layers = asked.enrolled.factors()
@@ -129,7 +125,8 @@ def test_a_side_product_is_gone_from_the_base_when_another_pool_takes_over(tmp_p
 
 def test_a_client_number_costs_no_memory(tmp_path: Path) -> None:
     asked = request()
-    trainee = Trainee.prepare(device_settings(tmp_path / "device"), asked.terms, say=lambda line: None)
+    settings = device_settings(tmp_path / "device")
+    trainee = Trainee.prepare(settings, asked.terms, read_rows(settings), say=lambda line: None)
     assert asked.enrolled is not None
     pool = trainee.pool(2**32 - 1, asked.enrolled, Free())
     (update,) = pool.train(replace(asked.task, ranks={2**32 - 1: 1}), [2**32 - 1])
@@ -140,7 +137,8 @@ def test_a_client_number_costs_no_memory(tmp_path: Path) -> None:
 
 def test_an_enrolled_adapter_is_whole_and_of_its_types(tmp_path: Path) -> None:
     asked = request()
-    trainee = Trainee.prepare(device_settings(tmp_path / "device"), asked.terms, say=lambda line: None)
+    settings = device_settings(tmp_path / "device")
+    trainee = Trainee.prepare(settings, asked.terms, read_rows(settings), say=lambda line: None)
     assert asked.enrolled is not None
     tensors = asked.enrolled.tensors
     part = {slot: tensor for slot, tensor in tensors.items() if slot.role != LORA_A}

@@ -1,7 +1,7 @@
-"""A hostile server gets one word out of a device and nothing else: no row is read, no step taken, no byte charged.
+"""A hostile server gets one word out of a device and nothing else: no row is looked at, no step taken, no byte charged.
 
-Every case goes the whole way, through `fedlr.client.device.Device.answer`. The file with the data is a trap: opening it
-fails, and is remembered; a sane request falls into it, which shows that it works.
+Every case goes the whole way, through `fedlr.client.device.Device.answer`. The rows are a trap, and so is their file:
+whatever touches them fails, and is remembered; a sane request falls into it, which shows that it works.
 
 Mutants this file kills: every bound and every refusal of client/policy.py, removed one at a time.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+import fedlr.client.device
 import fedlr.client.policy
 import fedlr.methods.client_rules
 from fedlr.adapters.state import LORA_B, Slot
@@ -54,15 +55,28 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_watch)
 
 
-@pytest.fixture
-def trap(tmp_path: Path) -> Iterator[Callable[..., Settings]]:
-    """Return what makes a device's settings whose data cannot be opened unnoticed."""
+class Trap:
+    """Stands where a device's rows were."""
 
-    def ready(**changes: Any) -> Settings:
-        settings = device_settings(tmp_path / "device", **BOUNDS, **changes)
+    def __getattribute__(self, name: str) -> Any:
+        OPENED.append(name)
+        raise PermissionError("the trap")
+
+
+@pytest.fixture
+def trap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Settings, Device, list[str]]]]:
+    """Return what makes a device whose rows cannot be touched unnoticed, with its settings and its log."""
+
+    def ready(**changes: Any) -> tuple[Settings, Device, list[str]]:
+        settings, said = device_settings(tmp_path / "device", **BOUNDS, **changes), list[str]()
+        with monkeypatch.context() as patch:
+            patch.setattr(fedlr.client.device, "read_rows", lambda _: Trap())
+            device = Device(settings, say=said.append)
         files = [path for path in (tmp_path / "device").rglob("*.*") if path.suffix in ROWS]
         TRAPPED.update(str(path) for path in files if path != settings.ledger_path)
-        return settings
+        return settings, device, said
 
     OPENED.clear()
     yield ready
@@ -70,11 +84,10 @@ def trap(tmp_path: Path) -> Iterator[Callable[..., Settings]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_device_refuses_before_it_touches_data_or_ledger(name: str, trap: Callable[..., Settings]) -> None:
-    settings = trap(**CASES[name].device)
-    said: list[str] = []
+def test_device_refuses_before_it_touches_data_or_ledger(name: str, trap: Callable[..., Any]) -> None:
+    settings, device, said = trap(**CASES[name].device)
     ledger = settings.ledger_path.read_bytes() if settings.ledger_path.exists() else b""
-    kept, device = sorted(settings.state_dir.rglob("*")), Device(settings, say=said.append)
+    kept = sorted(settings.state_dir.rglob("*"))
     try:
         reply = Reply.read(device.answer(CASES[name].record()))
         assert reply.facts.refused in ("policy", "model") and not reply.tensors, said
@@ -91,11 +104,10 @@ def test_forty_hostile_configurations_are_forty() -> None:
     assert len(TERMS) >= 40 and len(CASES) >= 100
 
 
-def test_sane_request_falls_into_the_trap_and_trains_without_it(trap: Callable[..., Settings]) -> None:
-    settings = trap()
-    said: list[str] = []
+def test_sane_request_falls_into_the_trap_and_trains_without_it(trap: Callable[..., Any]) -> None:
+    settings, device, said = trap()
     ledger = settings.ledger_path.read_bytes()
-    reply = Reply.read(Device(settings, say=said.append).answer(sane_request().record()))
+    reply = Reply.read(device.answer(sane_request().record()))
     assert OPENED and reply.facts.refused in ("data", "device_error") and settings.ledger_path.read_bytes() == ledger
     TRAPPED.clear()
     reply = Reply.read(Device(settings, say=said.append).answer(sane_request().record()))

@@ -166,6 +166,7 @@ def test_devices_read_the_rows_of_the_simulation(table: Path, tmp_path: Path) ->
     with torch_threads(1):
         federation = assemble(e, seed=3)
         (tmp_path / "ca.crt").write_text("")
+        from fedlr.client.own_rows import read_rows
         from fedlr.client.settings import load_settings
 
         paths = write_devices(e, tmp_path, seed=3, address="127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
@@ -179,7 +180,8 @@ def test_devices_read_the_rows_of_the_simulation(table: Path, tmp_path: Path) ->
             pairs=federation.has_pairs,
         )
         for client_id, path in enumerate(paths):
-            share = Trainee.prepare(load_settings(path), terms, say=lambda line: None).share
+            settings = load_settings(path)
+            share = Trainee.prepare(settings, terms, read_rows(settings), say=lambda line: None).share
             own = federation.clients[client_id]
             mine = own.table.subset(own.rows)
             assert np.array_equal(share.table.ids, mine.ids)

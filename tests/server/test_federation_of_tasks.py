@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from fedlr.client.doctor import read_terms
+from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import check_terms
 from fedlr.client.settings import Settings, load_settings
 from fedlr.client.trainee import Trainee
@@ -125,7 +126,8 @@ def test_the_rows_of_a_device_are_those_of_its_settings_and_no_other_kind(tmp_pa
     plain = terms.model_copy(update={"task": terms.task.model_copy(update={"has_turns": False})})
     for wrong, words in ((plain, "tokenizer"), (terms.model_copy(update={"model_sha256": "0" * 64}), "base model")):
         with pytest.raises(InputError, match=f"Expected the {words}"):
-            Trainee.prepare(load_settings(f.files[0]), wrong, say=f.said.append)
+            settings = load_settings(f.files[0])
+            Trainee.prepare(settings, wrong, read_rows(settings), say=f.said.append)
 
 
 def test_a_tokenizer_has_one_hash_whatever_it_was_last_asked_for() -> None:
@@ -185,7 +187,7 @@ def test_what_the_pages_say_of_other_tasks_goes_together(number: int, tmp_path: 
     loaded = own_model_unchecked(settings, terms)
     policy = settings.policy.model_copy(update={"allowed_models": [loaded]})
     check_terms(terms, settings.model_copy(update={"policy": policy}))
-    made = Trainee.prepare(settings.model_copy(update={"policy": policy}), terms, say=print)
+    made = Trainee.prepare(settings.model_copy(update={"policy": policy}), terms, read_rows(settings), say=print)
     assert len(made.share) == 40
 
 

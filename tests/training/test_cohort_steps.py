@@ -8,7 +8,9 @@ clients, of another scale, or missing; an optimizer that mixes clients.
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -403,3 +405,27 @@ def test_exactly_the_trained_tensors_are_noised_and_nothing_else_changes(block: 
 def test_an_empty_batch_changes_a_client_by_noise_alone(bench: CohortBench) -> None:
     (release,) = bench.releases(shipped, [client_data([]), silent_data(1)], lr=1.0)
     torch.testing.assert_close(flat(bench.start) - bench.stack.theta, release, rtol=1e-4, atol=1e-6)
+
+
+def most_waiting(module: ModuleType) -> int:
+    """Return how many of a thousand results wait for the first to be taken, at most."""
+    submitted: list[int] = []
+
+    class Threads(ThreadPoolExecutor):
+        def submit(self, work: Any, /, *given: Any, **named: Any) -> Any:
+            submitted.append(1)
+            return super().submit(work, *given, **named)
+
+    with Threads(2) as threads:
+        pieces = [np.array([number]) for number in range(1000)]
+        found = module.in_order(threads, lambda piece: piece, pieces)
+        most = [len(submitted) - taken for taken, _ in enumerate(found)]
+        assert len(most) == 1000 == len(submitted)
+    return max(most)
+
+
+def test_the_memory_of_a_step_does_not_tell_how_many_rows_were_drawn() -> None:
+    assert most_waiting(shipped) <= shipped.AHEAD + 1
+    unbounded = mutant(shipped, ("islice(rest, AHEAD)", "rest"))
+    with pytest.raises(AssertionError):
+        assert most_waiting(unbounded) <= shipped.AHEAD + 1
