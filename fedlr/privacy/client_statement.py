@@ -9,7 +9,7 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charges, Header, read_ledger
 from fedlr.privacy.profile import profile_of
-from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION
+from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION, UNSIGNED
 from fedlr.privacy.units import CLIENT, rounded_up
 
 POISSON = (
@@ -89,6 +89,7 @@ def client_statement(
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
         "floating_point": FLOATING_POINT,
         "not_covered": NOT_COVERED,
+        "signatures": UNSIGNED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,

@@ -62,6 +62,8 @@ FILTER = (
     "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
     "which the budget and the first mechanism fixed before anything was released"
 )
+UNSIGNED = "none: whoever holds the ledger computes this statement again; only devices have keys to sign theirs with"
+NEWER = ("profile", "signatures")  # which statements of earlier versions do not have
 LEDGER, SERVER_LEDGER = "ledger.jsonl", "server_ledger.jsonl"  # of the clients of a run, and of its server
 MOST_CLIENTS = 1_000_000  # more than that is no run, but a mistake in a file
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
@@ -130,6 +132,7 @@ def privacy_statement(
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
         "floating_point": FLOATING_POINT,
         "not_covered": NOT_COVERED[:-1] if unit is PERSON else NOT_COVERED,
+        "signatures": UNSIGNED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,
@@ -230,7 +233,7 @@ def run_statement(
 
 def _without_newer(found: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
     """Return a statement without what statements of earlier versions do not tell, where `stated` does not."""
-    kept = {key: value for key, value in found.items() if key != "profile" or key in stated}
+    kept = {key: value for key, value in found.items() if key not in NEWER or key in stated}
     if isinstance(told := stated.get("client_unit"), dict) and "client_unit" in kept:
         kept["client_unit"] = _without_newer(kept["client_unit"], told)
     return kept
