@@ -15,6 +15,8 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
 from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
@@ -23,14 +25,18 @@ from fedlr.client.settings import Settings
 from fedlr.client.trainee import Trainee, Unfit, only_head
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request
+from fedlr.flower.node_key import load_node_key
 from fedlr.flower.records import Limits, RecordDict
+from fedlr.flower.signed import sign
 from fedlr.flower.terms import Terms
+from fedlr.privacy.chain import GENESIS
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import LocalPool
 from fedlr.training.threads import torch_threads
 
+ROUNDING = 1e-3  # of an epsilon that a server remembers: accountants differ in their last digits
 OWN = 0  # this device in its own ledger, whatever number a server gives it
 
 
@@ -61,6 +67,7 @@ class Device:
         self._ledger = settings.open_ledger()
         self._trainee: Trainee | None = None
         self._pool: tuple[object, FusedPool | LocalPool] | None = None
+        self._key = _key_of(settings)
         self._block: Block | None = None  # the last that was found trainable
         if self._ledger is not None:
             for head in last_heads(settings.experiments_dir):
@@ -99,6 +106,7 @@ class Device:
             check_request(request, self._settings)
         except PolicyRefusal as refusal:
             raise Refused("policy", str(refusal)) from refusal
+        self._check_echo(request)
         replies = Replies(self._settings.experiments_dir, terms.experiment_id)
         asked = task.fingerprint()
         if (done := replies.of(task.round_index)) is not None:
@@ -125,6 +133,22 @@ class Device:
         reply = Reply(self._facts(request, asked, None), outcome.tensors)
         replies.write(Kept(reply, *pool.kept.of(request.client_id)))
         return reply
+
+    def _check_echo(self, request: Request) -> None:
+        """Refuse to go on where the server remembers more than the ledger: it was put back, or the server lies.
+
+        Nothing was read or charged then. What decides is the request and the ledger, whose rows are no data.
+        """
+        echo = request.echo
+        if echo is None or self._ledger is None:
+            return
+        try:
+            self._ledger.require(echo.head or GENESIS)
+        except InputError as error:
+            raise Refused("older_ledger", f"by the server's memory {error}") from error
+        if echo.epsilon > (spent := self._ledger.spent(OWN)) * (1 + ROUNDING) + ROUNDING:
+            what = f"the server remembers epsilon {echo.epsilon:g}, the ledger says {spent:g}"
+            raise Refused("spent_less", f"{what}: put the newest ledger back, or ask the operator")
 
     def _enrolled(self, request: Request, replies: Replies) -> AdapterState:
         if request.enrolled is not None:
@@ -166,7 +190,7 @@ class Device:
 
     def _facts(self, request: Request, asked: str, reason: RefusalReason | None) -> ReplyFacts:
         spent = None if self._ledger is None else self._ledger.spent(OWN)
-        return ReplyFacts(
+        facts = ReplyFacts(
             experiment_id=request.terms.experiment_id,
             client_id=request.client_id,
             round_index=request.task.round_index,
@@ -177,6 +201,16 @@ class Device:
             delta=None if self._ledger is None else self._settings.privacy.delta,
             ledger_head=None if self._ledger is None else self._ledger.head(),
         )
+        if self._key is None or self._ledger is None:
+            return facts
+        return facts.model_copy(update={"signature": sign(facts.model_dump(), self._key)})
+
+
+def _key_of(settings: Settings) -> ec.EllipticCurvePrivateKey | None:
+    """Return the key that signs what the ledger says; None on a device without one, such as a simulated one."""
+    path = settings.server.private_key
+    key = load_node_key(path) if path.exists() else None
+    return key if key is not None and isinstance(key.curve, ec.SECP384R1) else None
 
 
 def limits_of(policy: Policy) -> Limits:

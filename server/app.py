@@ -19,6 +19,7 @@ from fedlr.errors import InputError
 from fedlr.models.peft_state import read_adapter
 from fedlr.server.nodes import Nodes, PartitionNodes, RosterNodes
 from fedlr.server.pool import GridPool
+from fedlr.server.remembered import Remembered
 from fedlr.server.reply_grid import ReplyGrid
 from fedlr.server.run import Run
 
@@ -40,10 +41,12 @@ def serve(run: Run, grid: Grid) -> None:
     if isinstance(grid, ReplyGrid):
         grid.most_bytes = num_bytes(read_adapter(run.served.model).tensors.values())  # of the largest rank
     nodes: Nodes
-    members = grace_s = None
+    members = grace_s = public_keys = None
     if e.runtime.kind == "superlink":
         nodes = enrolled = RosterNodes(grid, Path(e.deployment.roster))
         members, grace_s = enrolled.members, e.deployment.grace_s
+        public_keys = enrolled.public_keys
+        run.progress.reports.remembered = Remembered.beside(Path(e.deployment.roster))
     else:
         nodes = PartitionNodes(grid, num_clients=e.num_clients)
     pool = GridPool(
@@ -57,6 +60,7 @@ def serve(run: Run, grid: Grid) -> None:
         grace_s=grace_s,
         say=run.say,
         reports=run.progress.reports,
+        public_keys=public_keys,
     )
     run.rounds(pool, members)
 

@@ -32,6 +32,10 @@ class RosterNodes:
         """Return the numbers of all enrolled clients, connected or not; nobody who was revoked."""
         return frozenset(load_roster(self._roster).client_of_node.values())
 
+    def public_keys(self) -> Mapping[int, str]:
+        """Return the line of every enrolled client's public key."""
+        return {entry.client_id: entry.public_key for entry in load_roster(self._roster).clients}
+
     def online(self) -> Mapping[int, int]:
         """Return the node id of every enrolled client that is connected; the roster is read anew each time."""
         client_of_node = load_roster(self._roster).client_of_node

@@ -38,6 +38,7 @@ class GridPool:
         quorum: how many clients of a cohort must be reachable before anybody is asked.
         poll_s: between two looks for replies.
         reports: what the clients said before of their ledgers; added to here.
+        public_keys: returns the line of each client's key, by which signatures are checked; None: there are none.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class GridPool:
         grace_s: float | None = None,
         say: Callable[[str], None] = lambda line: None,
         reports: Reports | None = None,
+        public_keys: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self._grid, self._nodes, self._terms = grid, nodes, terms
         self._deadline_s, self._quorum, self._poll_s, self._say = deadline_s, quorum, poll_s, say
@@ -61,6 +63,7 @@ class GridPool:
         self._sha256 = enrolled.fingerprint()
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
         self.reports = reports or Reports()
+        self._public_keys = public_keys or dict
 
     def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Ask every client that is reachable; yield what comes of it, in the order in which it comes."""
@@ -93,6 +96,7 @@ class GridPool:
             if not waiting or left <= 0:
                 break
             time.sleep(min(self._poll_s, left))
+        self.reports.remember()
         yield from (Dropout(asked.client_id, "rejected", "deadline") for _, asked in waiting.values())
 
     def _wait(self, cohort: Sequence[int], deadline: float) -> Mapping[int, int]:
@@ -117,6 +121,7 @@ class GridPool:
             enrolled_sha256=self._sha256,
             scale=self._enrolled.scale,
             enrolled=None if client in self._has_adapter else self._enrolled,
+            echo=None if self._terms.mechanism is None else self.reports.echo(client),
         )
         message = Message(request.record(), node_id, TRAIN, ttl=ttl, group_id=str(task.round_index))
         return next(iter(self._grid.push_messages([message])), None)
@@ -137,7 +142,8 @@ class GridPool:
             # Only who says so itself is given the adapter again.
             (self._has_adapter.discard if facts.refused == "not_enrolled" else self._has_adapter.add)(client)
             if asked.delta is not None and is_stated(facts, asked.delta):
-                reason = self.reports.hear(client, facts, asked.task_sha256)
+                key = self._public_keys().get(client)
+                reason = self.reports.hear(client, facts, asked.task_sha256, public_key=key)
                 if reason is not None and isinstance(answer.outcome, ClientUpdate):
                     return Dropout(client, "rejected", reason)
         return answer.outcome

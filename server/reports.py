@@ -10,39 +10,78 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fedlr.flower.messages import ReplyFacts
+from fedlr.flower.messages import LedgerEcho, ReplyFacts
+from fedlr.flower.node_key import canonical_public_key
+from fedlr.flower.signed import SIGNED, is_signed
+from fedlr.server.remembered import Known, Remembered
 
-FELL, OLD = "epsilon_fell", "old_ledger"  # reasons of the gate's closed set
+FELL, OLD, FORGED = "epsilon_fell", "old_ledger", "bad_signature"  # reasons of the gate's closed set
 ROUNDING = 1e-3  # relative: an accountant's grid may round another number of steps otherwise
 
 
 @dataclass
 class Reports:
-    """By client: the highest epsilon that it reported, and the last row's hash at each of its updates, oldest first."""
+    """By client: the highest epsilon that it reported, and the last row's hash at each of its updates, oldest first.
+
+    `signed` has the word that the highest epsilon came with, where its signature is that of the client's key.
+    `remembered` is what was said in other runs: words are compared with it; a statement of this run does not tell it.
+    """
 
     epsilon: dict[int, float] = field(default_factory=dict)
     heads: dict[int, list[str]] = field(default_factory=dict)
     _tasks: dict[int, str] = field(default_factory=dict)  # which the newest head was reported for, since this start
+    signed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    remembered: Remembered = field(default_factory=Remembered, compare=False)
 
-    def hear(self, client: int, facts: ReplyFacts, task_sha256: str) -> str | None:
+    def hear(self, client: int, facts: ReplyFacts, task_sha256: str, *, public_key: str | None = None) -> str | None:
         """Take in what a reply with a statement says; return why an update that comes with it is refused, or None.
 
-        The same reply may come again for the same task: a device sends what it had released as it was.
+        The same reply may come again for the same task: a device sends what it had released as it was. With the
+        client's key, a signature that is another's is refused; that there is none is only said (`missing`).
         """
         assert facts.epsilon is not None and facts.ledger_head is not None
-        before = self.epsilon.get(client, 0.0)
-        self.epsilon[client] = max(before, facts.epsilon)
+        word = facts.model_dump()
+        if public_key is not None and facts.signature and not is_signed(word, facts.signature, public_key):
+            return FORGED
+        known = self.remembered.of(client)
+        before = max(self.epsilon.get(client, 0.0), known.epsilon)
+        if facts.epsilon >= self.epsilon.get(client, 0.0):
+            self.signed.pop(client, None)
+            if public_key is not None and facts.signature:
+                told = {key: word[key] for key in (*SIGNED, "signature")}
+                self.signed[client] = {**told, "public_key": canonical_public_key(public_key)}
+        self.epsilon[client] = max(self.epsilon.get(client, 0.0), facts.epsilon)
         if facts.epsilon < before * (1 - ROUNDING):
             return FELL
         if facts.refused is not None:
             return None
         heads = self.heads.setdefault(client, [])
+        was_last_here = heads[-1:] == [facts.ledger_head] and self._tasks.get(client) == task_sha256
+        was_last = known.heads[-1:] == (facts.ledger_head,) and known.task == task_sha256
         if facts.ledger_head in heads:
-            is_again = facts.ledger_head == heads[-1] and self._tasks.get(client) == task_sha256
-            return None if is_again else OLD
+            return None if was_last_here else OLD
+        if facts.ledger_head in known.heads and not was_last:
+            return OLD
         heads.append(facts.ledger_head)
         self._tasks[client] = task_sha256
         return None
+
+    def echo(self, client: int) -> LedgerEcho | None:
+        """Return what a client last said, here or in another run, to tell it back; None where it said nothing."""
+        known = self.remembered.of(client)
+        epsilon = max(self.epsilon.get(client, 0.0), known.epsilon)
+        newer = [head for head in self.heads.get(client, []) if head not in known.heads]
+        head = next(reversed([*known.heads, *newer]), None)
+        return None if head is None else LedgerEcho(epsilon, head)
+
+    def remember(self) -> None:
+        """Write what was heard beside what other runs heard."""
+        self.remembered.keep(
+            {
+                client: Known(epsilon=epsilon, heads=tuple(self.heads.get(client, ())), task=self._tasks.get(client))
+                for client, epsilon in self.epsilon.items()
+            }
+        )
 
     def last_heads(self) -> dict[int, str]:
         """Return each client's newest head."""
@@ -53,6 +92,7 @@ class Reports:
         return {
             "epsilon": {str(client): value for client, value in self.epsilon.items()},
             "ledger_heads": {str(client): heads for client, heads in self.heads.items()},
+            "signed": {str(client): word for client, word in self.signed.items()},
         }
 
     @classmethod
@@ -62,4 +102,5 @@ class Reports:
         return cls(
             {int(client): float(value) for client, value in facts["epsilon"].items()},
             {int(client): [str(head) for head in found] for client, found in heads.items()},
+            signed={int(client): dict(word) for client, word in facts.get("signed", {}).items()},
         )

@@ -178,6 +178,7 @@ class Run:
             num_clients=e.num_clients,
             randomness=e.privacy.randomness,
             mechanism=served.mechanism,
+            signed=self.progress.reports.signed,
         )
         statement = with_choices(with_origin(statement, served.origin), choices_of(e, summary["released"]))
         statement = with_earlier(statement, served.earlier)

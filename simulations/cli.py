@@ -173,13 +173,25 @@ def report(arguments: list[str]) -> None:
 
 @command
 def statement(arguments: list[str]) -> None:
-    """Recompute the privacy statement from the ledger alone: fedlr statement RUN_DIR
+    """Recompute the privacy statement from the ledger alone: fedlr statement RUN_DIR [--verify [--roster FILE]]
 
-    Prints it as JSON, and fails if the run's privacy.json says anything else.
+    Prints it as JSON, and fails if the run's privacy.json says anything else. What devices report of ledgers of their
+    own cannot be computed here: it is printed as it stands, and --verify checks who signed it, with --roster against
+    the keys that the server enrolled.
     """
     from fedlr.privacy.statement import recompute
+    from fedlr.simulations.signatures import is_reported, stated, verify
 
-    print(json.dumps(recompute(existing_run(only_one(arguments))), indent=2))
+    roster, is_checked = option(arguments, "--roster", "the server's roster"), flag(arguments, "--verify")
+    run_dir = existing_run(only_one(arguments))
+    found = stated(run_dir) if is_reported(run_dir) else recompute(run_dir)
+    if roster is not None and not is_checked:
+        raise InputError(f"Expected --verify beside --roster {shown(roster)}, got none")
+    if not is_checked:
+        print(json.dumps(found, indent=2))
+        return
+    for line in verify(run_dir, None if roster is None else Path(roster)):
+        print(line)
 
 
 def options(arguments: list[str], name: str, what: str) -> list[str]:

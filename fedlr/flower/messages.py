@@ -33,6 +33,8 @@ RefusalReason = Literal[
     "data",  # its table is of another form than the terms name: other labels, pairs, plain texts
     "not_enrolled",  # it lost the adapter it was given, and needs it again
     "other_task",  # it was asked for something else in this round before
+    "older_ledger",  # its ledger lacks a row which the server says was its last once
+    "spent_less",  # its ledger says less than the server says it once did
     "device_error",
 ]
 Facts = TypeVar("Facts", bound=Section)
@@ -52,6 +54,17 @@ class RequestFacts(Section):
     scale: float
     enrolled_sha256: Sha256
     nonce: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    echo_epsilon: Annotated[float, Field(ge=0, le=LARGEST_EPSILON)] | None = None
+    echo_head: Sha256 | None = None
+
+
+@dataclass(frozen=True)
+class LedgerEcho:
+    """What a device last said of its ledger, as the server remembers it: told back, so that both can tell a ledger
+    that was put back. A server that lies in it gets a refusal, which it could have had by not asking."""
+
+    epsilon: float
+    head: str | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Request:
     enrolled_sha256: str
     scale: float
     enrolled: AdapterState | None
+    echo: LedgerEcho | None = None
 
     def record(self) -> RecordDict:
         """Return the request as Flower sends it."""
@@ -89,6 +103,8 @@ class Request:
             "enrolled_sha256": self.enrolled_sha256,
             "nonce": token_hex(16),
         }
+        if self.echo is not None:
+            facts |= {"echo_epsilon": self.echo.epsilon, "echo_head": self.echo.head}
         tensors = {
             Slot(f"{group}/{slot.path}", slot.role): t for group, part in groups.items() for slot, t in part.items()
         }
@@ -121,7 +137,9 @@ class Request:
             control=groups[CONTROL],
             ranks={} if facts.rank is None else {facts.client_id: facts.rank},
         )
-        return cls(Terms.read(facts.terms), facts.client_id, task, facts.enrolled_sha256, facts.scale, enrolled)
+        echo = None if facts.echo_epsilon is None else LedgerEcho(facts.echo_epsilon, facts.echo_head)
+        terms = Terms.read(facts.terms)
+        return cls(terms, facts.client_id, task, facts.enrolled_sha256, facts.scale, enrolled, echo)
 
 
 class ReplyFacts(Section):
@@ -136,6 +154,8 @@ class ReplyFacts(Section):
     epsilon: Annotated[float, Field(ge=0, le=LARGEST_EPSILON)] | None
     delta: Annotated[float, Field(gt=0, lt=1)] | None
     ledger_head: Sha256 | None
+    # Of the above, with the key by which the server knows the device (`flower.signed`); None: it has no ledger or key.
+    signature: Annotated[str, Field(pattern="^[0-9a-f]{192}$")] | None = None
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,10 @@ class Charges:
             return None
         return renyi_filter(steps.first, steps.announced, header.budget, header.accountant)
 
+    def steps_of(self, client_id: int, header: Header) -> Steps | None:
+        """Return the steps that a client is charged with; None where there are none."""
+        return _steps(self.of(client_id).values(), (self.first_of(client_id),), rows=header.rows_per_person)
+
     def first_of(self, client_id: int) -> Charge | None:
         """Return the charge that fixed by which rule a client's spending is bounded; None where there is none."""
         return next(iter(self.of(client_id).values()), None)

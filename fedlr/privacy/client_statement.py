@@ -8,7 +8,8 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charges, Header, read_ledger
-from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION
+from fedlr.privacy.profile import profile_of
+from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION, UNSIGNED
 from fedlr.privacy.units import CLIENT, rounded_up
 
 POISSON = (
@@ -64,6 +65,7 @@ def client_statement(
     rates = sorted({charge.mechanism.sample_rate for charge in charges.of(0).values()})
     is_private = math.isfinite(spent)
     number = spent if is_private else "inf"
+    curve = profile_of(charges.steps_of(0, header), header.delta, known=spent)
     return {
         "statement": sentence(header, spent, num_clients=num_clients, placed_by=placed_by),
         "differential_privacy": is_private,
@@ -74,6 +76,7 @@ def client_statement(
         "mechanisms": _mechanisms(charges),
         "delta": header.delta,
         "epsilon": {"maximum": number, "median": number, "minimum": number},
+        **({} if curve is None else {"profile": curve}),
         "budget": {"epsilon": header.epsilon, "delta": header.delta},
         "num_clients": num_clients,
         "num_rounds_charged": len(charges.of(0)),
@@ -86,6 +89,7 @@ def client_statement(
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
         "floating_point": FLOATING_POINT,
         "not_covered": NOT_COVERED,
+        "signatures": UNSIGNED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,

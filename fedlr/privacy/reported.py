@@ -21,6 +21,11 @@ from fedlr.privacy.statement import (
 )
 from fedlr.privacy.units import EXAMPLE, rounded_up
 
+BY_DEVICES = (
+    "{} of {} clients signed what they report with the key they are enrolled with: that shows who said so, not that it "
+    "is true. fedlr statement RUN_DIR --verify checks them"
+)
+
 
 def reported_statement(
     delta: float | None,
@@ -30,6 +35,7 @@ def reported_statement(
     num_clients: int,
     randomness: str,
     mechanism: Mechanism | None,
+    signed: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """State what clients report of their own ledgers.
 
@@ -40,6 +46,7 @@ def reported_statement(
         num_clients: enrolled clients.
         randomness: "seeded" or "os".
         mechanism: of every private step; None without privacy.
+        signed: by client, the word that its highest epsilon came with, its signature and the key it is checked with.
 
     Returns:
         Values that JSON can hold, in the keys of `fedlr.privacy.statement.privacy_statement`.
@@ -54,6 +61,7 @@ def reported_statement(
         f"{len(epsilon)} clients, for {EXAMPLE.text} ({EXAMPLE.relation}), by its own ledger over its whole life; this "
         f"server cannot check it, and {silent} of {num_clients} clients reported nothing"
     )
+    words = signed or {}
     seeded = f"Not for release, {SIMULATION}. Simulated: " if randomness == "seeded" else ""
     return {
         "statement": f"{seeded}{claim}." if is_private else f"No differential privacy: {claim}.",
@@ -71,9 +79,15 @@ def reported_statement(
         },
         "delta": delta,
         "clients": [
-            {"client_id": client, "epsilon": value if math.isfinite(value) else "inf", "head": ledger_heads.get(client)}
+            {
+                "client_id": client,
+                "epsilon": value if math.isfinite(value) else "inf",
+                "head": ledger_heads.get(client),
+                "signed": None if client not in words else dict(words[client]),
+            }
             for client, value in sorted(epsilon.items())
         ],
+        "signatures": BY_DEVICES.format(len(words.keys() & epsilon.keys()), num_clients),
         "num_clients": num_clients,
         "num_clients_that_reported": len(epsilon),
         "amplification": AMPLIFICATION,

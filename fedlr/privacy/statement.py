@@ -16,6 +16,7 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
+from fedlr.privacy.profile import profile_of
 from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS, rounded_up
 
 PROTECTS_AGAINST = [
@@ -61,6 +62,8 @@ FILTER = (
     "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
     "which the budget and the first mechanism fixed before anything was released"
 )
+UNSIGNED = "none: whoever holds the ledger computes this statement again; only devices have keys to sign theirs with"
+NEWER = ("profile", "signatures")  # which statements of earlier versions do not have
 LEDGER, SERVER_LEDGER = "ledger.jsonl", "server_ledger.jsonl"  # of the clients of a run, and of its server
 MOST_CLIENTS = 1_000_000  # more than that is no run, but a mistake in a file
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
@@ -112,6 +115,7 @@ def privacy_statement(
             "median": _json_number(statistics.median(spent)),
             "minimum": _json_number(min(spent)),
         },
+        **_profile(charges, header, enrolled[spent.index(max(spent))], max(spent)),
         "budget": {"epsilon": header.epsilon, "delta": header.delta},
         "num_clients": len(enrolled),
         "num_clients_by_status": _statuses(charges, enrolled),
@@ -128,6 +132,7 @@ def privacy_statement(
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
         "floating_point": FLOATING_POINT,
         "not_covered": NOT_COVERED[:-1] if unit is PERSON else NOT_COVERED,
+        "signatures": UNSIGNED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,
@@ -194,6 +199,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
+    found = _without_newer(found, stated)
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")
@@ -225,6 +231,14 @@ def run_statement(
     return found if of_clients is None else with_clients(found, of_clients)
 
 
+def _without_newer(found: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """Return a statement without what statements of earlier versions do not tell, where `stated` does not."""
+    kept = {key: value for key, value in found.items() if key not in NEWER or key in stated}
+    if isinstance(told := stated.get("client_unit"), dict) and "client_unit" in kept:
+        kept["client_unit"] = _without_newer(kept["client_unit"], told)
+    return kept
+
+
 def _ledgers_of(stated: dict[str, Any]) -> list[str]:
     """Return the ledgers that a statement was made of."""
     is_of_clients = stated.get("unit") == CLIENT.text
@@ -248,6 +262,12 @@ def _sentence(header: Header, largest: float, *, noiseless: bool, placed_by: Seq
     if placed_by:
         return f"Not for release: a row's place depends on {placed_by[0]}. If rows stayed where they are: {claim}."
     return f"{claim}."
+
+
+def _profile(charges: Charges, header: Header, client: int, spent: float) -> dict[str, Any]:
+    """Return the whole curve of the client that spent most (`fedlr.privacy.profile`); nothing without a step."""
+    found = profile_of(charges.steps_of(client, header), header.delta, known=spent)
+    return {} if found is None else {"profile": found}
 
 
 def _composition(charges: Charges, header: Header) -> str:

@@ -72,12 +72,12 @@ def test_a_ledger_that_did_not_move_on_is_refused_and_a_reply_sent_again_is_not(
 @pytest.mark.parametrize(
     ("check", "change"),
     [
-        (a_word_stands, ("max(before, facts.epsilon)", "facts.epsilon")),
+        (a_word_stands, ("max(self.epsilon.get(client, 0.0), facts.epsilon)", "facts.epsilon")),
         (a_word_stands, ("if facts.epsilon < before * (1 - ROUNDING):", "if False:")),
         (a_word_stands, ("{int(client): float(value) for", "{int(client): 0.0 * float(value) for")),
         (a_ledger_moves_on, ("if facts.ledger_head in heads:", "if heads[-1:] == [facts.ledger_head]:")),
-        (a_ledger_moves_on, ("return None if is_again else OLD", "return OLD")),
-        (a_ledger_moves_on, ("return None if is_again else OLD", "return None")),
+        (a_ledger_moves_on, ("return None if was_last_here else OLD", "return OLD")),
+        (a_ledger_moves_on, ("return None if was_last_here else OLD", "return None")),
     ],
     ids=["the last word", "no check", "forgets at a restart", "the newest head alone", "nothing twice", "any head"],
 )

@@ -96,6 +96,7 @@ def meaning(run: Run) -> list[str]:
             f"{epsilon_text(last.epsilon_min)} for the one that spent least. The first number is the one to "
             "quote: it is neither a mean nor a sum over clients, and each client vouches for its own."
         )
+    sentences += _told_otherwise(run.statement.get("profile"))
     of_clients = run.statement.get("client_unit")
     if isinstance(of_clients, Mapping) and isinstance(of_clients.get("statement"), str):
         sentences.append(
@@ -107,6 +108,26 @@ def meaning(run: Run) -> list[str]:
             "that was asked and never heard may have spent as much."
         )
     return sentences
+
+
+def _told_otherwise(curve: object) -> list[str]:
+    """Return the same steps by another relation and by several at once, where the statement has them."""
+    if not isinstance(curve, Mapping) or "replace" not in curve:
+        return []
+    replaced, mu = curve["replace"]["epsilon"], curve["add_or_remove"]
+    told = ", ".join(f"{epsilon_text(p['epsilon'])} at delta = {short(p['delta'])}" for p in replaced if p["epsilon"])
+    words = [f"That is for one that is added or removed. For one that is replaced by another, ε is {told}."]
+    several = [f"{epsilon_text(p['epsilon'])} for {p['count']}" for p in curve.get("several", ()) if p["epsilon"]]
+    if several:
+        words.append(f"For several at once, such as the rows of one person, it is {', '.join(several)}.")
+    partly = mu.get("partly")
+    words.append(
+        f"The steps are together a Gaussian mechanism with μ = {mu['mu']:.4g}."
+        if partly is None
+        else f"At every delta of {short(partly['delta_at_least'])} or more, ε is at most that of a Gaussian mechanism "
+        f"with μ = {partly['mu']:.4g}; only μ = {mu['mu']:.4g} bounds the whole curve."
+    )
+    return [" ".join(words)]
 
 
 def _odds(epsilon: float) -> str:

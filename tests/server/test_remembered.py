@@ -1,0 +1,191 @@
+"""What a device said stands over all runs of a server, is told back to it, and is signed (R-L5, R-L6, R-L8).
+
+Mutants killed: memory that ends with a run, that a later run lowers, or that takes a reply sent again for an old one;
+an echo of nothing, or of an older head than is known; a signature of anything, of another word, or of any key.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fedlr.flower.signed
+import fedlr.server.remembered
+import fedlr.server.reports
+import fedlr.simulations.signatures
+from fedlr.errors import InputError
+from fedlr.flower.messages import LedgerEcho, ReplyFacts
+from fedlr.flower.node_key import create_node_key, load_node_key
+from fedlr.flower.signed import sign
+from fedlr.privacy.mechanism import Mechanism
+from fedlr.privacy.reported import reported_statement
+from fedlr.server.remembered import Remembered
+from fedlr.server.reports import Reports
+from tests.server.small_federation import TERMS
+from tests.training.small_models import mutant
+
+HEADS = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
+
+
+def said(epsilon: float, head: str, **changes: object) -> ReplyFacts:
+    facts = {"experiment_id": TERMS.experiment_id, "client_id": 2, "round_index": 0, "task_sha256": "0" * 64}
+    return ReplyFacts(**{**facts, "refused": None, "epsilon": epsilon, "delta": 1e-5, "ledger_head": head, **changes})  # type: ignore[arg-type]
+
+
+def a_run(roster: Path, *words: tuple[float, str, str], module: object = fedlr.server.reports) -> list[str | None]:
+    """Return what a run that hears these words refuses, beginning with what the runs before it left."""
+    reports = module.Reports(remembered=Remembered.beside(roster))  # type: ignore[attr-defined]
+    found = [reports.hear(2, said(epsilon, head), task) for epsilon, head, task in words]
+    reports.remember()
+    return found
+
+
+def a_word_outlives_its_run(roster: Path, module: object = fedlr.server.reports) -> None:
+    assert a_run(roster, (3.0, HEADS[0], "1" * 64), (5.0, HEADS[1], "2" * 64), module=module) == [None, None]
+    assert a_run(roster, (1.0, HEADS[2], "3" * 64), module=module) == ["epsilon_fell"], "the ledger is new"
+    assert a_run(roster, (5.0, HEADS[0], "3" * 64), module=module) == ["old_ledger"], "it was put back"
+    assert a_run(roster, (5.0, HEADS[1], "2" * 64), module=module) == [None], "sent again to a server that was killed"
+    assert a_run(roster, (5.0, HEADS[1], "3" * 64), module=module) == ["old_ledger"]
+    assert a_run(roster, (6.0, HEADS[3], "4" * 64), module=module) == [None]
+    echo = module.Reports(remembered=Remembered.beside(roster)).echo(2)  # type: ignore[attr-defined]
+    assert echo == LedgerEcho(6.0, HEADS[3])
+
+
+def test_a_word_outlives_the_run_that_heard_it(tmp_path: Path) -> None:
+    a_word_outlives_its_run(tmp_path / "roster.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (
+            "max(self.epsilon.get(client, 0.0), known.epsilon)\n        if facts",
+            "self.epsilon.get(client, 0.0)\n        if facts",
+        ),
+        ("if facts.ledger_head in known.heads and not was_last:", "if False:"),
+        ("if facts.ledger_head in known.heads and not was_last:", "if facts.ledger_head in known.heads:"),
+        ("and known.task == task_sha256", ""),
+        ("head = next(reversed([*known.heads, *newer]), None)", "head = next(iter([*known.heads, *newer]), None)"),
+        ("return None if head is None else LedgerEcho(epsilon, head)", "return None"),
+        ("self.remembered.keep(", "dict("),
+    ],
+    ids=["own words", "any head", "nothing twice", "any task", "the oldest head", "no echo", "nothing kept"],
+)
+def test_a_memory_that_forgets_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        a_word_outlives_its_run(tmp_path / "roster.json", mutant(fedlr.server.reports, change))
+
+
+def test_two_runs_beside_each_other_lower_nothing(tmp_path: Path) -> None:
+    one, other = (Reports(remembered=Remembered.beside(tmp_path / "roster.json")) for _ in range(2))
+    for reports, epsilon, head in ((one, 5.0, HEADS[0]), (other, 2.0, HEADS[1])):
+        assert reports.hear(2, said(epsilon, head), "1" * 64) is None
+        reports.remember()
+    known = Remembered.beside(tmp_path / "roster.json").of(2)
+    assert (known.epsilon, known.heads) == (5.0, (HEADS[0], HEADS[1]))
+
+
+def test_a_memory_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
+    (tmp_path / fedlr.server.remembered.NAME).write_text('{"clients": {"2": {"epsilon": -1.0}}}')
+    with pytest.raises(InputError, match=r"ledgers\.json"):
+        Remembered.beside(tmp_path / "roster.json")
+
+
+def test_nothing_is_kept_of_a_simulation(tmp_path: Path) -> None:
+    reports = Reports()
+    assert reports.hear(2, said(1.0, HEADS[0]), "1" * 64) is None
+    reports.remember()
+    assert not list(tmp_path.iterdir())
+
+
+def keys(folder: Path, name: str) -> tuple[Path, str]:
+    return folder / name, create_node_key(folder / name).read_text()
+
+
+def signatures_hold(folder: Path, module: object = fedlr.server.reports) -> None:
+    """Raise AssertionError unless only the client's own signature of its very word counts."""
+    path, line = keys(folder, "own")
+    other, _ = keys(folder, "other")
+    facts = said(2.0, HEADS[0])
+    own = facts.model_copy(update={"signature": sign(facts.model_dump(), load_node_key(path))})
+    foreign = facts.model_copy(update={"signature": sign(facts.model_dump(), load_node_key(other))})
+    moved = own.model_copy(update={"epsilon": 1.0})
+    found = {
+        name: module.Reports().hear(2, word, "1" * 64, public_key=line)  # type: ignore[attr-defined]
+        for name, word in {"own": own, "foreign": foreign, "moved": moved, "none": facts}.items()
+    }
+    assert found == {"own": None, "foreign": "bad_signature", "moved": "bad_signature", "none": None}
+    reports = module.Reports()  # type: ignore[attr-defined]
+    assert reports.hear(2, own, "1" * 64, public_key=line) is None
+    assert json.loads(json.dumps(reports.facts()))["signed"]["2"]["epsilon"] == 2.0
+    assert module.Reports.of(reports.facts()).signed == reports.signed  # type: ignore[attr-defined]
+    assert reports.hear(2, said(3.0, HEADS[1]), "2" * 64, public_key=line) is None
+    assert reports.signed == {}, "a higher epsilon came without one"
+
+
+def test_a_word_counts_as_signed_by_its_own_key_alone(tmp_path: Path) -> None:
+    signatures_hold(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("and not is_signed(word, facts.signature, public_key)", "and False"),
+        ("self.signed.pop(client, None)", "pass"),
+        ('signed={int(client): dict(word) for client, word in facts.get("signed", {}).items()},', ""),
+    ],
+    ids=["any signature", "an older one stays", "forgotten at a restart"],
+)
+def test_a_server_that_takes_any_signature_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        signatures_hold(tmp_path, mutant(fedlr.server.reports, change))
+
+
+def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path: Path) -> None:
+    path, line = keys(tmp_path, "own")
+    facts = said(2.0, HEADS[0])
+    own = facts.model_copy(update={"signature": sign(facts.model_dump(), load_node_key(path))})
+    reports = Reports()
+    assert reports.hear(2, own, "1" * 64, public_key=line) is None
+    assert reports.hear(1, said(1.5, HEADS[1], client_id=1), "1" * 64) is None
+    told = reported_statement(
+        1e-5,
+        reports.epsilon,
+        reports.last_heads(),
+        num_clients=4,
+        randomness="os",
+        mechanism=Mechanism(1.0, 1.0, 0.1, 8.0),
+        signed=reports.signed,
+    )
+    assert told["signatures"].startswith("1 of 4 clients signed")
+    stated, roster = tmp_path / "privacy.json", tmp_path / "roster.json"
+    stated.write_text(json.dumps(told))
+    entry = {"client_id": 2, "name": "a", "node_id": 7, "public_key": line}
+    roster.write_text(json.dumps({"clients": [entry], "revoked": []}))
+    assert fedlr.simulations.signatures.verify(tmp_path, roster) == [
+        "client 1: not signed",
+        "client 2: signed epsilon 2 at delta 1e-05",
+        "2 clients reported nothing",
+    ]
+    roster.write_text(json.dumps({"clients": [{**entry, "public_key": keys(tmp_path, "other")[1]}]}))
+    with pytest.raises(InputError, match="not the client's in the roster"):
+        fedlr.simulations.signatures.verify(tmp_path, roster)
+    for key, value in (("epsilon", 1.0), ("ledger_head", HEADS[3]), ("round_index", 1), ("client_id", 1)):
+        changed = json.loads(json.dumps(told))
+        changed["clients"][1]["signed"][key] = value
+        stated.write_text(json.dumps(changed))
+        with pytest.raises(InputError, match="client 2"):
+            fedlr.simulations.signatures.verify(tmp_path, None)
+    changed = json.loads(json.dumps(told))
+    changed["clients"][1]["epsilon"] = 2.5  # more than was signed
+    stated.write_text(json.dumps(changed))
+    with pytest.raises(InputError, match="smaller epsilon"):
+        fedlr.simulations.signatures.verify(tmp_path, None)
+
+
+def test_a_signature_is_of_one_length_and_the_same_again(tmp_path: Path) -> None:
+    key = load_node_key(keys(tmp_path, "own")[0])
+    words = [said(epsilon, head).model_dump() for epsilon in (0.0, 1.25, 9e8) for head in HEADS]
+    signed = [sign(word, key) for word in words]
+    assert {len(one) for one in signed} == {192} and signed == [sign(word, key) for word in words]
+    assert not fedlr.flower.signed.is_signed(words[0], signed[0], "no key") and len(set(signed)) == len(signed)
