@@ -24,7 +24,15 @@ from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds.round import RoundRequest, ServerState, request_of
 from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
-from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
+from fedlr.runs.prepare import (
+    local_training,
+    notes,
+    placement,
+    private_mechanism,
+    with_clients_of,
+    with_library,
+    working_model,
+)
 from fedlr.runs.tables import load_tables, num_rows_of
 from fedlr.runs.units import client_mechanism, unit_notes
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
@@ -172,6 +180,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
         InputError: for anything that could not run as configured.
     """
     method = check_parts(experiment)
+    experiment = with_library(experiment)
     data, held_out, validation = load_tables(experiment, seed=seed)
     validated = () if validation is None else (validation,)
     partition: Partition = build(
