@@ -226,12 +226,20 @@ def with_found_rates(experiment: Experiment, *, seed: int) -> Experiment:
     return resolved_rates(experiment, num_rows=num_rows, server_step=build_method(experiment).server_step)
 
 
-def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
-    """Return the budget and the mechanism whose noise lasts for every participation a client may have."""
+def private_mechanism(
+    experiment: Experiment, calibrated: Mechanism | None = None
+) -> tuple[PrivacyBudget | None, Mechanism | None]:
+    """Return the budget and the mechanism whose noise lasts for every participation a client may have.
+
+    One that another process of the run has `calibrated` is believed: the ledger counts what is spent.
+    """
     privacy, trainer = experiment.privacy, experiment.trainer
     if privacy.epsilon is None:
         return None, None
-    budget, noise_multiplier = PrivacyBudget(privacy.epsilon, privacy.delta), noise_multiplier_of(experiment)
+    budget = PrivacyBudget(privacy.epsilon, privacy.delta)
+    if calibrated is not None:
+        return budget, calibrated
+    noise_multiplier = noise_multiplier_of(experiment)
     assert noise_multiplier is not None
     mechanism = Mechanism(
         noise_multiplier=noise_multiplier,

@@ -61,7 +61,11 @@ def test_step_measures_every_family_against_every_rival(tmp_path: Path) -> None:
     assert {"step-plain", "step-hooks", "step-ghost", "step-functorch"} <= keys
     assert {f"step-plain-{family}" for family in FAMILIES} <= keys
     by_library = [f"step-onednn-{family}" for family in FAMILIES] if has_onednn() else []
-    assert set(by_library) <= keys and len(outcome.checks) == (6 if by_library else 4) * len(FAMILIES) and outcome.setting["threads"] == 1
+    assert (
+        set(by_library) <= keys
+        and len(outcome.checks) == (6 if by_library else 4) * len(FAMILIES)
+        and outcome.setting["threads"] == 1
+    )
     assert all(value > 0 for measure in outcome.measures for value in measure.values)
     assert all(len(times["wall_s"][step.OURS]) == 2 for times in outcome.raw.values())
 

@@ -210,7 +210,10 @@ def check_rule(module: ModuleType) -> None:
 
 def test_the_rule_takes_onednn_only_where_it_was_measured_ahead() -> None:
     check_rule(shipped)
-    for change in (("is_amd and family.isdecimal() and", "family.isdecimal() and"), (' and instructions.get("avx512_f")', "")):
+    for change in (
+        ("is_amd and family.isdecimal() and", "family.isdecimal() and"),
+        (' and instructions.get("avx512_f")', ""),
+    ):
         with pytest.raises(AssertionError):
             check_rule(mutant(shipped, change))
 
