@@ -1,4 +1,4 @@
-"""By which library a processor multiplies with frozen float32 weights: PyTorch's default, which is MKL on x86, or oneDNN.
+"""By which library a processor multiplies with frozen float32 weights: PyTorch's default (MKL on x86) or oneDNN.
 
 Both compute in float32 and round differently in the last bits, so the choice is part of what a seed repeats: `auto`
 becomes a name before a run begins, and the run's config.yaml and versions.json keep it.
@@ -49,8 +49,8 @@ def library_of(asked: str) -> Library:
         raise InputError(f"Expected runtime.matmul to be auto, {' or '.join(get_args(Library))}, got {asked!r}")
     if asked == "onednn" and not has_onednn():
         raise InputError(
-            f"Expected a PyTorch whose oneDNN multiplies in float32 for runtime.matmul=onednn, got {torch.__version__}; "
-            "set runtime.matmul=mkl, which rounds differently in the last bits"
+            f"Expected a PyTorch whose oneDNN multiplies in float32 for runtime.matmul=onednn, got "
+            f"{torch.__version__}; set runtime.matmul=mkl, which rounds differently in the last bits"
         )
     return cast(Library, asked)
 

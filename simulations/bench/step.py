@@ -1,7 +1,8 @@
 """One client's private step against the same step without privacy, and against Opacus hooks, functorch and ghost.
 
-Ours multiplies by the library that `runtime.matmul=auto` stands for, and takes a turn by each of the two. All contestants share one frozen base, train lora_B of query and value with AdamW on the same batch, and run on one
-thread. The clock is CPU time of this process, which other work on the machine disturbs less than the wall clock.
+Ours multiplies by the library that `runtime.matmul=auto` stands for, and takes a turn by each of the two. All
+contestants share one frozen base, train lora_B of query and value with AdamW on the same batch, and run on one thread.
+The clock is CPU time of this process, which other work on the machine disturbs less than the wall clock.
 """
 
 import itertools
@@ -171,7 +172,7 @@ def build_contestants(network: Network, gradients: GradientsFactory = FusedGradi
     }
     libraries: dict[str, Library] = {OURS: library_of(AUTO), BY_MKL: "mkl", BY_ONEDNN: "onednn"}
     if has_onednn():
-        makers |= {name: makers[OURS] for name in (BY_MKL, BY_ONEDNN)}
+        makers |= dict.fromkeys((BY_MKL, BY_ONEDNN), makers[OURS])
     contestants = {}
     for name, make in makers.items():
         model = sharing_base(network.model)
