@@ -63,6 +63,7 @@ class RuntimeSection(Section):
     device: Annotated[str, AfterValidator(device_name)] = "cpu"
     num_workers: PositiveInt = 1
     cache_prefix: bool = False
+    matmul: Literal["auto", "mkl", "onednn"] = "auto"
 
 
 class Settings(Section):

@@ -24,6 +24,7 @@ from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.models.base_delta import SideWeights
 from fedlr.models.network import AdaptedModel, BaseModel
 from fedlr.models.peft_state import LAYOUT, read_adapter
+from fedlr.models.products import library_of
 from fedlr.models.tuners.attach import attach
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import Charges, LocalPool
@@ -267,6 +268,7 @@ def runtime_of(settings: Settings) -> RuntimeSection:
         num_processes=1,
         memory_gb=None,
         base_dtype="float32",
+        matmul=library_of(own.matmul),
         cache_prefix=own.cache_prefix,
         cache_dir=None,
         offline=True,

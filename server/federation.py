@@ -24,7 +24,7 @@ from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, request_of
 from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
-from fedlr.runs.prepare import private_mechanism, working_model
+from fedlr.runs.prepare import private_mechanism, with_library, working_model
 from fedlr.runs.recorder import held_out_labels
 from fedlr.runs.tables import load_held_out
 from fedlr.runs.verdict import HeldOut
@@ -71,6 +71,7 @@ def assemble(
     check_served(experiment)
     with torch_threads(1):
         method = check_parts(experiment)
+        experiment = with_library(experiment)
         held_out, num_rows = load_held_out(experiment, seed=seed)
         experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
         _, mechanism = private_mechanism(experiment)

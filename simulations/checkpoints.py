@@ -23,7 +23,6 @@ from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.round import ServerState
 from fedlr.runs.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
-from fedlr.runs.report.run_files import check_rows
 from fedlr.simulations.choosing import Chooser
 from fedlr.simulations.federation import Federation
 
@@ -78,6 +77,8 @@ class Checkpoints:
                     f"Expected {found.facts['num_lines'][name]} lines of {num_rounds} rounds in {self._folder / name}, "
                     f"got {len(rows)}: lines were lost or changed, so the run cannot go on"
                 )
+        from fedlr.runs.report.run_files import check_rows  # loads a library of pictures, too slow for a start
+
         check_rows(self.metrics, self.clients, where=str(self._folder))
         return found
 

@@ -53,10 +53,11 @@ def simulate(arguments: list[str]) -> None:
     for experiment in experiments:
         check_output_dir(experiment)
     check_side_by_side(experiments, num_jobs)
-    from fedlr.runs.report import comparison_table, write_comparison
     from fedlr.simulations.sweep import run_sweep
 
     found = run_sweep(jobs, experiments, num_jobs=num_jobs, skip_done=skip_done, say=say)
+    from fedlr.runs.report import comparison_table, write_comparison  # draws: not before there is something to draw
+
     run_dirs = [run_dir for run_dir in found if run_dir is not None]
     if run_dirs:
         say(f"\n{comparison_table(run_dirs)}")

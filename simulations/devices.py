@@ -138,7 +138,7 @@ def settings_of(
             "accountant": e.privacy.accountant,
             "randomness": e.privacy.randomness,
         },
-        "runtime": {"num_workers": 1, "cache_prefix": e.runtime.cache_prefix},
+        "runtime": {"num_workers": 1, "cache_prefix": e.runtime.cache_prefix, "matmul": e.runtime.matmul},
         "policy": {
             "allowed_models": [base.body_sha256],
             "allowed_tasks": [e.task.target],

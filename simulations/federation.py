@@ -24,7 +24,15 @@ from fedlr.privacy.mechanism import Mechanism, PrivacyBudget, check_delta
 from fedlr.rounds.round import RoundRequest, ServerState, request_of
 from fedlr.runs.assemble import assemble as assemble_parts
 from fedlr.runs.assemble import check_parts
-from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
+from fedlr.runs.prepare import (
+    local_training,
+    notes,
+    placement,
+    private_mechanism,
+    with_clients_of,
+    with_library,
+    working_model,
+)
 from fedlr.runs.tables import load_tables, num_rows_of
 from fedlr.runs.units import client_mechanism, unit_notes
 from fedlr.simulations.client_accuracy import ClientTests, client_tests
@@ -134,18 +142,25 @@ class Federation:
         return replace(self, method=method, training=replace(self.training, rates=rates.over(num_rounds)))
 
 
-def assemble(experiment: Experiment, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Federation:
+def assemble(
+    experiment: Experiment,
+    *,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+    calibrated: Mechanism | None = None,
+) -> Federation:
     """Return a federation that is ready to train: `prepare`, then all texts pass the frozen layers if that is cached.
 
     Args:
         experiment: the checked configuration.
         seed: of the public randomness (the configuration's, or one drawn for this run).
         say: told what takes long, once nothing can be wrong any more.
+        calibrated: the mechanism that this experiment has where a process of the run found it; None: it is found here.
 
     Raises:
         InputError: for anything that could not run as configured.
     """
-    return past_frozen_layers(prepare(experiment, seed=seed), say=say)
+    return past_frozen_layers(prepare(experiment, seed=seed, calibrated=calibrated), say=say)
 
 
 def past_frozen_layers(f: Federation, *, say: Callable[[str], None]) -> Federation:
@@ -165,13 +180,14 @@ def past_frozen_layers(f: Federation, *, say: Callable[[str], None]) -> Federati
     )
 
 
-def prepare(experiment: Experiment, *, seed: int) -> Federation:
+def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None = None) -> Federation:
     """Load data and model, split, attach the adapter, calibrate the noise, encode; no example has passed the model.
 
     Raises:
         InputError: for anything that could not run as configured.
     """
     method = check_parts(experiment)
+    experiment = with_library(experiment)
     data, held_out, validation = load_tables(experiment, seed=seed)
     validated = () if validation is None else (validation,)
     partition: Partition = build(
@@ -188,7 +204,7 @@ def prepare(experiment: Experiment, *, seed: int) -> Federation:
     num_rows = num_rows_of(experiment, data, held_out)
     experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
     tests = client_tests(experiment, method, partition, held_out, seed=seed)
-    budget, mechanism = private_mechanism(experiment)
+    budget, mechanism = private_mechanism(experiment, calibrated)
     client_budget, of_clients = client_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))

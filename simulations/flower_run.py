@@ -19,7 +19,7 @@ from fedlr.files import make_folder, write_whole
 from fedlr.runs.asked import write_asked
 from fedlr.runs.commands import quiet_flower
 from fedlr.runs.directory import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin
-from fedlr.runs.prepare import with_found_rates
+from fedlr.runs.prepare import with_found_rates, with_library
 from fedlr.simulations.devices import write_devices
 
 SERVER_APP, CLIENT_APP = "fedlr.server.app:app", "fedlr.client.app:app"
@@ -35,7 +35,7 @@ def simulate_with_flower(experiment: Experiment, *, say: Callable[[str], None]) 
     from flwr.simulation import run_simulation  # an optional package behind it
 
     seed = randbits(32) if experiment.seed is None else experiment.seed
-    asked, experiment = experiment, with_found_rates(experiment, seed=seed)
+    asked, experiment = experiment, with_library(with_found_rates(experiment, seed=seed))
     run_dir = create_run_dir(experiment)
     write_asked(run_dir, asked)
     authority = run_dir / "devices" / "ca.crt"

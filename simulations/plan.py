@@ -12,9 +12,8 @@ from secrets import randbits
 import numpy as np
 
 from fedlr.adapters.client_ranks import narrowed
-from fedlr.adapters.state import SHIPPED, num_values, roles_of
+from fedlr.adapters.state import SHIPPED, num_bytes, num_values, roles_of
 from fedlr.config.schema import Experiment
-from fedlr.flower.records import num_bytes
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.cohorts import cohorts

@@ -104,7 +104,7 @@ class Trainer:
         self, experiment: Mapping[str, Any], *, seed: int, mechanism: Mechanism | None, randomness: Any
     ) -> None:
         with torch_threads(1):
-            federation = assemble(check_experiment(experiment), seed=seed)
+            federation = assemble(check_experiment(experiment), seed=seed, calibrated=mechanism)
         federation = replace(federation, mechanism=mechanism, randomness=randomness)
         self._pool = pool_here(federation, None if mechanism is None else ChargedBefore())
 

@@ -190,6 +190,7 @@ class RuntimeSection(Section):
     num_processes: Threads
     memory_gb: PositiveFloat | None
     base_dtype: Literal["float32", "bfloat16"]
+    matmul: Literal["auto", "mkl", "onednn"] = "mkl"  # in files from before there was a choice
     cache_prefix: bool
     cache_dir: Annotated[str, Field(min_length=1)] | None
     offline: bool

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedlr.adapters.state import AdapterState, LoraFactors
 from fedlr.errors import InputError
 from fedlr.models.peft_state import base_layers
+from fedlr.models.places import LINEAR
 
 
 class SideWeights:
@@ -65,7 +66,7 @@ class SideWeights:
     def _weight(self, path: str) -> Tensor:
         layer = self._layers[path]
         weight = getattr(layer, "weight", None)
-        is_linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+        is_linear = isinstance(layer, LINEAR)
         if not is_linear or not isinstance(weight, Tensor) or weight.dtype != torch.float32:
             raise InputError(
                 f"Expected float32 linear layers for a method that folds into the base, got {type(layer).__name__} "

@@ -38,6 +38,7 @@ from fedlr.data.store import Put, TableStore
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.models.pooling import PooledClassifier
+from fedlr.models.products import library_in
 from fedlr.models.zero_head import awake
 from fedlr.tasks.examples import micro_batches
 from fedlr.tasks.tokenise import TokenisedText
@@ -297,7 +298,13 @@ def _computed_by(model: nn.Module, config: Any, tensors: list[tuple[str, Tensor]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": _processor(next(model.parameters()).device),
+        **_library(model),
     }
+
+
+def _library(model: nn.Module) -> dict[str, str]:
+    """Return which library multiplies, where it is not PyTorch's default, whose tables have no such key."""
+    return {"matmul": "onednn"} if any(library_in(module) == "onednn" for module in model.modules()) else {}
 
 
 def _processor(device: torch.device) -> str:

@@ -58,7 +58,7 @@ def parse(data: bytes, tail: Tail, *, name: str) -> tuple[list[Row], Tail, bytes
     rows: list[Row] = []
     head = tail.head
     for line in lines:
-        row = _decoded(line)
+        row = decoded(line)
         if row is None or row.get("prev") != head or not _is_intact(row, line):
             raise InputError(
                 f"Expected row {tail.num_rows + len(rows)} of {name} to continue the hash chain; the file was changed "
@@ -164,7 +164,7 @@ def read_from(file: int, offset: int, *, name: str) -> bytes:
 def torn_payload(fragment: bytes) -> Row | None:
     """Return what a torn row said, where its fragment still holds all of it but the hashes; else None."""
     payload, separator, _ = fragment.partition(b',"prev":')
-    return _decoded(payload + b"}") if separator else None
+    return decoded(payload + b"}") if separator else None
 
 
 def _encoded(row: Row) -> tuple[bytes, str]:
@@ -181,7 +181,8 @@ def _is_intact(row: Row, line: bytes) -> bool:
         return False
 
 
-def _decoded(line: bytes) -> dict[str, Any] | None:
+def decoded(line: bytes) -> dict[str, Any] | None:
+    """Return a line's JSON object; None where it holds none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8

@@ -16,7 +16,7 @@ from fedlr.errors.ranges import AccountantName, UnitName, require_delta
 from fedlr.privacy import chain
 from fedlr.privacy.filter import Event, RenyiFilter, Steps, renyi_filter, spent, would_spend
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
-from fedlr.privacy.rows import VERSION, RandomnessKind, checked
+from fedlr.privacy.rows import COHORT, VERSION, RandomnessKind, by_client, checked
 from fedlr.privacy.units import PERSON, UNITS, unit_of_text
 
 
@@ -140,6 +140,10 @@ class Charges:
 
     def _take_in(self, row: chain.Row) -> None:
         checked(row)
+        for one in by_client(row):
+            self._follow(one)
+
+    def _follow(self, row: chain.Row) -> None:
         kind = row["kind"]
         if (kind == "header") != (self.num_rows == 0):
             raise InputError(f"Expected the header first and once, got a row of kind {kind!r}")
@@ -238,10 +242,19 @@ def recovered(fragment: bytes, charges: Charges) -> list[chain.Row]:
     lowers what it repeated. The fragment is kept as text.
     """
     rows: list[chain.Row] = [{"kind": "torn", "fragment": fragment.decode("ascii", "backslashreplace")}]
-    row = chain.torn_payload(fragment)
-    if row is not None and row.get("kind") in ("reserve", "repeat") and charges.would_take_in(row):
+    row = chain.torn_payload(fragment) or _torn_cohort(fragment)
+    charged = ("reserve", "repeat", f"reserve{COHORT}", f"repeat{COHORT}")
+    if row is not None and row.get("kind") in charged and charges.would_take_in(row):
         rows.append(row)
     return rows
+
+
+def _torn_cohort(fragment: bytes) -> chain.Row | None:
+    """Return what a torn row said of the clients that are still named whole; None where it was about no cohort."""
+    told, separator, clients = fragment.partition(b'"client_ids":[')
+    whole, is_closed, _ = clients.partition(b"]")
+    named = whole if is_closed else clients.rpartition(b",")[0]  # the last number may have lost digits
+    return chain.decoded(told + separator + named + b"]}") if separator else None
 
 
 def read_ledger(path: str | os.PathLike[str]) -> tuple[Header, Charges, str]:

@@ -1,7 +1,8 @@
 """What every client has spent: written before private data are read, never lowered, refused when too much.
 
-A reservation is a row on disk before the first private read of a round. Settling it tells how many steps were
-really taken; one that is never settled (crash, lost reply) counts in full, for ever.
+A reservation is a row on disk before the first private read of a round, one for all clients of a cohort that may train.
+Settling it tells how many steps were really taken; one that is never settled (crash, lost reply) counts in full, for
+ever.
 
 The rows say nothing about data: they hold round and client numbers, step counts and constants of the
 configuration. Which steps are taken must not depend on data either, or the spending itself would tell
@@ -21,7 +22,7 @@ from fedlr.errors.ranges import AccountantName, UnitName
 from fedlr.privacy import chain
 from fedlr.privacy.charges import Charge, Charges, Header, parse_header, recovered
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
-from fedlr.privacy.rows import RandomnessKind, checked
+from fedlr.privacy.rows import RandomnessKind, checked, of_clients
 
 
 @dataclass(frozen=True)
@@ -169,18 +170,19 @@ class PrivacyLedger:
         said = {"task": task, "announced_steps": announced}
         reservation = {"kind": "reserve", **numbers, **{key: value for key, value in said.items() if value is not None}}
         charge = Charge(mechanism, int(num_steps), announced_steps=announced)
-        constants, rows = asdict(mechanism), []
         answers: dict[int, Refusal | None] = {}
+        repeated, charged = [], []
         with self._lock() as file:
             for client in cohort:
                 answers[client] = None
                 if self._is_repeat(round_index, mechanism, num_steps, client, task):
-                    rows.append({"kind": "repeat", "round_index": int(round_index), "client_id": client})
+                    repeated.append(client)
                 elif (refusal := self._refusal(round_index, charge, client)) is not None:
                     answers[client] = refusal
                 else:
-                    rows.append({**reservation, "client_id": client, "mechanism": constants})
-            self._append(file, rows)
+                    charged.append(client)
+            rows = of_clients({"kind": "repeat", "round_index": int(round_index)}, repeated)
+            self._append(file, [*rows, *of_clients({**reservation, "mechanism": asdict(mechanism)}, charged)])
         return answers
 
     def settle(self, round_index: int, client_id: int, steps_taken: int) -> None:
@@ -202,15 +204,12 @@ class PrivacyLedger:
             When this returns, all settlements are on disk, by one lock, one write and one fsync.
         """
         with self._lock() as file:
-            settled = [client for client, n in steps_taken.items() if self._is_settled(round_index, client, n)]
-            self._append(
-                file,
-                [
-                    {"kind": "settle", "round_index": int(round_index), "client_id": int(client), "steps_taken": int(n)}
-                    for client, n in steps_taken.items()
-                    if client not in settled
-                ],
-            )
+            by_steps: dict[int, list[int]] = {}
+            for client, n in steps_taken.items():
+                if not self._is_settled(round_index, client, n):
+                    by_steps.setdefault(int(n), []).append(int(client))
+            told = {"kind": "settle", "round_index": int(round_index)}
+            self._append(file, [row for n, c in by_steps.items() for row in of_clients({**told, "steps_taken": n}, c)])
 
     def spent(self, client_id: int) -> float:
         """Return the client's epsilon so far, at the budget's delta; 0.0 for one that never reserved."""

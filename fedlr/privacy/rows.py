@@ -4,6 +4,7 @@ A hash chain says that nobody changed a row after it was written, not that an ho
 write the file can write the hashes too. So every number has a range, and no row can lower what was charged.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -98,6 +99,36 @@ class SettleRow(Chained):
     steps_taken: Count
 
 
+class CohortRow(Chained):
+    """What a row says of several clients at once: the same as a row for each of them, in this order."""
+
+    round_index: Count
+    client_ids: Annotated[list[Count], Field(min_length=1)]
+
+
+class ReserveCohortRow(CohortRow):
+    """A charge of each client."""
+
+    kind: Literal["reserve_cohort"]
+    num_steps: NumSteps
+    mechanism: MechanismRow
+    task: Sha256 | None = None
+    announced_steps: NumSteps | None = None
+
+
+class RepeatCohortRow(CohortRow):
+    """The same computations again."""
+
+    kind: Literal["repeat_cohort"]
+
+
+class SettleCohortRow(CohortRow):
+    """How much of each client's charge was used."""
+
+    kind: Literal["settle_cohort"]
+    steps_taken: Count
+
+
 class TornRow(Chained):
     """What a crash left of a last line."""
 
@@ -105,9 +136,33 @@ class TornRow(Chained):
     fragment: str
 
 
-AnyRow = HeaderRow | ReserveRow | RepeatRow | SettleRow | TornRow
+AnyRow = HeaderRow | ReserveRow | RepeatRow | SettleRow | TornRow | ReserveCohortRow | RepeatCohortRow | SettleCohortRow
 _ADAPTER: TypeAdapter[AnyRow] = TypeAdapter(Annotated[AnyRow, Field(discriminator="kind")])
 _ZERO = "0" * 64
+
+
+COHORT = "_cohort"  # how the kind of a row about several clients ends
+
+
+def of_clients(row: Row, client_ids: Sequence[int]) -> list[Row]:
+    """Return the rows that say of each client what `row`, without a client, says: at most one.
+
+    >>> of_clients({"kind": "settle", "round_index": 0, "steps_taken": 2}, [4, 7])
+    [{'kind': 'settle_cohort', 'round_index': 0, 'steps_taken': 2, 'client_ids': [4, 7]}]
+    """
+    if len(client_ids) < 2:
+        return [{**row, "client_id": client} for client in client_ids]
+    # The clients last: of a line that was cut off, most can still be read.
+    return [{**row, "kind": f"{row['kind']}{COHORT}", "client_ids": list(client_ids)}]
+
+
+def by_client(row: Row) -> list[Row]:
+    """Return the rows of single clients that a checked row stands for; one of no cohort stands for itself."""
+    if not row["kind"].endswith(COHORT):
+        return [row]
+    shared = {key: value for key, value in row.items() if key != "client_ids"}
+    shared["kind"] = row["kind"].removesuffix(COHORT)
+    return [{**shared, "client_id": client} for client in row["client_ids"]]
 
 
 def checked(row: Row) -> Any:

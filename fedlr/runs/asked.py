@@ -16,6 +16,7 @@ import yaml
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import write_whole
+from fedlr.models.products import library_of
 from fedlr.runs.directory import FINISHED, VERSIONS, read_json, recorded_tree, summary_so_far, versions
 
 ASKED = "asked.yaml"
@@ -52,7 +53,9 @@ def earlier_run(experiment: Experiment) -> Earlier | None:
         return None
     folder = Path(experiment.tracking.output_dir) / experiment.name
     found = [one for one in _same(folder, compared(experiment.resolved())) if not _has_newer_data(experiment, one)]
-    earlier = [one for one in map(_described, sorted(found)) if one is not None]
+    library = library_of(experiment.runtime.matmul)
+    described = (_described(run_dir, library) for run_dir in sorted(found))
+    earlier = [one for one in described if one is not None]
     return next((one for one in reversed(earlier) if one.is_finished), earlier[-1] if earlier else None)
 
 
@@ -81,10 +84,10 @@ def _same(folder: Path, wanted: Mapping[str, Any]) -> Iterator[Path]:
             yield path.parent
 
 
-def _described(run_dir: Path) -> Earlier | None:
+def _described(run_dir: Path, library: str) -> Earlier | None:
     try:
         summary = summary_so_far(run_dir)
-        changed = _other_versions(run_dir) if (run_dir / VERSIONS).exists() else None
+        changed = _other_versions(run_dir, library) if (run_dir / VERSIONS).exists() else None
     except InputError:
         return None  # a broken file: nothing to rely on
     problem = (summary or {}).get("problem")
@@ -92,8 +95,8 @@ def _described(run_dir: Path) -> Earlier | None:
     return Earlier(run_dir, is_finished, None if problem is None else str(problem), changed)
 
 
-def _other_versions(run_dir: Path) -> str | None:
-    then, now = read_json(run_dir / VERSIONS), versions()
+def _other_versions(run_dir: Path, library: str) -> str | None:
+    then, now = {"matmul": "mkl", **read_json(run_dir / VERSIONS)}, {**versions(), "matmul": library}
     other = [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
     return "; ".join(other) or None
 

@@ -254,9 +254,9 @@ def recorded_tree(path: Path) -> dict[str, Any]:
 
 
 def write_origin(run_dir: Path, experiment: Experiment) -> None:
-    """Write the resolved configuration and the versions that ran it."""
+    """Write the resolved configuration, the versions that ran it, and which library multiplied."""
     write_whole(run_dir / "config.yaml", yaml.safe_dump(experiment.resolved(), sort_keys=False))
-    write_json(run_dir / VERSIONS, versions())
+    write_json(run_dir / VERSIONS, {**versions(), "matmul": experiment.runtime.matmul})
 
 
 def versions() -> dict[str, str | None]:

@@ -29,6 +29,7 @@ from fedlr.models.picture_prefix import encode_picture_features, encode_picture_
 from fedlr.models.pooling import PooledClassifier
 from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
+from fedlr.models.products import library_of, use_library
 from fedlr.models.tuners.blocks import LORA
 from fedlr.models.zero_head import check_head_trains
 from fedlr.privacy.accountant import epsilon
@@ -74,6 +75,16 @@ def placement(experiment: Experiment, partition: Partition, *, num_shared: int) 
     if num_shared:
         found.append("its label or group alone, not its text: clients share texts; keep one row of each")
     return tuple(found)
+
+
+def with_library(experiment: Experiment) -> Experiment:
+    """Return the experiment with the name of a library where `runtime.matmul` is auto: the run keeps it.
+
+    Raises:
+        InputError: it names a library that this machine lacks.
+    """
+    runtime = experiment.runtime.model_copy(update={"matmul": library_of(experiment.runtime.matmul)})
+    return experiment.model_copy(update={"runtime": runtime})
 
 
 def check_trainable(
@@ -155,6 +166,7 @@ def whole_and_working(
 ) -> tuple[nn.Module, nn.Module]:
     """Return the model as it computes, and what of it trains: the same, or the part above its cached prefix."""
     model.to(runtime.device)
+    use_library(model, library_of(runtime.matmul))
     whole: nn.Module = with_bfloat16_base(model) if runtime.base_dtype == "bfloat16" else model
     if not runtime.cache_prefix:
         return whole, whole
@@ -214,12 +226,20 @@ def with_found_rates(experiment: Experiment, *, seed: int) -> Experiment:
     return resolved_rates(experiment, num_rows=num_rows, server_step=build_method(experiment).server_step)
 
 
-def private_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
-    """Return the budget and the mechanism whose noise lasts for every participation a client may have."""
+def private_mechanism(
+    experiment: Experiment, calibrated: Mechanism | None = None
+) -> tuple[PrivacyBudget | None, Mechanism | None]:
+    """Return the budget and the mechanism whose noise lasts for every participation a client may have.
+
+    One that another process of the run has `calibrated` is believed: the ledger counts what is spent.
+    """
     privacy, trainer = experiment.privacy, experiment.trainer
     if privacy.epsilon is None:
         return None, None
-    budget, noise_multiplier = PrivacyBudget(privacy.epsilon, privacy.delta), noise_multiplier_of(experiment)
+    budget = PrivacyBudget(privacy.epsilon, privacy.delta)
+    if calibrated is not None:
+        return budget, calibrated
+    noise_multiplier = noise_multiplier_of(experiment)
     assert noise_multiplier is not None
     mechanism = Mechanism(
         noise_multiplier=noise_multiplier,

@@ -11,7 +11,7 @@ done here too; `check_token_loss` compares with the whole model's logits, on con
 Legend: N examples, T tokens, K hidden size, V vocabulary, S scored tokens of the batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class Head:
     bias: Tensor | None  # (V,)
     scale: float = 1.0
     cap: float | None = None
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # x W^T + b; None: PyTorch's own
 
     @property
     def num_at_once(self) -> int:
@@ -43,7 +44,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (S, K) to (S, V), float32 or wider."""
-        logits = F.linear(hidden, self.weight, self.bias)
+        logits = (self.product or F.linear)(hidden, self.weight, self.bias)
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -53,7 +54,8 @@ class Head:
         """Return the gradient with respect to the hidden states, (S, K), of one with respect to the logits."""
         if self.cap is not None:
             gradient = gradient * (1 - (logits / self.cap).square())
-        return (gradient if self.scale == 1.0 else gradient * self.scale).to(self.weight.dtype) @ self.weight
+        gradient = (gradient if self.scale == 1.0 else gradient * self.scale).to(self.weight.dtype)
+        return gradient @ self.weight if self.product is None else self.product(gradient, self.weight.t(), None)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def head_of(model: nn.Module) -> Head:
     """
     network = _network(model)
     layer = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
-    if type(layer) is not nn.Linear:
+    product = getattr(layer, "product", None)  # of a frozen layer that has a way of its own to multiply
+    if type(layer) is not nn.Linear and product is None:
         raise InputError(
             f"Expected a causal language model with a frozen linear head, got {type(network).__name__} with "
             f"{type(layer).__name__}; take the head out of adapter.target_modules, or choose another model"
@@ -123,7 +126,7 @@ def head_of(model: nn.Module) -> Head:
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
     scale = float(scale or 1.0) / float(divided or 1.0)
     bias = None if layer.bias is None else layer.bias.detach()
-    return Head(layer.weight.detach(), bias, scale, None if cap is None else float(cap))
+    return Head(layer.weight.detach(), bias, scale, None if cap is None else float(cap), product)
 
 
 def check_token_loss(model: nn.Module) -> None:

@@ -21,10 +21,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedlr.adapters.state import HEAD, Block, Slot
 from fedlr.errors import InputError
 from fedlr.models.peft_state import adapted_layers, head_parts
+from fedlr.models.products import is_linear
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss, losses_of
 from fedlr.training.first_token import first_token_only
@@ -162,11 +164,11 @@ def check_fused(model: nn.Module, block: Block) -> None:
     """
     layers = {path: layer.base_layer for path, layer in adapted_layers(model).items()}
     # GPT-2's Conv1D is a linear layer that keeps its weight transposed.
-    served = {path: layer for path, layer in layers.items() if type(layer).__name__ == "Conv1D"}
+    served = {path: layer for path, layer in layers.items() if isinstance(layer, Conv1D)}
     if HEAD in block:
         layers |= {path: part for path, (_, part) in head_parts(model).items()}
     for path, layer in layers.items():
-        if type(layer) is not nn.Linear and path not in served:
+        if not is_linear(layer) and path not in served:
             raise InputError(
                 f"Expected trained linear layers for trainer.engine=fused, got {type(layer).__name__} at {path}; "
                 "set trainer.engine=opacus"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, Slot
 from fedlr.models.peft_state import ADAPTER_NAME
+from fedlr.models.products import library_in, product
 
 
 class PerExample(Protocol):
@@ -120,6 +121,7 @@ class StackedLora(nn.Module):
         super().__init__()
         self.base_layer: nn.Module = layer.base_layer
         self.transposed = not isinstance(self.base_layer, nn.Linear)  # a Conv1D keeps its weight as (K, D)
+        self.library = library_in(self.base_layer)
         self.scale = float(layer.scaling[ADAPTER_NAME])
         self.slots = {role: Slot(path, role) for role in (LORA_A, LORA_B)}
         self.factors = {LORA_A: layer.lora_A[ADAPTER_NAME].weight, LORA_B: layer.lora_B[ADAPTER_NAME].weight}
@@ -150,7 +152,7 @@ class _StackedLora(torch.autograd.Function):
         ctx.layer, ctx.shape = layer, x.shape
         ctx.lora_A, ctx.lora_B = layer.factor(LORA_A, x.dtype), layer.factor(LORA_B, x.dtype)
         ctx.mask = layer.shared.mask(ctx.lora_A.shape[-2])
-        y = F.linear(x, weight.T if layer.transposed else weight, bias)
+        y = product(x, weight.T if layer.transposed else weight, bias, layer.library)
         tokens = x.reshape(len(x), -1, x.shape[-1])  # (N, T, K)
         h = _times(tokens, ctx.lora_A.mT).mul_(layer.scale)  # s x A^T, (N, T, R)
         if ctx.mask is not None:
@@ -176,7 +178,7 @@ class _StackedLora(torch.autograd.Function):
             layer.shared.add(layer.slots[LORA_A], Rows(_row_products(u, x.reshape(len(x), -1, x.shape[-1]))))
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = _times(g, layer.weight.T if layer.transposed else layer.weight)
+        dx = _backwards(g, layer)
         _add_product(dx, u, ctx.lora_A)
         return dx.view(ctx.shape), None, None
 
@@ -239,6 +241,13 @@ def _by_client(shared: Pass, x: Tensor) -> list[tuple[int, Tensor | slice]]:
 def _times(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right for left (N, T, X) and right (X, Y), one for all, or (N, X, Y), one a row."""
     return torch.bmm(left, right) if right.dim() == 3 else left @ right
+
+
+def _backwards(g: Tensor, layer: StackedLora) -> Tensor:
+    """Return g W, (N, T, K), for g (N, T, D)."""
+    if layer.library == "onednn":
+        return product(g, layer.weight if layer.transposed else layer.weight.T, None, layer.library)
+    return _times(g, layer.weight.T if layer.transposed else layer.weight)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

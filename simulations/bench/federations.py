@@ -6,7 +6,7 @@ NUM_TRAINING = 19_459 - 1_000  # sentences of configs/data/vader.yaml, without t
 MAX_GRAD_NORM, LR, DIVISOR = 0.1, 1.0, 8.0
 UPPER_THIRD = "adapter.layers=[4,5]"
 FIRST_TOKEN = ("model.pooling=null", "model.head_std=0.1")  # the network that the rivals load
-OPACUS = ("trainer.engine=opacus", "trainer.grad_sample_mode=hooks", "runtime.num_workers=1")
+OPACUS = ("trainer.engine=opacus", "trainer.grad_sample_mode=hooks", "runtime.num_workers=1", "runtime.matmul=mkl")
 
 
 def overrides(

@@ -1,7 +1,8 @@
 """One client's private step against the same step without privacy, and against Opacus hooks, functorch and ghost.
 
-All contestants share one frozen base, train lora_B of query and value with AdamW on the same batch, and run on one
-thread. The clock is CPU time of this process, which other work on the machine disturbs less than the wall clock.
+Ours multiplies by the library that `runtime.matmul=auto` stands for, and takes a turn by each of the two. All
+contestants share one frozen base, train lora_B of query and value with AdamW on the same batch, and run on one thread.
+The clock is CPU time of this process, which other work on the machine disturbs less than the wall clock.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fedlr.adapters.state import LORA_B, Slot
 from fedlr.models.peft_state import train_only
+from fedlr.models.products import AUTO, Library, has_onednn, library_of, use_library
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
@@ -35,6 +37,7 @@ from fedlr.training.threads import torch_threads
 NOISE_MULTIPLIER = 1.0
 TOLERANCE = 1e-4  # relative to the sum's norm
 OURS, PLAIN, HOOKS, GHOST, FUNCTORCH = "ours", "plain", "Opacus hooks", "Opacus ghost", "Opacus functorch"
+BY_MKL, BY_ONEDNN = "ours, frozen products by PyTorch's default library", "ours, frozen products by oneDNN"
 TINY = Shape(hidden=32, layers=2, heads=2, tokens=10, vocabulary=64, decoder_vocabulary=64)
 MINILM = Shape(hidden=384, layers=6, heads=12, tokens=65)
 
@@ -100,19 +103,26 @@ def run(settings: Settings, *, gradients: GradientsFactory = FusedGradients) -> 
             found, times = measure(family, size, batch=batch, turns=turns, seed=settings.seed, gradients=gradients)
             checks += found
             raw[name] = times.raw()
-            ratios[name] = {
-                rival: times.ratios(OURS, rival, clock="cpu_s") for rival in (PLAIN, HOOKS, GHOST, FUNCTORCH)
-            }
+            ratios[name] = ratios_of(times)
             medians = ", ".join(f"{median(values):.3f} of {rival}" for rival, values in ratios[name].items())
             settings.say(f"  {name}: {medians}")
     setting = {
         "threads": 1,
+        "frozen products of ours": library_of(AUTO),
         "clock": "CPU time of the process",
         "adapter": f"LoRA rank {sizes[0][1].rank} on query and value of all layers, lora_B trains",
         "optimizer": "AdamW",
         "steps_a_turn": {name: steps_a_turn(batch) for name, (_, _, batch) in zip(raw, sizes, strict=True)},
     }
     return Outcome("step", measures_of(ratios), tuple(checks), setting, raw)
+
+
+def ratios_of(times: Times) -> dict[str, tuple[float, ...]]:
+    """Return our time over that of each rival, and by oneDNN over that by PyTorch's default library."""
+    found = {rival: times.ratios(OURS, rival, clock="cpu_s") for rival in (PLAIN, HOOKS, GHOST, FUNCTORCH)}
+    if BY_ONEDNN in times.cpu_s:
+        found[BY_ONEDNN] = times.ratios(BY_ONEDNN, BY_MKL, clock="cpu_s")
+    return found
 
 
 def sizes_of(settings: Settings) -> list[tuple[str, Shape, int]]:
@@ -160,10 +170,14 @@ def build_contestants(network: Network, gradients: GradientsFactory = FusedGradi
         FUNCTORCH: partial(OpacusStep, **private, functorch=True),
         GHOST: partial(OpacusGhostStep, **private),
     }
+    libraries: dict[str, Library] = {OURS: library_of(AUTO), BY_MKL: "mkl", BY_ONEDNN: "onednn"}
+    if has_onednn():
+        makers |= dict.fromkeys((BY_MKL, BY_ONEDNN), makers[OURS])
     contestants = {}
     for name, make in makers.items():
         model = sharing_base(network.model)
         trained = train_only(model, frozenset({LORA_B}))
+        use_library(model, libraries.get(name, "mkl"))  # rivals as their users have them
         contestants[name] = make(model, trained, loss=network.loss, optimizer=adamw)
     return contestants
 
@@ -196,7 +210,7 @@ def check(contestants: Mapping[str, Step], network: Network, text: str) -> list[
 def measures_of(ratios: Mapping[str, Mapping[str, tuple[float, ...]]]) -> tuple[Measure, ...]:
     """Return the figures of the goals, over all sizes and by family, and the rest by size."""
     keys = {PLAIN: "step-plain", HOOKS: "step-hooks", GHOST: "step-ghost", FUNCTORCH: "step-functorch"}
-    measures = []
+    measures = _of_libraries(ratios)
     for rival, key in keys.items():
         everything = tuple(itertools.chain.from_iterable(found[rival] for found in ratios.values()))
         measures.append(Measure(key, f"private step / {rival}, all sizes", everything))
@@ -205,5 +219,20 @@ def measures_of(ratios: Mapping[str, Mapping[str, tuple[float, ...]]]) -> tuple[
             values = tuple(itertools.chain.from_iterable(mine))
             measures.append(Measure(f"{key}-{family}", f"private step / {rival}, {family}", values))
     for name, found in ratios.items():
-        measures += [Measure(f"{name} / {rival}", f"{name}: private step / {rival}", v) for rival, v in found.items()]
+        measures += [
+            Measure(f"{name} / {rival}", f"{name}: private step / {rival}", v)
+            for rival, v in found.items()
+            if rival != BY_ONEDNN
+        ]
     return tuple(measures)
+
+
+def _of_libraries(ratios: Mapping[str, Mapping[str, tuple[float, ...]]]) -> list[Measure]:
+    """Return by family what frozen products by oneDNN take of what those by PyTorch's default library take."""
+    measures = []
+    for family in FAMILIES:
+        mine = [found[BY_ONEDNN] for name, found in ratios.items() if name.startswith(family) and BY_ONEDNN in found]
+        if mine:
+            text = f"private step by oneDNN / by PyTorch's default library, {family}"
+            measures.append(Measure(f"step-onednn-{family}", text, tuple(itertools.chain.from_iterable(mine))))
+    return measures

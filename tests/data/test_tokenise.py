@@ -178,3 +178,24 @@ def test_the_real_tokenizer_agrees_with_itself() -> None:
     assert tokens.num_truncated == 1 and tokens.lengths[1] == 24
     expected = tokenizer(data.texts[0])["input_ids"]
     assert tokens.ids[: tokens.offsets[1]].tolist() == expected[:24] == expected
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer with a way of its own to read texts."""
+
+    def _encode_plus(self, text: list[str], *rest: object, **named: object) -> object:
+        return super()._encode_plus([one.lower() for one in text], *rest, **named)
+
+
+def test_the_backend_is_asked_alone_only_where_the_tokenizer_adds_nothing() -> None:
+    plain = word_tokenizer()
+    own = Shouting(tokenizer_object=plain.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512)
+    data = texts("GOOD bad good", "bad", "Good " * 40)
+    for tokenizer in (plain, own):
+        tokens = tokenise(data, tokenizer, max_length=8)
+        alone = tokenizer(list(data.texts[1:2]), truncation=True, max_length=8)["input_ids"][0]
+        assert tokens.ids[tokens.offsets[1] : tokens.offsets[2]].tolist() == alone
+        assert tokens.num_truncated == 1
+    lower = tokenise(texts("good bad good"), plain, max_length=8).ids
+    assert np.array_equal(tokens.ids[: tokens.offsets[1]], lower)
+    assert not np.array_equal(tokenise(data, plain, max_length=8).ids[: tokens.offsets[1]], lower)

@@ -19,7 +19,7 @@ from tests.privacy.ledger_rows import BUDGET, MECHANISM, cost, new_ledger, open_
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A ledger of 3 rounds and 2 clients: 9 rows after the header, the last one an open reservation."""
+    """A ledger of 3 rounds and 2 clients: 8 rows after the header, the last one an open reservation."""
     path = tmp_path / "ledger.jsonl"
     ledger = new_ledger(path)
     for round_index in range(3):
@@ -117,7 +117,9 @@ def test_an_open_ledger_notices_a_file_that_was_shortened_or_replaced(path: Path
     with pytest.raises(InputError, match="only grow"):
         ledger.reserve(5, MECHANISM, 1, [0])
     other = tmp_path / "other.jsonl"
-    new_ledger(other, budget=BUDGET).reserve(9, MECHANISM, 1, list(range(20)))
+    longer = new_ledger(other, budget=BUDGET)
+    for client in range(20):
+        longer.reserve(9, MECHANISM, 1, [client])
     path.write_bytes(other.read_bytes())
     with pytest.raises(InputError, match="hash chain"):
         ledger.spent(0)
@@ -136,7 +138,7 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: bytes) -> 
 def test_a_torn_line_never_reads_as_less_than_the_rows_before_it(path: Path) -> None:
     """The file cut at every ninth byte of its last rows: what remains whole is counted in full."""
     original = path.read_bytes()
-    for cut in range(original.rindex(b'{"kind":"reserve","round_index":2'), len(original), 9):
+    for cut in range(original.rindex(b'{"kind":"reserve_cohort","round_index":2'), len(original), 9):
         path.write_bytes(original[:cut].rpartition(b"\n")[0] + b"\n")
         whole = readings(path)
         path.write_bytes(original[:cut])

@@ -37,11 +37,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_reservation_is_on_disk_before_the_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a cohort in one write and one fsync, under one lock."""
+    """All of a cohort in one row, one write and one fsync, under one lock."""
     ledger, calls = new_ledger(path), []
     monkeypatch.setattr(os, "fsync", lambda file, real=os.fsync: (calls.append(path.read_bytes()), real(file)))
     assert ledger.reserve(0, MECHANISM, 5, [4, 1, 3]) == {4: None, 1: None, 3: None}
-    assert len(calls) == 1 and calls[0].count(b'"reserve"') == 3
+    assert len(calls) == 1 and calls[0].count(b'"reserve_cohort"') == 1 and b'"client_ids":[4,1,3]' in calls[0]
     assert open_ledger(path).spent(3) == cost(5)
 
 
@@ -174,7 +174,9 @@ def test_a_cohort_is_settled_by_one_write_under_one_lock(path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", lambda file, real=os.fsync: (synced.append(path.read_bytes()), real(file)))
     monkeypatch.setattr(fcntl, "flock", lambda file, kind, real=fcntl.flock: (locked.append(kind), real(file, kind)))
     ledger.settle_all(0, {client: client % 6 for client in range(99)})
-    assert (len(synced), len(locked)) == (1, 1) and synced[0].count(b'"settle"') == 99
+    assert (len(synced), len(locked)) == (1, 1) and synced[0].count(
+        b'"settle_cohort"'
+    ) == 6  # one for each number of steps
     spent = ledger.spent_all(range(101))
     assert len(locked) == 2
     assert [spent[client] for client in (0, 1, 4, 5, 99, 100)] == [0.0, cost(1), cost(4), cost(5), cost(5), 0.0]

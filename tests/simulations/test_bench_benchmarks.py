@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlr.adapters.state import LoraFactors, Slot
+from fedlr.models.products import has_onednn
 from fedlr.simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
 from fedlr.simulations.bench.flame import flame_svg, sampled, tree
 from fedlr.simulations.bench.outcome import BenchmarkFailed, Outcome
@@ -59,7 +60,12 @@ def test_step_measures_every_family_against_every_rival(tmp_path: Path) -> None:
     keys = {measure.key for measure in outcome.measures}
     assert {"step-plain", "step-hooks", "step-ghost", "step-functorch"} <= keys
     assert {f"step-plain-{family}" for family in FAMILIES} <= keys
-    assert len(outcome.checks) == 4 * len(FAMILIES) and outcome.setting["threads"] == 1
+    by_library = [f"step-onednn-{family}" for family in FAMILIES] if has_onednn() else []
+    assert (
+        set(by_library) <= keys
+        and len(outcome.checks) == (6 if by_library else 4) * len(FAMILIES)
+        and outcome.setting["threads"] == 1
+    )
     assert all(value > 0 for measure in outcome.measures for value in measure.values)
     assert all(len(times["wall_s"][step.OURS]) == 2 for times in outcome.raw.values())
 
