@@ -12,12 +12,12 @@ the configuration: dividing by how many updates came would release that number, 
 import math
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.streams import Draws
 
 Change = Mapping[Slot, Tensor]
 RELEASED = 0  # the id of what is released: no client's
@@ -59,7 +59,7 @@ def released_update(
     sent_down: Mapping[Slot, Tensor],
     mechanism: Mechanism,
     *,
-    generator: np.random.Generator,
+    generator: Draws,
     round_index: int,
 ) -> ClientUpdate:
     """Return the one update that leaves a round: what was broadcast, moved by the noised sum over the divisor.

@@ -25,6 +25,7 @@ from fedlr.errors.ranges import (
     LEAST_GRAD_NORM,
     LEAST_NOISE_MULTIPLIER,
 )
+from fedlr.streams import Draws
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Mechanism:
         _require_within("divisor", self.divisor, LEAST_DIVISOR, LARGEST_DIVISOR)
 
 
-def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: np.random.Generator) -> Tensor:
+def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: Draws) -> Tensor:
     """Draw independent Gaussian noise.
 
     The numbers are drawn in float64 and rounded once, to float32. They are not a discrete Gaussian: an

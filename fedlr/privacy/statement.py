@@ -66,8 +66,12 @@ MOST_CLIENTS = 1_000_000  # more than that is no run, but a mistake in a file
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {
     "seeded": f"{SIMULATION}; not for release of private data",
-    "os": "seeded by the operating system at every step, and never stored (Philox, not a cryptographic generator)",
+    "os": "ChaCha20 under a key of the operating system's generator, a new one for every step; none is stored",
 }
+# What runs said of their generator that another version made; no ledger has it, so it is taken from what they said.
+EARLIER_RANDOMNESS = (
+    "seeded by the operating system at every step, and never stored (Philox, not a cryptographic generator)",
+)
 
 
 def privacy_statement(
@@ -170,8 +174,8 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
     Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, what was
-    decided on the way, and where the start is from (an earlier run's statement too) are taken from privacy.json: the
-    ledger has none of them.
+    decided on the way, where the start is from (an earlier run's statement too), and which generator an earlier version
+    drew from are taken from privacy.json: the ledger has none of them.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -194,6 +198,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
+    found = _as_earlier(found, stated)
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")
@@ -223,6 +228,18 @@ def run_statement(
         return of_clients
     found = privacy_statement(own, range(num_clients), placed_by=placed_by)
     return found if of_clients is None else with_clients(found, of_clients)
+
+
+def _as_earlier(found: dict[str, Any], stated: Any) -> dict[str, Any]:
+    """Return a statement that names the generator of an earlier version, where the stated one does."""
+    found = dict(found)
+    told = stated.get("randomness") if isinstance(stated, dict) else None
+    if isinstance(told, dict) and told.get("kind") == "os" and told.get("meaning") in EARLIER_RANDOMNESS:
+        if found.get("randomness", {}).get("kind") == "os":
+            found["randomness"] = told
+    if "client_unit" in found and isinstance(stated, dict):
+        found["client_unit"] = _as_earlier(found["client_unit"], stated.get("client_unit"))
+    return found
 
 
 def _ledgers_of(stated: dict[str, Any]) -> list[str]:

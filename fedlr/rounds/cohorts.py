@@ -11,7 +11,7 @@ from itertools import count, islice
 import numpy as np
 
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.streams import Purpose, stream
+from fedlr.streams import Draws, Purpose, stream
 
 
 def sample_cohort(
@@ -61,7 +61,7 @@ def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations
         yield tuple(cohort)
 
 
-def poisson_cohort(generator: np.random.Generator, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
+def poisson_cohort(generator: Draws, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
     """Draw every client of a fixed population with the same probability, whatever the others are and were.
 
     Guarantees: never capped, filled up or drawn again; it may be empty. The sampler is the one whose event is

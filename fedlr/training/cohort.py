@@ -31,7 +31,7 @@ from fedlr.adapters.state import HEAD, Slot, in_block
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import RuleInputs
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
-from fedlr.streams import Randomness
+from fedlr.streams import Draws, Randomness
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.examples import Examples, Share, micro_batches
 from fedlr.training.fused import ClippedSums
@@ -242,7 +242,7 @@ def privatise_rows(
     stack: Stack,
     *,
     mechanism: Mechanism,
-    generators: Sequence[np.random.Generator],
+    generators: Sequence[Draws],
     threads: Executor,
     active: frozenset[Slot] | None = None,
 ) -> None:

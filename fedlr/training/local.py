@@ -26,7 +26,7 @@ from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.methods.rate_schedule import RateSchedule
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
-from fedlr.streams import Randomness
+from fedlr.streams import Draws, Randomness
 from fedlr.tasks.examples import Examples, Share, micro_batches
 from fedlr.tasks.losses import PerExampleLoss, class_losses
 from fedlr.training.gradients import Gradients
@@ -153,9 +153,7 @@ def sum_over(
     return total
 
 
-def privatise(
-    total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: np.random.Generator
-) -> dict[Slot, Tensor]:
+def privatise(total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: Draws) -> dict[Slot, Tensor]:
     """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of the sum.
 
     One draw a slot, in the order of the slots: a stream gives the same noise whatever the caller's order was.
