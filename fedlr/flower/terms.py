@@ -30,6 +30,7 @@ from fedlr.errors.messages import first_problem
 from fedlr.errors.ranges import MOST_STEPS
 from fedlr.flower.task_terms import WITH_CLASSES, Sha256, TaskName, TaskTerms, task_of_terms
 from fedlr.models.adapter_config import AdapterConfig
+from fedlr.privacy.grid import ReleaseNoise
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.tasks.task import Task
 
@@ -45,6 +46,7 @@ class MechanismTerms(Section):
     sample_rate: Rate
     divisor: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=1)]
+    release_noise: Annotated[ReleaseNoise, Field(exclude_if=lambda kind: kind == "float")] = "float"
 
 
 class Terms(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charges, Header, read_ledger
-from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION
+from fedlr.privacy.statement import RANDOMNESS, SIMULATION, floating_point
 from fedlr.privacy.units import CLIENT, rounded_up
 
 POISSON = (
@@ -84,7 +84,7 @@ def client_statement(
         "not_protected_against": NOT_PROTECTED_AGAINST,
         "conditions": CONDITIONS,
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
-        "floating_point": FLOATING_POINT,
+        "floating_point": floating_point(charge.mechanism for charge in charges.of(0).values()),
         "not_covered": NOT_COVERED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
@@ -134,6 +134,7 @@ def _mechanisms(charges: Charges) -> list[dict[str, Any]]:
             "max_norm": mechanism.max_grad_norm,
             "divisor": mechanism.divisor,
             "num_rounds": number,
+            **({"release_noise": "grid"} if mechanism.release_noise == "grid" else {}),
         }
         for mechanism, number in counts.items()
     ]

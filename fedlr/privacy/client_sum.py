@@ -76,11 +76,15 @@ def released_update(
         multiplier `mechanism.noise_multiplier` on the sum, and depends on the clients in no other way.
     """
     total = clipped_sum(updates, sent_down, max_norm=mechanism.max_grad_norm)
-    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    std = mechanism.noise_std
+    grid = mechanism.grid(sum(change.numel() for change in total.values()))
     tensors = {}
     for slot, change in total.items():
-        noise = torch.from_numpy(generator.standard_normal(tuple(change.shape)) * std)
-        mean = (change + noise) / mechanism.divisor
+        if grid is None:
+            noised = change + torch.from_numpy(generator.standard_normal(tuple(change.shape)) * std)
+        else:
+            noised = torch.from_numpy(grid.release(change.numpy(), generator))
+        mean = noised / mechanism.divisor
         start = sent_down[slot]
         tensors[slot] = (start.double() + mean).to(start.dtype)
     return ClientUpdate(RELEASED, tensors, weight=1.0, base_round=round_index)

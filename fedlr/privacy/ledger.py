@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -169,7 +169,7 @@ class PrivacyLedger:
         said = {"task": task, "announced_steps": announced}
         reservation = {"kind": "reserve", **numbers, **{key: value for key, value in said.items() if value is not None}}
         charge = Charge(mechanism, int(num_steps), announced_steps=announced)
-        constants, rows = asdict(mechanism), []
+        constants, rows = mechanism.constants(), []
         answers: dict[int, Refusal | None] = {}
         with self._lock() as file:
             for client in cohort:

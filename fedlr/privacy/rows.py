@@ -12,6 +12,7 @@ from fedlr.errors import InputError
 from fedlr.errors.messages import shown
 from fedlr.errors.ranges import MOST_ROWS, MOST_STEPS, AccountantName
 from fedlr.privacy.chain import Row
+from fedlr.privacy.grid import ReleaseNoise
 from fedlr.privacy.units import PERSON, unit_of_text
 
 VERSION = 1
@@ -67,6 +68,7 @@ class MechanismRow(Section):
     max_grad_norm: float
     sample_rate: float
     divisor: float
+    release_noise: ReleaseNoise = "float"
 
 
 class ReserveRow(Chained):

@@ -16,6 +16,7 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
+from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS, rounded_up
 
 PROTECTS_AGAINST = [
@@ -55,6 +56,11 @@ NOT_COVERED = [
 FLOATING_POINT = (
     "Noise is drawn and added in floating point, not from a discrete distribution on a grid; the analysis assumes "
     "real numbers, and the last bits of a result may tell more (Mironov 2012)."
+)
+ON_A_GRID = (
+    "Sums are rounded to a grid, and noise is a rounded Gaussian on it, drawn exactly; it allows for what rounding "
+    "adds to the sensitivity. That float32 sums of other rows round is allowed for by as much again, without a proof, "
+    "and how long a draw takes depends on it."
 )
 ONE_MECHANISM = "steps of one mechanism, announced before the first of them: their events are added up"
 FILTER = (
@@ -130,12 +136,18 @@ def privacy_statement(
         "not_protected_against": NOT_PROTECTED_AGAINST,
         "conditions": CONDITIONS_OF_PERSONS if unit is PERSON else CONDITIONS,
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
-        "floating_point": FLOATING_POINT,
+        "floating_point": floating_point(charge.mechanism for charge in _all(charges)),
         "not_covered": NOT_COVERED[:-1] if unit is PERSON else NOT_COVERED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,
     }
+
+
+def floating_point(mechanisms: Iterable[Mechanism]) -> str:
+    """Say how noise of these mechanisms is drawn and added; one that is not on the grid speaks for all."""
+    found = {mechanism.release_noise for mechanism in mechanisms}
+    return ON_A_GRID if found == {"grid"} else FLOATING_POINT
 
 
 def no_privacy_statement(num_clients: int) -> dict[str, Any]:
@@ -290,6 +302,7 @@ def _mechanisms(charges: Charges) -> list[dict[str, Any]]:
             "max_grad_norm": mechanism.max_grad_norm,
             "divisor": mechanism.divisor,
             "steps_per_round": sorted(counts),
+            **({"release_noise": "grid"} if mechanism.release_noise == "grid" else {}),
         }
         for mechanism, counts in steps.items()
     ]

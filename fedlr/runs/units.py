@@ -53,7 +53,11 @@ def client_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mech
             "that does"
         )
     return budget, Mechanism(
-        noise_multiplier=noise, max_grad_norm=p.client_max_norm, sample_rate=rate, divisor=float(e.cohort_size)
+        noise_multiplier=noise,
+        max_grad_norm=p.client_max_norm,
+        sample_rate=rate,
+        divisor=float(e.cohort_size),
+        release_noise=p.release_noise,
     )
 
 

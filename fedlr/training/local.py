@@ -24,7 +24,7 @@ from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.methods.rate_schedule import RateSchedule
-from fedlr.privacy.mechanism import Mechanism, gaussian_noise
+from fedlr.privacy.mechanism import Mechanism, with_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
 from fedlr.streams import Draws, Randomness
 from fedlr.tasks.examples import Examples, Share, micro_batches
@@ -154,17 +154,16 @@ def sum_over(
 
 
 def privatise(total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: Draws) -> dict[Slot, Tensor]:
-    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of the sum.
+    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of the sum, on a grid or not.
 
     One draw a slot, in the order of the slots: a stream gives the same noise whatever the caller's order was.
 
     Privacy: the only way for a sum to leave a step. What it returns is the release of one Gaussian mechanism.
     """
-    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    grid = mechanism.grid(sum(value.numel() for value in total.values()))
     private = {}
     for slot in sorted(total):
-        noise = gaussian_noise(total[slot].shape, std=std, generator=generator)
-        private[slot] = total[slot] + noise.to(total[slot].device)
+        private[slot] = with_noise(total[slot], mechanism=mechanism, grid=grid, generator=generator)
     return private
 
 

@@ -1,8 +1,8 @@
 """Noise for release against numpy's: nanoseconds of a number, for a client's trained values of one step.
 
 Numpy's Philox is what a seeded run draws from, and what noise for release was drawn from before. Ours is the ChaCha20
-keystream (`fedlr.streams.Keystream`). Every contestant draws for as many steps as fill a turn, each step from a new
-generator, as training does.
+keystream (`fedlr.streams.Keystream`), in floating point and exactly on a grid (`fedlr.privacy.grid`). Every contestant
+draws for as many steps as fill a turn, each step from a new generator, as training does.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fedlr.privacy.mechanism import gaussian_noise
+from fedlr.privacy.mechanism import Mechanism, gaussian_noise, with_noise
 from fedlr.streams import OsRandomness, Purpose, stream
 from fedlr.training.threads import torch_threads
 from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
@@ -19,7 +19,8 @@ from simulations.bench.settings import Settings
 from simulations.bench.timing import alternate
 
 SIZES = (770, 50_000)  # values that train: a head of two classes on 384 features, and LoRA beside it
-NUMPYS, CIPHER = "numpy's Philox", "ChaCha20"
+NUMPYS, CIPHER, GRID = "numpy's Philox", "ChaCha20", "ChaCha20, exactly on a grid"
+ON_GRID = Mechanism(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1.0, divisor=1.0, release_noise="grid")
 
 
 def run(settings: Settings) -> Outcome:
@@ -35,6 +36,7 @@ def run(settings: Settings) -> Outcome:
             nanoseconds = [1e9 * cpu / (size * steps) for cpu in times.cpu_s[CIPHER]]
             for key, text, values, unit in (
                 ("noise-cipher", f"{CIPHER} / {NUMPYS}", times.ratios(CIPHER, NUMPYS, clock="cpu_s"), ""),
+                ("noise-grid", f"{GRID} / {NUMPYS}", times.ratios(GRID, NUMPYS, clock="cpu_s"), ""),
                 ("noise-cipher-ns", f"{CIPHER}, a number", tuple(nanoseconds), " ns"),
             ):
                 measures.append(Measure(f"{key}-{size}", f"noise of {size:,} values: {text}", values, unit))
@@ -56,6 +58,10 @@ def contestants(size: int, steps: int) -> dict[str, Callable[[int], object]]:
             (size,), std=1.0, generator=OsRandomness().noise(client=0, round_index=turn, step=step)
         ),
     }
+    zeros, grid = torch.zeros(size), ON_GRID.grid(size)
+    ways[GRID] = lambda turn, step: with_noise(
+        zeros, mechanism=ON_GRID, grid=grid, generator=OsRandomness().noise(client=0, round_index=turn, step=step)
+    )
     for name, way in ways.items():
         found = float(np.mean([way(0, step).square().mean() for step in range(max(1, 10_000 // size))]))
         if not 0.8 < found < 1.2:  # 10,000 squares: 14 standard errors
