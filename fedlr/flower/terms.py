@@ -128,7 +128,7 @@ class Terms(Section):
             adapter=e.adapter.given_to_devices(),
             trainer=e.trainer.model_copy(update={"after_noise": _as_protocol_1(e.trainer.after_noise)}),
             client_rule=_as_protocol_1(None if rule is None else Target.model_validate(rule)),
-            mechanism=None if mechanism is None else MechanismTerms(**vars(mechanism), delta=e.privacy.delta),
+            mechanism=None if mechanism is None else MechanismTerms(**mechanism.constants(), delta=e.privacy.delta),
             randomness=e.privacy.randomness,
             task=task,
         )

@@ -10,7 +10,7 @@ examples were drawn, or held, would let one example move more than its clipped g
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, get_args
 
 import numpy as np
@@ -61,6 +61,9 @@ class Mechanism:
         divisor: number by which the noisy sum is divided, usually the expected batch size.
         release_noise: "float": drawn and added in floating point; "grid": on a grid, drawn exactly
             (`fedlr.privacy.grid`). Epsilon is the same.
+        separation: of the client unit, rounds from one participation of a client to its next, at least: it is charged
+            once in so many.
+        bands: of correlated noise (`fedlr.privacy.correlated`), at most `separation`; 1: each round's is its own.
     """
 
     noise_multiplier: float
@@ -68,6 +71,8 @@ class Mechanism:
     sample_rate: float
     divisor: float
     release_noise: ReleaseNoise = "float"
+    separation: int = 1
+    bands: int = 1
 
     def __post_init__(self) -> None:
         require_noise_multiplier(self.noise_multiplier)
@@ -76,6 +81,15 @@ class Mechanism:
         _require_within("divisor", self.divisor, LEAST_DIVISOR, LARGEST_DIVISOR)
         if self.release_noise not in get_args(ReleaseNoise):
             raise InputError(f"Expected privacy.release_noise to be float or grid, got {self.release_noise!r}")
+        if not 1 <= self.bands <= self.separation:
+            raise InputError(
+                f"Expected privacy.bands in [1, {self.separation}], the rounds between two participations of a client, "
+                f"got {self.bands}: beyond them nothing is proven"
+            )
+        if self.separation > 1 and self.sample_rate != 1:
+            raise InputError(f"Expected a sample_rate of 1 of clients in a fixed order, got {self.sample_rate}")
+        if self.bands > 1 and self.release_noise != "float":
+            raise InputError("Expected privacy.release_noise=float with correlated noise, got grid: it has no integers")
 
     @property
     def noise_std(self) -> float:
@@ -84,9 +98,9 @@ class Mechanism:
         return of_clip * SENSITIVITY if self.release_noise == "grid" else of_clip
 
     def constants(self) -> dict[str, Any]:
-        """Return the constants by name; `release_noise` only where it is "grid", as earlier versions wrote none."""
-        found = asdict(self)
-        return {key: value for key, value in found.items() if (key, value) != ("release_noise", "float")}
+        """Return the constants by name; what earlier versions did not have only where it is not as it was there."""
+        later = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        return {key: value for key, value in asdict(self).items() if key not in later or later[key] != value}
 
     def grid(self, num_values: int) -> Grid | None:
         """Return the grid of a sum of so many values; None where noise is floating point, or there is none."""

@@ -69,6 +69,8 @@ class MechanismRow(Section):
     sample_rate: float
     divisor: float
     release_noise: ReleaseNoise = "float"
+    separation: NumSteps = 1
+    bands: NumSteps = 1
 
 
 class ReserveRow(Chained):

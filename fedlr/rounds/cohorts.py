@@ -61,6 +61,18 @@ def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations
         yield tuple(cohort)
 
 
+def cyclic_cohort(round_index: int, *, num_clients: int, cohort_size: int) -> tuple[int, ...]:
+    """Return the clients of a round in a fixed, public order: each once in ceil(num_clients / cohort_size) rounds.
+
+    Guarantees: exactly so many rounds lie between two participations of a client, and no cohort is larger than said.
+
+    >>> [cyclic_cohort(t, num_clients=5, cohort_size=2) for t in range(4)]
+    [(0, 3), (1, 4), (2,), (0, 3)]
+    """
+    num_groups = -(-num_clients // cohort_size)
+    return tuple(range(round_index % num_groups, num_clients, num_groups))
+
+
 def poisson_cohort(generator: Draws, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
     """Draw every client of a fixed population with the same probability, whatever the others are and were.
 

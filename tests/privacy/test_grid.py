@@ -1,8 +1,8 @@
 """Noise on a grid is exact, covers what rounding adds to the sensitivity, and leaves no bits beside the grid (R-P14).
 
 Mutants killed: a sum that is not rounded; noise that is not, or is one number for all; noise without what rounding
-adds; a spacing four times as wide, or of one value; float64 taken for exact; an open number decided by its first bits, or by
-the bits of another tail; boundaries that lie elsewhere; a thousandth more (`MUTANTS`, `WRONG`).
+adds; a spacing four times as wide, or of one value; float64 taken for exact; an open number decided by its first bits,
+or by the bits of another tail; boundaries that lie elsewhere; a thousandth more (`MUTANTS`, `WRONG`).
 """
 
 import itertools
