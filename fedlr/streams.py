@@ -7,6 +7,9 @@ Everything here is numpy. A torch CPU generator keeps only 32 bits of the seed i
 2.13: `manual_seed(1)` and `manual_seed(1 + 2**32)` draw the same numbers), so a seed that packs a client and
 a round into 64 bits would silently hand the same noise to many clients. SeedSequence hashes all of its words
 into a 128-bit pool.
+
+Noise and batches for release come from no such stream but from `Keystream`, ChaCha20 under a key of the operating
+system: what was seen of its numbers tells nothing of the others.
 """
 
 import secrets
@@ -15,8 +18,16 @@ from enum import IntEnum
 from typing import ClassVar, Protocol
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from fedlr.errors import InputError
+
+KEY_BYTES = 32  # of ChaCha20: all of its key is secret
+MOST_BYTES = 2**38 - 64  # of one key: its counter of blocks has 32 bits
+CHUNK = 2**13  # numbers that are made at once: they stay in the processor's cache
 
 
 class Purpose(IntEnum):
@@ -37,14 +48,34 @@ class Purpose(IntEnum):
     ATTACK = 18  # who is hostile in a simulated attack, and what noise they send
 
 
+class Draws(Protocol):
+    """What private code draws from: `Keystream`, or a `numpy.random.Generator`."""
+
+    def random(self, size: int, /) -> NDArray[np.float64]:
+        """Return independent numbers, uniform in [0, 1)."""
+        ...
+
+    def standard_normal(self, size: int | tuple[int, ...], /) -> NDArray[np.float64]:
+        """Return independent standard normal numbers."""
+        ...
+
+    def permutation(self, x: int | NDArray[np.int64], /) -> NDArray[np.int64]:
+        """Return 0, 1, ..., x - 1, or the entries of x, in a uniformly random order."""
+        ...
+
+    def bytes(self, length: int, /) -> bytes:
+        """Return uniformly random bytes."""
+        ...
+
+
 class Randomness(Protocol):
     """Where one client's private steps take their two kinds of randomness from."""
 
-    def sampling(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
+    def sampling(self, *, client: int, round_index: int, step: int) -> Draws:
         """Return the generator that chooses the examples of this step."""
         ...
 
-    def noise(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
+    def noise(self, *, client: int, round_index: int, step: int) -> Draws:
         """Return the generator that draws the noise of this step."""
         ...
 
@@ -52,11 +83,11 @@ class Randomness(Protocol):
 class ServerRandomness(Protocol):
     """Where a server that hides whole clients takes its two kinds of randomness from."""
 
-    def cohort(self, *, round_index: int) -> np.random.Generator:
+    def cohort(self, *, round_index: int) -> Draws:
         """Return the generator that decides who takes part in this round."""
         ...
 
-    def server_noise(self, *, round_index: int) -> np.random.Generator:
+    def server_noise(self, *, round_index: int) -> Draws:
         """Return the generator that draws the noise of this round's sum."""
         ...
 
@@ -92,24 +123,25 @@ class SeededRandomness:
 class OsRandomness:
     """Randomness of the operating system, fresh at every call; it takes no seed and cannot be repeated.
 
-    Philox is not a cryptographic generator: its state comes from the operating system's, its stream does not.
+    Guarantees: every call draws a new 256-bit key from the operating system's generator, and numbers are the ChaCha20
+        keystream under it (RFC 8439). No key is stored, shared or used twice.
     """
 
     kind: ClassVar[str] = "os"
 
-    def sampling(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
+    def sampling(self, *, client: int, round_index: int, step: int) -> "Keystream":
         """Return a new generator; the indices have no influence on it."""
         return _from_operating_system()
 
-    def noise(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
+    def noise(self, *, client: int, round_index: int, step: int) -> "Keystream":
         """Return a new generator; the indices have no influence on it."""
         return _from_operating_system()
 
-    def cohort(self, *, round_index: int) -> np.random.Generator:
+    def cohort(self, *, round_index: int) -> "Keystream":
         """Return a new generator; the round has no influence on it."""
         return _from_operating_system()
 
-    def server_noise(self, *, round_index: int) -> np.random.Generator:
+    def server_noise(self, *, round_index: int) -> "Keystream":
         """Return a new generator; the round has no influence on it."""
         return _from_operating_system()
 
@@ -138,9 +170,66 @@ def stream(seed: int, purpose: Purpose, *, client: int = 0, round_index: int = 0
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
-def _from_operating_system() -> np.random.Generator:
-    # All of Philox's state, so nothing passes through SeedSequence's 128-bit pool.
-    return np.random.Generator(np.random.Philox(key=secrets.randbits(128), counter=secrets.randbits(256)))
+class Keystream:
+    """Numbers of the ChaCha20 keystream (RFC 8439, nonce 0, blocks from 0) of one key.
+
+    Every number has 64 bits of its own. A normal number is the inverse of the distribution function at 63 of them,
+    signed by the last, in float64: no rejection, so how much is drawn does not depend on what is drawn.
+
+    >>> Keystream(bytes(32)).bytes(4).hex()
+    '76b8e0ad'
+    """
+
+    def __init__(self, key: bytes) -> None:
+        """Start at the first block of a key, which must be used for nothing else."""
+        self._encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+        self._left = MOST_BYTES
+
+    def bytes(self, length: int, /) -> bytes:
+        """Return the next bytes.
+
+        Raises:
+            InputError: more is asked of one key than it has.
+        """
+        self._left -= length
+        if self._left < 0:
+            raise InputError(f"Expected at most {MOST_BYTES} random bytes of one step, got more asked for")
+        return self._encryptor.update(bytes(length))
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Return the next integers, uniform in [0, 2**64)."""
+        return np.frombuffer(self.bytes(8 * count), dtype="<u8")
+
+    def random(self, size: int, /) -> NDArray[np.float64]:
+        """Return the next numbers, uniform in [0, 1): multiples of 2**-53, as numpy's are."""
+        return np.asarray((self.words(size) >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
+
+    def standard_normal(self, size: int | tuple[int, ...], /) -> NDArray[np.float64]:
+        """Return the next standard normal numbers; none is beyond 9.2."""
+        found = np.empty(size)
+        flat = found.reshape(-1)
+        for start in range(0, flat.size, CHUNK):
+            part = flat[start : start + CHUNK]
+            signed_normals(self.words(part.size), out=part)
+        return found
+
+    def permutation(self, x: int | NDArray[np.int64], /) -> NDArray[np.int64]:
+        """Return 0, 1, ..., x - 1, or the entries of x, in a random order; of equal words the first stays first."""
+        entries = np.arange(x) if isinstance(x, int) else x
+        return entries[np.argsort(self.words(len(entries)), kind="stable")]
+
+
+def signed_normals(words: NDArray[np.uint64], *, out: NDArray[np.float64]) -> None:
+    """Write the normal numbers of 64-bit integers: the upper 63 bits are a tail's probability, the last is the sign."""
+    np.multiply(words >> np.uint64(1), 2.0**-64, out=out)
+    out += 2.0**-65  # the middle of what 63 bits leave open; at most 1/2, so never beyond the mean
+    ndtri(out, out=out)
+    bits = out.view(np.uint64)
+    bits ^= words << np.uint64(63)
+
+
+def _from_operating_system() -> Keystream:
+    return Keystream(secrets.token_bytes(KEY_BYTES))
 
 
 def _require_word(**numbers: int) -> None:

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 from fedlr.config.schema import Experiment
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.client_unit import EVERYBODY, ClientUnit
-from fedlr.rounds.cohorts import poisson_cohort
+from fedlr.rounds.cohorts import cyclic_cohort, poisson_cohort
 from fedlr.runs.directory import LEDGER, SERVER_LEDGER
 from fedlr.simulations.federation import Federation
 from fedlr.streams import OsRandomness, SeededRandomness, ServerRandomness
@@ -40,9 +41,11 @@ def client_unit(federation: Federation, ledger: PrivacyLedger | None) -> ClientU
     )
 
 
-def poisson_draws(federation: Federation) -> Callable[[int], tuple[int, ...]] | None:
-    """Return what draws the cohort of a round under `cohort=poisson`; None under a fixed size."""
+def cohort_draws(federation: Federation) -> Callable[[int], tuple[int, ...]] | None:
+    """Return what draws the cohort of a round under `cohort=poisson` or `cyclic`; None under a fixed size."""
     f, e = federation, federation.experiment
+    if e.cohort == "cyclic":
+        return partial(cyclic_cohort, num_clients=e.num_clients, cohort_size=e.cohort_size)
     if e.cohort != "poisson":
         return None
 
@@ -73,7 +76,7 @@ def noise_of_update(federation: Federation) -> float | None:
     m = federation.client_mechanism
     if m is None:
         return update_noise(federation.training, federation.mechanism)
-    return None if federation.mechanism else m.noise_multiplier * m.max_grad_norm / m.divisor
+    return None if federation.mechanism or m.bands > 1 else m.noise_multiplier * m.max_grad_norm / m.divisor
 
 
 def noise_as_of_one(federation: Federation) -> float | None:

@@ -15,10 +15,12 @@ from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import SHIPPED, num_bytes, num_values, roles_of
 from fedlr.config.schema import Experiment
 from fedlr.privacy.accountant import epsilon
+from fedlr.privacy.correlated import sum_noise
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.cohorts import cohorts
 from fedlr.runs.recorder import held_out_labels, recipe_of
 from fedlr.runs.report.wording import epsilon_text
+from fedlr.runs.units import most_participations
 from fedlr.runs.verdict import advice, least_told
 from fedlr.simulations.client_unit import noise_as_of_one
 from fedlr.simulations.costs import (
@@ -132,8 +134,13 @@ def client_unit_lines(federation: Federation) -> list[str]:
     if m is None or budget is None:
         return []
     event = PoissonSampler(m.sample_rate).dp_event(m.noise_multiplier)
-    spent = epsilon([(event, e.num_rounds)], budget.delta, accountant=e.privacy.accountant)
+    spent = epsilon([(event, most_participations(e))], budget.delta, accountant=e.privacy.accountant)
     drawn = f"each client joins by chance {m.sample_rate:g}" if m.sample_rate < 1 else "no amplification by sampling"
+    if m.separation > 1:
+        drawn += f"; each client joins once in {m.separation} rounds"
+    if m.bands > 1:
+        less = sum_noise(1, e.num_rounds) / sum_noise(m.bands, e.num_rounds)
+        drawn += f"; noise of {m.bands} rounds is correlated, and {less:.2f} times smaller in the sum of rounds"
     return [
         f"unit        one client: an update is clipped to {m.max_grad_norm:g}, noise multiplier {m.noise_multiplier:g} "
         f"on the sum, divided by {m.divisor:g}; {drawn}",

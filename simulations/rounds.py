@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.round import ClientPool, RoundDiagnostics, ServerState, federated_rounds
-from fedlr.simulations.client_unit import client_unit, poisson_draws
+from fedlr.simulations.client_unit import client_unit, cohort_draws
 from fedlr.simulations.federation import Federation
 
 
@@ -30,6 +30,6 @@ def rounds_of(
         ranks=federation.ranks,
         max_update_ratio=e.max_update_ratio,
         average_last=e.average_last,
-        poisson=poisson_draws(federation),
+        poisson=cohort_draws(federation),
         client_unit=client_unit(federation, server_ledger),
     )

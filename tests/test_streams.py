@@ -134,7 +134,7 @@ def test_purposes_keep_their_numbers() -> None:
 def test_noise_and_sampling_have_separate_streams() -> None:
     key = {"client": 0, "round_index": 0, "step": 0}
     for randomness in (SeededRandomness(1), OsRandomness()):
-        assert randomness.noise(**key).integers(2**63) != randomness.sampling(**key).integers(2**63)
+        assert randomness.noise(**key).bytes(8) != randomness.sampling(**key).bytes(8)
 
 
 def test_streams_leave_the_global_generators_alone() -> None:
@@ -142,7 +142,7 @@ def test_streams_leave_the_global_generators_alone() -> None:
     expected = (random.random(), np.random.random(), torch.rand(()).item())
     seed_everything_alike()
     for randomness in (SeededRandomness(1), OsRandomness()):
-        randomness.noise(client=0, round_index=0, step=0).random()
+        randomness.noise(client=0, round_index=0, step=0).random(1)
     assert expected == (random.random(), np.random.random(), torch.rand(()).item())
 
 

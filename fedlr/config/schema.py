@@ -26,6 +26,7 @@ from fedlr.errors.messages import dotted_keys, first_problem, one_line, unknown_
 from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO, MOST_ROWS, UnitName
 from fedlr.methods.rate_schedule import CONSTANT
 from fedlr.models.adapter_config import AdapterConfig
+from fedlr.privacy.grid import ReleaseNoise
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 AUTO = "auto"  # of a number that is found from public ones when a run is prepared (`fedlr.config.auto_rates`)
@@ -142,6 +143,9 @@ class PrivacySection(Section):
     client_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     client_max_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 1.0
     client_noise_multiplier: PositiveFloat | None = None
+    release_noise: ReleaseNoise = "float"
+    mechanism: Literal["dp_sgd", "dp_ftrl"] = "dp_sgd"
+    bands: Count | None = None
 
     @property
     def rows_of_unit(self) -> int:
@@ -236,7 +240,7 @@ class Experiment(Section):
     num_rounds: Count
     num_clients: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
     cohort_size: Annotated[int, BeforeValidator(as_many_as_there_are), Field(ge=0, le=1_000_000)]
-    cohort: Literal["fixed", "poisson"] = "fixed"
+    cohort: Literal["fixed", "poisson", "cyclic"] = "fixed"
     weighting: Literal["uniform", "examples"]
     max_update_ratio: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = MAX_UPDATE_RATIO
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -10,7 +10,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.server_optimizer import FedAdam, FedAvgM, FedYogi
-from fedlr.methods.method import Method
+from fedlr.methods.method import Always, Method
 
 PROVEN = "set method=fedavg, fedsvd, ffa_lora, head or another whose aggregate is weighted_mean or a server optimizer"
 NO_PROOF = "no bound is proven on what one client can change in it"
@@ -46,6 +46,13 @@ def check_unit(experiment: Experiment, method: Method) -> None:
     if experiment.privacy.unit != "client":
         return
     expected, name = "Expected privacy.unit=example", method.name
+    if experiment.privacy.mechanism == "dp_ftrl" and not (
+        isinstance(method.block_schedule, Always) and not method.dynamic_ranks
+    ):
+        raise InputError(
+            f"Expected privacy.mechanism=dp_sgd for method={name}, which trains other tensors from round to round, got "
+            "dp_ftrl: noise of one round is taken back in the next, on the same tensors"
+        )
     if method.personal:
         raise InputError(
             f"{expected} for method={name}, whose clients keep {', '.join(method.personal)}, got client: what a client "

@@ -21,14 +21,16 @@ def check_privacy(experiment: "Experiment") -> None:
     if p.unit == "client":
         _check_client(e)
     _check_person(e)
+    _check_ftrl(e)
+    _check_cyclic(e)
     if e.cohort == "poisson" and e.max_participations < e.num_rounds:
         raise InputError(
             f"Expected privacy.max_participations=null with cohort=poisson, got {p.max_participations}, fewer than the "
             f"{e.num_rounds} rounds: whoever was drawn often could not be drawn again, and draws would not be "
             "independent"
         )
-    if e.patience is not None and (p.unit == "client" or e.cohort == "poisson"):
-        found = "privacy.unit=client" if p.unit == "client" else "cohort=poisson"
+    if e.patience is not None and (p.unit == "client" or e.cohort != "fixed"):
+        found = "privacy.unit=client" if p.unit == "client" else f"cohort={e.cohort}"
         raise InputError(
             f"Expected patience=null with {found}, got {e.patience}: a run that stops early is charged its announced "
             "rounds, and cohorts that nobody may know cannot be charged beforehand; release=best goes with it"
@@ -84,6 +86,58 @@ def _check_client(e: "Experiment") -> None:
             "Expected cohort=fixed with budgets of both units (privacy.epsilon and privacy.client_epsilon), got "
             "poisson: what clients have spent of their own budgets tells who took part, and a Poisson cohort must be "
             "secret"
+        )
+
+
+def _check_ftrl(e: "Experiment") -> None:
+    p = e.privacy
+    if p.mechanism != "dp_ftrl":
+        if p.bands is not None:
+            raise InputError(f"Expected privacy.mechanism=dp_ftrl with privacy.bands={p.bands}, got {p.mechanism}")
+        return
+    expected = "Expected privacy.mechanism=dp_sgd"
+    if p.unit != "client":
+        raise InputError(
+            f"{expected} with privacy.unit={p.unit}, got dp_ftrl: it is proven for noise on the server's sums, of the "
+            "client unit; set privacy=client cohort=cyclic"
+        )
+    if e.cohort != "cyclic":
+        raise InputError(
+            f"{expected} with cohort={e.cohort}, got dp_ftrl: its proof needs rounds between two participations of a "
+            "client; set cohort=cyclic"
+        )
+    if p.release_noise != "float":
+        raise InputError("Expected privacy.release_noise=float with privacy.mechanism=dp_ftrl, got grid: no proof")
+    between = -(-e.num_clients // e.cohort_size) if e.num_clients and e.cohort_size else None
+    if between == 1:
+        raise InputError(
+            f"{expected} with cohort_size={e.cohort_size} of num_clients={e.num_clients}, got dp_ftrl: where all "
+            "clients take part in every round no round lies between two participations; lower cohort_size"
+        )
+    if between is not None and p.bands is not None and p.bands > between:
+        raise InputError(
+            f"Expected privacy.bands in [1, {between}], the rounds from one participation of a client to its next, "
+            f"got {p.bands}: beyond them its columns overlap, and no sensitivity is proven"
+        )
+
+
+def _check_cyclic(e: "Experiment") -> None:
+    if e.cohort != "cyclic":
+        return
+    if e.runtime.kind != "local":
+        raise InputError(
+            f"Expected cohort=fixed with runtime={e.runtime.kind}, got cyclic: a server asks whoever is connected, "
+            "and cannot keep an order"
+        )
+    if e.privacy.is_private and e.privacy.unit != "client":
+        raise InputError(
+            f"Expected cohort=fixed with privacy.unit={e.privacy.unit}, got cyclic: its rounds are charged for the "
+            "client unit alone; set privacy=client"
+        )
+    if e.max_participations < e.num_rounds:
+        raise InputError(
+            f"Expected privacy.max_participations=null with cohort=cyclic, got {e.privacy.max_participations}: the "
+            "order says how often a client takes part"
         )
 
 

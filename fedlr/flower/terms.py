@@ -30,6 +30,7 @@ from fedlr.errors.messages import first_problem
 from fedlr.errors.ranges import MOST_STEPS
 from fedlr.flower.task_terms import WITH_CLASSES, Sha256, TaskName, TaskTerms, task_of_terms
 from fedlr.models.adapter_config import AdapterConfig
+from fedlr.privacy.grid import ReleaseNoise
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.tasks.task import Task
 
@@ -45,6 +46,7 @@ class MechanismTerms(Section):
     sample_rate: Rate
     divisor: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=1)]
+    release_noise: Annotated[ReleaseNoise, Field(exclude_if=lambda kind: kind == "float")] = "float"
 
 
 class Terms(Section):
@@ -126,7 +128,7 @@ class Terms(Section):
             adapter=e.adapter.given_to_devices(),
             trainer=e.trainer.model_copy(update={"after_noise": _as_protocol_1(e.trainer.after_noise)}),
             client_rule=_as_protocol_1(None if rule is None else Target.model_validate(rule)),
-            mechanism=None if mechanism is None else MechanismTerms(**vars(mechanism), delta=e.privacy.delta),
+            mechanism=None if mechanism is None else MechanismTerms(**mechanism.constants(), delta=e.privacy.delta),
             randomness=e.privacy.randomness,
             task=task,
         )

@@ -8,8 +8,9 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charges, Header, read_ledger
+from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.profile import profile_of
-from fedlr.privacy.statement import FLOATING_POINT, RANDOMNESS, SIMULATION, UNSIGNED
+from fedlr.privacy.statement import RANDOMNESS, SIMULATION, UNSIGNED, floating_point
 from fedlr.privacy.units import CLIENT, rounded_up
 
 POISSON = (
@@ -17,6 +18,13 @@ POISSON = (
     "server learns"
 )
 NONE = "none: cohorts have a fixed size and may be known, so every round counts as if all clients took part"
+CYCLIC = (
+    "none: clients take part in a fixed and public order, each once in {} rounds, and are charged each time; no draw "
+    "is secret"
+)
+COMMON = ("noise_multiplier", "max_grad_norm", "sample_rate", "divisor")
+GAUSSIAN = "Gaussian mechanism on the sum of clipped updates (central DP-FedAvg)"
+MATRIX = "Matrix mechanism on the sums of clipped updates (DP-FTRL, banded square root)"
 TRUSTED = [
     "the server and its operator: they see every update in the clear, clip it, and add the noise",
     "the server's machine, its ledger and its source of noise",
@@ -62,7 +70,6 @@ def client_statement(
     if header.unit != CLIENT.name or set(charges.by_client) - {0}:
         raise InputError(f"Expected a ledger of the client unit in {os.fspath(ledger_path)}, got one of {header.unit}")
     spent = charges.epsilon(0, header)
-    rates = sorted({charge.mechanism.sample_rate for charge in charges.of(0).values()})
     is_private = math.isfinite(spent)
     number = spent if is_private else "inf"
     curve = profile_of(charges.steps_of(0, header), header.delta, known=spent)
@@ -81,13 +88,13 @@ def client_statement(
         "num_clients": num_clients,
         "num_rounds_charged": len(charges.of(0)),
         "accountant": {"name": header.accountant, "library": "dp-accounting", "version": version("dp-accounting")},
-        "amplification": POISSON if rates and max(rates) < 1 else NONE,
+        "amplification": _amplification([charge.mechanism for charge in charges.of(0).values()]),
         "trusted": TRUSTED,
         "protects_against": PROTECTS_AGAINST,
         "not_protected_against": NOT_PROTECTED_AGAINST,
         "conditions": CONDITIONS,
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
-        "floating_point": FLOATING_POINT,
+        "floating_point": floating_point(charge.mechanism for charge in charges.of(0).values()),
         "not_covered": NOT_COVERED,
         "signatures": UNSIGNED,
         "dataset_id": header.dataset_id,
@@ -125,19 +132,27 @@ def with_clients(statement: dict[str, Any], of_clients: dict[str, Any]) -> dict[
     }
 
 
+def _amplification(mechanisms: Sequence[Mechanism]) -> str:
+    separations = {mechanism.separation for mechanism in mechanisms}
+    if len(separations) == 1 and separations != {1}:
+        return CYCLIC.format(*separations)
+    return POISSON if mechanisms and all(mechanism.sample_rate < 1 for mechanism in mechanisms) else NONE
+
+
 def _mechanisms(charges: Charges) -> list[dict[str, Any]]:
     counts: dict[Any, int] = {}
     for charge in charges.of(0).values():
         counts[charge.mechanism] = counts.get(charge.mechanism, 0) + 1
     return [
         {
-            "name": "Gaussian mechanism on the sum of clipped updates (central DP-FedAvg)",
+            "name": MATRIX if mechanism.bands > 1 else GAUSSIAN,
             "sampling": "Poisson: each client joins each round independently" if mechanism.sample_rate < 1 else "none",
             "sample_rate": mechanism.sample_rate,
             "noise_multiplier": mechanism.noise_multiplier,
             "max_norm": mechanism.max_grad_norm,
             "divisor": mechanism.divisor,
             "num_rounds": number,
+            **{key: value for key, value in mechanism.constants().items() if key not in COMMON},
         }
         for mechanism, number in counts.items()
     ]

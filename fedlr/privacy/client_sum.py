@@ -12,12 +12,13 @@ the configuration: dividing by how many updates came would release that number, 
 import math
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.privacy.correlated import CorrelatedNoise
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.streams import Draws
 
 Change = Mapping[Slot, Tensor]
 RELEASED = 0  # the id of what is released: no client's
@@ -59,8 +60,9 @@ def released_update(
     sent_down: Mapping[Slot, Tensor],
     mechanism: Mechanism,
     *,
-    generator: np.random.Generator,
+    generator: Draws,
     round_index: int,
+    correlated: CorrelatedNoise | None = None,
 ) -> ClientUpdate:
     """Return the one update that leaves a round: what was broadcast, moved by the noised sum over the divisor.
 
@@ -70,17 +72,28 @@ def released_update(
         mechanism: `max_grad_norm` is the bound of a client's change, `divisor` the constant.
         generator: of this round's noise, and of nothing else.
         round_index: which round.
+        correlated: noise in place of `generator`'s, exactly where the mechanism has bands.
 
     Guarantees:
         Unit: one client. Relation: its update counts, or counts as zero. The result is a Gaussian mechanism of noise
-        multiplier `mechanism.noise_multiplier` on the sum, and depends on the clients in no other way.
+        multiplier `mechanism.noise_multiplier` on the sum, and depends on the clients in no other way. With bands all
+        rounds together are: one of that multiplier for each participation of a client.
     """
     total = clipped_sum(updates, sent_down, max_norm=mechanism.max_grad_norm)
-    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    std = mechanism.noise_std
+    grid = mechanism.grid(sum(change.numel() for change in total.values()))
+    if (correlated is None) is (mechanism.bands > 1):
+        raise ValueError(f"Expected correlated noise exactly with bands, got {correlated} with {mechanism.bands}")
+    noises = correlated.of_round(round_index, {s: t.shape for s, t in total.items()}) if correlated else {}
     tensors = {}
     for slot, change in total.items():
-        noise = torch.from_numpy(generator.standard_normal(tuple(change.shape)) * std)
-        mean = (change + noise) / mechanism.divisor
+        if noises:
+            noised = change + noises[slot] * std
+        elif grid is None:
+            noised = change + torch.from_numpy(generator.standard_normal(tuple(change.shape)) * std)
+        else:
+            noised = torch.from_numpy(grid.release(change.numpy(), generator))
+        mean = noised / mechanism.divisor
         start = sent_down[slot]
         tensors[slot] = (start.double() + mean).to(start.dtype)
     return ClientUpdate(RELEASED, tensors, weight=1.0, base_round=round_index)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -182,7 +182,7 @@ class PrivacyLedger:
                 else:
                     charged.append(client)
             rows = of_clients({"kind": "repeat", "round_index": int(round_index)}, repeated)
-            self._append(file, [*rows, *of_clients({**reservation, "mechanism": asdict(mechanism)}, charged)])
+            self._append(file, [*rows, *of_clients({**reservation, "mechanism": mechanism.constants()}, charged)])
         return answers
 
     def settle(self, round_index: int, client_id: int, steps_taken: int) -> None:

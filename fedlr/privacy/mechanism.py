@@ -10,7 +10,8 @@ examples were drawn, or held, would let one example move more than its clipped g
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from fedlr.errors.ranges import (
     LEAST_GRAD_NORM,
     LEAST_NOISE_MULTIPLIER,
 )
+from fedlr.privacy.grid import SENSITIVITY, Grid, ReleaseNoise
+from fedlr.streams import Draws
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,62 @@ class Mechanism:
             clipped.
         sample_rate: probability with which each example joins a step.
         divisor: number by which the noisy sum is divided, usually the expected batch size.
+        release_noise: "float": drawn and added in floating point; "grid": on a grid, drawn exactly
+            (`fedlr.privacy.grid`). Epsilon is the same.
+        separation: of the client unit, rounds from one participation of a client to its next, at least: it is charged
+            once in so many.
+        bands: of correlated noise (`fedlr.privacy.correlated`), at most `separation`; 1: each round's is its own.
     """
 
     noise_multiplier: float
     max_grad_norm: float
     sample_rate: float
     divisor: float
+    release_noise: ReleaseNoise = "float"
+    separation: int = 1
+    bands: int = 1
 
     def __post_init__(self) -> None:
         require_noise_multiplier(self.noise_multiplier)
         require_sample_rate(self.sample_rate)
         _require_within("privacy.max_grad_norm", self.max_grad_norm, LEAST_GRAD_NORM, LARGEST_GRAD_NORM)
         _require_within("divisor", self.divisor, LEAST_DIVISOR, LARGEST_DIVISOR)
+        if self.release_noise not in get_args(ReleaseNoise):
+            raise InputError(f"Expected privacy.release_noise to be float or grid, got {self.release_noise!r}")
+        if not 1 <= self.bands <= self.separation:
+            raise InputError(
+                f"Expected privacy.bands in [1, {self.separation}], the rounds between two participations of a client, "
+                f"got {self.bands}: beyond them nothing is proven"
+            )
+        if self.separation > 1 and self.sample_rate != 1:
+            raise InputError(f"Expected a sample_rate of 1 of clients in a fixed order, got {self.sample_rate}")
+        if self.bands > 1 and self.release_noise != "float":
+            raise InputError("Expected privacy.release_noise=float with correlated noise, got grid: it has no integers")
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the sum: on a grid it allows for what rounding adds to the sensitivity."""
+        of_clip = self.noise_multiplier * self.max_grad_norm
+        return of_clip * SENSITIVITY if self.release_noise == "grid" else of_clip
+
+    def constants(self) -> dict[str, Any]:
+        """Return the constants by name; what earlier versions did not have only where it is not as it was there."""
+        later = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        return {key: value for key, value in asdict(self).items() if key not in later or later[key] != value}
+
+    def grid(self, num_values: int) -> Grid | None:
+        """Return the grid of a sum of so many values; None where noise is floating point, or there is none."""
+        if self.release_noise == "float" or self.noise_multiplier == 0:
+            return None
+        return Grid.of(max_norm=self.max_grad_norm, noise_multiplier=self.noise_multiplier, num_values=num_values)
 
 
-def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: np.random.Generator) -> Tensor:
+def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: Draws) -> Tensor:
     """Draw independent Gaussian noise.
 
-    The numbers are drawn in float64 and rounded once, to float32. They are not a discrete Gaussian: an
-    observer of the last bits of a sum may learn more than epsilon says (Mironov 2012; the privacy statement
-    says so too).
+    The numbers are drawn in float64 and rounded once, to float32. They are not on a grid: an observer of the last bits
+    of a sum may learn more than epsilon says (Mironov 2012; the privacy statement says so too). `with_noise` adds
+    either kind.
 
     Args:
         shape: shape of the tensor.
@@ -91,6 +130,24 @@ def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: np.random.G
     if not (_is_number(std) and 0 <= std < math.inf):
         raise InputError(f"Expected a standard deviation of noise >= 0, got {std}")
     return torch.from_numpy((generator.standard_normal(shape) * std).astype(np.float32))
+
+
+def with_noise(total: Tensor, *, mechanism: Mechanism, grid: Grid | None, generator: Draws) -> Tensor:
+    """Return one tensor of a sum with the noise of a mechanism on it, in the tensor's type and on its device.
+
+    Args:
+        total: private sum.
+        mechanism: scale of the noise.
+        grid: `mechanism.grid` of all the sum's values together.
+        generator: of this step's noise.
+
+    Privacy: the only way for a sum to leave a step.
+    """
+    if grid is None:
+        noise = gaussian_noise(total.shape, std=mechanism.noise_std, generator=generator)
+        return total + noise.to(total.device)
+    released = torch.from_numpy(grid.release(total.double().cpu().numpy(), generator))
+    return released.to(device=total.device, dtype=total.dtype)
 
 
 def check_delta(delta: float, largest_num_examples: int) -> None:

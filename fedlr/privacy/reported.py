@@ -11,12 +11,12 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.statement import (
     AMPLIFICATION,
     CONDITIONS,
-    FLOATING_POINT,
     NOT_COVERED,
     NOT_PROTECTED_AGAINST,
     PROTECTS_AGAINST,
     RANDOMNESS,
     SIMULATION,
+    floating_point,
     no_privacy_statement,
 )
 from fedlr.privacy.units import EXAMPLE, rounded_up
@@ -95,6 +95,6 @@ def reported_statement(
         "not_protected_against": NOT_PROTECTED_AGAINST,
         "conditions": CONDITIONS,
         "randomness": {"kind": randomness, "meaning": RANDOMNESS[randomness]},
-        "floating_point": FLOATING_POINT,
+        "floating_point": floating_point([mechanism]),
         "not_covered": NOT_COVERED,
     }

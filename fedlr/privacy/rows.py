@@ -13,6 +13,7 @@ from fedlr.errors import InputError
 from fedlr.errors.messages import shown
 from fedlr.errors.ranges import MOST_ROWS, MOST_STEPS, AccountantName
 from fedlr.privacy.chain import Row
+from fedlr.privacy.grid import ReleaseNoise
 from fedlr.privacy.units import PERSON, unit_of_text
 
 VERSION = 1
@@ -68,6 +69,9 @@ class MechanismRow(Section):
     max_grad_norm: float
     sample_rate: float
     divisor: float
+    release_noise: ReleaseNoise = "float"
+    separation: NumSteps = 1
+    bands: NumSteps = 1
 
 
 class ReserveRow(Chained):

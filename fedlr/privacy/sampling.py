@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import require_noise_multiplier, require_sample_rate
+from fedlr.streams import Draws
 
 
 class UnsupportedSampling(InputError):
@@ -23,7 +24,7 @@ class UnsupportedSampling(InputError):
 class Sampler(Protocol):
     """Chooses the examples of one step, and names the event that a Gaussian release of their sum is."""
 
-    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    def draw(self, num_examples: int, generator: Draws) -> NDArray[np.int64]:
         """Return the chosen indices in ascending order, each in [0, num_examples)."""
         ...
 
@@ -46,7 +47,7 @@ class PoissonSampler:
     def __post_init__(self) -> None:
         require_sample_rate(self.sample_rate)
 
-    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    def draw(self, num_examples: int, generator: Draws) -> NDArray[np.int64]:
         """Return the indices of the examples that join.
 
         >>> PoissonSampler(1.0).draw(3, np.random.default_rng(0)).tolist()
@@ -87,7 +88,7 @@ class ShuffledSampler:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise InputError(f"Expected batch_size >= 1, got {self.batch_size}")
 
-    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    def draw(self, num_examples: int, generator: Draws) -> NDArray[np.int64]:
         """Return `batch_size` indices, or all of them where there are fewer."""
         size = min(self.batch_size, num_examples)
         return np.sort(generator.permutation(num_examples)[:size]).astype(np.int64)

@@ -16,6 +16,7 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
+from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.profile import profile_of
 from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS, rounded_up
 
@@ -57,6 +58,11 @@ FLOATING_POINT = (
     "Noise is drawn and added in floating point, not from a discrete distribution on a grid; the analysis assumes "
     "real numbers, and the last bits of a result may tell more (Mironov 2012)."
 )
+ON_A_GRID = (
+    "Sums are rounded to a grid, and noise is a rounded Gaussian on it, drawn exactly; it allows for what rounding "
+    "adds to the sensitivity. That float32 sums of other rows round is allowed for by as much again, without a proof, "
+    "and how long a draw takes depends on it."
+)
 ONE_MECHANISM = "steps of one mechanism, announced before the first of them: their events are added up"
 FILTER = (
     "steps of mechanisms that were chosen one after the other: a Renyi filter of order {} (Feldman and Zrnic 2021), "
@@ -69,8 +75,12 @@ MOST_CLIENTS = 1_000_000  # more than that is no run, but a mistake in a file
 SIMULATION = "a simulation of privacy: whoever knows the seed can subtract the noise"
 RANDOMNESS = {
     "seeded": f"{SIMULATION}; not for release of private data",
-    "os": "seeded by the operating system at every step, and never stored (Philox, not a cryptographic generator)",
+    "os": "ChaCha20 under a key of the operating system's generator, a new one for every step; none is stored",
 }
+# What runs said of their generator that another version made; no ledger has it, so it is taken from what they said.
+EARLIER_RANDOMNESS = (
+    "seeded by the operating system at every step, and never stored (Philox, not a cryptographic generator)",
+)
 
 
 def privacy_statement(
@@ -130,13 +140,19 @@ def privacy_statement(
         "not_protected_against": NOT_PROTECTED_AGAINST,
         "conditions": CONDITIONS_OF_PERSONS if unit is PERSON else CONDITIONS,
         "randomness": {"kind": header.randomness, "meaning": RANDOMNESS[header.randomness]},
-        "floating_point": FLOATING_POINT,
+        "floating_point": floating_point(charge.mechanism for charge in _all(charges)),
         "not_covered": NOT_COVERED[:-1] if unit is PERSON else NOT_COVERED,
         "signatures": UNSIGNED,
         "dataset_id": header.dataset_id,
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,
     }
+
+
+def floating_point(mechanisms: Iterable[Mechanism]) -> str:
+    """Say how noise of these mechanisms is drawn and added; one that is not on the grid speaks for all."""
+    found = {mechanism.release_noise for mechanism in mechanisms}
+    return ON_A_GRID if found == {"grid"} else FLOATING_POINT
 
 
 def no_privacy_statement(num_clients: int) -> dict[str, Any]:
@@ -175,8 +191,8 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
     Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, what was
-    decided on the way, and where the start is from (an earlier run's statement too) are taken from privacy.json: the
-    ledger has none of them.
+    decided on the way, where the start is from (an earlier run's statement too), and which generator an earlier version
+    drew from are taken from privacy.json: the ledger has none of them.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
@@ -199,7 +215,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
-    found = _without_newer(found, stated)
+    found = _without_newer(_as_earlier(found, stated), stated)
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")
@@ -237,6 +253,18 @@ def _without_newer(found: dict[str, Any], stated: dict[str, Any]) -> dict[str, A
     if isinstance(told := stated.get("client_unit"), dict) and "client_unit" in kept:
         kept["client_unit"] = _without_newer(kept["client_unit"], told)
     return kept
+
+
+def _as_earlier(found: dict[str, Any], stated: Any) -> dict[str, Any]:
+    """Return a statement that names the generator of an earlier version, where the stated one does."""
+    found = dict(found)
+    told = stated.get("randomness") if isinstance(stated, dict) else None
+    if isinstance(told, dict) and told.get("kind") == "os" and told.get("meaning") in EARLIER_RANDOMNESS:
+        if found.get("randomness", {}).get("kind") == "os":
+            found["randomness"] = told
+    if "client_unit" in found and isinstance(stated, dict):
+        found["client_unit"] = _as_earlier(found["client_unit"], stated.get("client_unit"))
+    return found
 
 
 def _ledgers_of(stated: dict[str, Any]) -> list[str]:
@@ -293,6 +321,7 @@ def _mechanisms(charges: Charges) -> list[dict[str, Any]]:
             "max_grad_norm": mechanism.max_grad_norm,
             "divisor": mechanism.divisor,
             "steps_per_round": sorted(counts),
+            **({"release_noise": "grid"} if mechanism.release_noise == "grid" else {}),
         }
         for mechanism, counts in steps.items()
     ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.errors import InputError
 from fedlr.privacy.client_sum import released_update
+from fedlr.privacy.correlated import CorrelatedNoise
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.streams import ServerRandomness
@@ -42,7 +43,20 @@ class ClientUnit:
         """
         self.cohort_size = cohort_size
         self._mechanism, self._ledger, self._randomness = mechanism, ledger, randomness
-        self._computed, self._reserved = f"{computed} {randomness!r}", 0
+        self._computed = f"{computed} {randomness!r}"
+        self._reserved: int | None = None  # of the ledger: the charge that this round is the first of
+        self._correlated: CorrelatedNoise | None = None
+        if mechanism.bands > 1:
+            self._correlated = CorrelatedNoise(
+                mechanism.bands,
+                lambda round_index: randomness.server_noise(round_index=round_index),
+                is_repeatable=ledger.is_seeded,
+            )
+        if mechanism.separation > 1 and not ledger.is_seeded and ledger.participations(EVERYBODY):
+            raise InputError(
+                "Expected privacy.randomness=seeded to go on with a run of cohort=cyclic, got os: its noise was not "
+                "stored and cannot be drawn again, and a round that came twice would count twice; start the run anew"
+            )
 
     def charge(self, round_index: int, asked: str) -> None:
         """Charge a round to every client, before any of them trains; `asked` names what it asks.
@@ -50,9 +64,16 @@ class ClientUnit:
         With seeded randomness a round that was charged and lost is the same release when it is run again, and costs
         nothing more. With randomness of the operating system it is another release, and is charged again.
 
+        Clients in a fixed order take part once in `separation` rounds: the first of them is charged.
+
         Raises:
             InputError: the budget does not last for the round.
         """
+        self._reserved = None
+        if position := round_index % self._mechanism.separation:
+            if self._ledger.participations(EVERYBODY) <= round_index // self._mechanism.separation:
+                raise ValueError(f"Expected a charge of round {round_index - position} first, got none")
+            return
         # Under the operating system's randomness charges are numbered as they come: a round may have two of them.
         number = round_index if self._ledger.is_seeded else self._ledger.participations(EVERYBODY)
         task = hashlib.sha256(repr((asked, self._computed)).encode()).hexdigest()
@@ -76,6 +97,8 @@ class ClientUnit:
             self._mechanism,
             generator=self._randomness.server_noise(round_index=round_index),
             round_index=round_index,
+            correlated=self._correlated,
         )
-        self._ledger.settle_all(self._reserved, {EVERYBODY: 1})
+        if self._reserved is not None:
+            self._ledger.settle_all(self._reserved, {EVERYBODY: 1})
         return released

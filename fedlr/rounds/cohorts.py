@@ -11,7 +11,7 @@ from itertools import count, islice
 import numpy as np
 
 from fedlr.privacy.sampling import PoissonSampler
-from fedlr.streams import Purpose, stream
+from fedlr.streams import Draws, Purpose, stream
 
 
 def sample_cohort(
@@ -61,7 +61,19 @@ def cohorts(*, seed: int, num_clients: int, cohort_size: int, max_participations
         yield tuple(cohort)
 
 
-def poisson_cohort(generator: np.random.Generator, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
+def cyclic_cohort(round_index: int, *, num_clients: int, cohort_size: int) -> tuple[int, ...]:
+    """Return the clients of a round in a fixed, public order: each once in ceil(num_clients / cohort_size) rounds.
+
+    Guarantees: exactly so many rounds lie between two participations of a client, and no cohort is larger than said.
+
+    >>> [cyclic_cohort(t, num_clients=5, cohort_size=2) for t in range(4)]
+    [(0, 3), (1, 4), (2,), (0, 3)]
+    """
+    num_groups = -(-num_clients // cohort_size)
+    return tuple(range(round_index % num_groups, num_clients, num_groups))
+
+
+def poisson_cohort(generator: Draws, *, num_clients: int, sample_rate: float) -> tuple[int, ...]:
     """Draw every client of a fixed population with the same probability, whatever the others are and were.
 
     Guarantees: never capped, filled up or drawn again; it may be empty. The sampler is the one whose event is

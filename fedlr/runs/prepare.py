@@ -246,6 +246,7 @@ def private_mechanism(
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=trainer.sample_rate,
         divisor=trainer.number_divisor(),
+        release_noise=privacy.release_noise,
     )
     if privacy.noise_multiplier is not None:  # what was calibrated lasts for all rounds
         event = PoissonSampler(mechanism.sample_rate).dp_event(mechanism.noise_multiplier, rows=privacy.rows_of_unit)

@@ -3,6 +3,7 @@
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
+from fedlr.privacy.correlated import best_bands
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 
@@ -31,6 +32,17 @@ def cohort_rate(experiment: Experiment) -> float:
     return experiment.cohort_size / experiment.num_clients if experiment.cohort == "poisson" else 1.0
 
 
+def separation(experiment: Experiment) -> int:
+    """Return how many rounds lie from one participation of a client to its next: of `cohort=cyclic`, else 1."""
+    e = experiment
+    return -(-e.num_clients // e.cohort_size) if e.cohort == "cyclic" else 1
+
+
+def most_participations(experiment: Experiment) -> int:
+    """Return how often a client is charged in a run of the client unit: in every round, or once in a cycle."""
+    return -(-experiment.num_rounds // separation(experiment))
+
+
 def client_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mechanism | None]:
     """Return the budget and the mechanism of the client unit, whose noise lasts for all rounds; None without one.
 
@@ -42,10 +54,10 @@ def client_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mech
         return None, None
     budget, rate = PrivacyBudget(p.client_epsilon, client_delta(e)), cohort_rate(e)
     noise = p.client_noise_multiplier or calibrate_noise_multiplier(
-        budget, sample_rate=rate, num_steps=e.num_rounds, accountant=p.accountant
+        budget, sample_rate=rate, num_steps=most_participations(e), accountant=p.accountant
     )
     event = PoissonSampler(rate).dp_event(noise)
-    spent = epsilon([(event, e.num_rounds)], budget.delta, accountant=p.accountant)
+    spent = epsilon([(event, most_participations(e))], budget.delta, accountant=p.accountant)
     if spent > budget.epsilon:
         raise InputError(
             f"Expected a privacy.client_noise_multiplier with which {e.num_rounds} rounds stay within "
@@ -53,7 +65,13 @@ def client_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mech
             "that does"
         )
     return budget, Mechanism(
-        noise_multiplier=noise, max_grad_norm=p.client_max_norm, sample_rate=rate, divisor=float(e.cohort_size)
+        noise_multiplier=noise,
+        max_grad_norm=p.client_max_norm,
+        sample_rate=rate,
+        divisor=float(e.cohort_size),
+        release_noise=p.release_noise,
+        separation=separation(e),
+        bands=(p.bands or best_bands(separation(e), e.num_rounds)) if p.mechanism == "dp_ftrl" else 1,
     )
 
 
@@ -78,7 +96,9 @@ def unit_notes(experiment: Experiment) -> tuple[str, ...]:
             f"delta is {client_delta(e):.3g} for {e.num_clients} clients: so few hide hardly anybody; this unit is for "
             "hundreds of clients and more"
         )
-    if cohort_rate(e) == 1:
+    if p.mechanism == "dp_ftrl" and p.randomness == "os":
+        found.append("a run of dp_ftrl whose noise is the operating system's cannot be resumed: none of it is stored")
+    if cohort_rate(e) == 1 and e.cohort == "fixed":
         found.append(
             "a cohort of a fixed size, or of everybody, amplifies nothing: every round counts as if all clients took "
             "part; cohort=poisson of a part of them does, with a server that tells nobody who was drawn"

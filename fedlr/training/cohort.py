@@ -32,8 +32,8 @@ from fedlr.adapters.client_ranks import beyond, narrowed, within
 from fedlr.adapters.state import HEAD, Slot, in_block
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import RuleInputs
-from fedlr.privacy.mechanism import Mechanism, gaussian_noise
-from fedlr.streams import Randomness
+from fedlr.privacy.mechanism import Mechanism, with_noise
+from fedlr.streams import Draws, Randomness
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.examples import Examples, Share, micro_batches
 from fedlr.training.fused import ClippedSums
@@ -246,7 +246,7 @@ def privatise_rows(
     stack: Stack,
     *,
     mechanism: Mechanism,
-    generators: Sequence[np.random.Generator],
+    generators: Sequence[Draws],
     threads: Executor,
     active: frozenset[Slot] | None = None,
 ) -> None:
@@ -258,14 +258,15 @@ def privatise_rows(
 
     Privacy: the only way for the sums of a cohort to leave a step.
     """
-    std = mechanism.noise_multiplier * mechanism.max_grad_norm
     by_slot = stack.by_slot(total)
 
     def add(client: int) -> None:
-        for slot, rows in by_slot.items():
-            if active is None or slot in active:
-                own = rows[client] if stack.ranks is None else within(rows[client], slot, stack.ranks[client])
-                own += gaussian_noise(own.shape, std=std, generator=generators[client]).to(own.device)
+        trained = {slot: rows[client] for slot, rows in by_slot.items() if active is None or slot in active}
+        if stack.ranks is not None:
+            trained = {slot: within(own, slot, stack.ranks[client]) for slot, own in trained.items()}
+        grid = mechanism.grid(sum(own.numel() for own in trained.values()))
+        for own in trained.values():
+            own.copy_(with_noise(own, mechanism=mechanism, grid=grid, generator=generators[client]))
 
     deque(threads.map(add, range(len(total))), maxlen=0)
 

@@ -24,9 +24,9 @@ from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.methods.rate_schedule import RateSchedule
-from fedlr.privacy.mechanism import Mechanism, gaussian_noise
+from fedlr.privacy.mechanism import Mechanism, with_noise
 from fedlr.privacy.sampling import PoissonSampler, Sampler
-from fedlr.streams import Randomness
+from fedlr.streams import Draws, Randomness
 from fedlr.tasks.examples import Examples, Share, micro_batches
 from fedlr.tasks.losses import PerExampleLoss, class_losses
 from fedlr.training.gradients import Gradients
@@ -153,20 +153,17 @@ def sum_over(
     return total
 
 
-def privatise(
-    total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: np.random.Generator
-) -> dict[Slot, Tensor]:
-    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of the sum.
+def privatise(total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: Draws) -> dict[Slot, Tensor]:
+    """Add Gaussian noise of standard deviation `noise_multiplier` * C to every entry of the sum, on a grid or not.
 
     One draw a slot, in the order of the slots: a stream gives the same noise whatever the caller's order was.
 
     Privacy: the only way for a sum to leave a step. What it returns is the release of one Gaussian mechanism.
     """
-    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    grid = mechanism.grid(sum(value.numel() for value in total.values()))
     private = {}
     for slot in sorted(total):
-        noise = gaussian_noise(total[slot].shape, std=std, generator=generator)
-        private[slot] = total[slot] + noise.to(total[slot].device)
+        private[slot] = with_noise(total[slot], mechanism=mechanism, grid=grid, generator=generator)
     return private
 
 

@@ -32,5 +32,5 @@ def update_noise(training: LocalTraining, mechanism: Mechanism | None) -> float 
         parameter.grad = torch.ones_like(parameter) if step == 0 else torch.zeros_like(parameter)
         optimizer.step()
         responses.append(float(parameter.detach()))
-    step_sd = mechanism.noise_multiplier * mechanism.max_grad_norm / mechanism.divisor
+    step_sd = mechanism.noise_std / mechanism.divisor
     return step_sd * math.hypot(*responses)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import Sampler
 from fedlr.simulations.federation import Federation
-from fedlr.streams import Randomness
+from fedlr.streams import Draws, Randomness
 
 FIXED = 0.75  # of the expected size of a batch
 
@@ -26,11 +26,11 @@ class SameNoise:
     randomness: Randomness
     of_clients: bool  # whether it is the clients that share it
 
-    def sampling(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
+    def sampling(self, *, client: int, round_index: int, step: int) -> Draws:
         """Return the generator of the run."""
         return self.randomness.sampling(client=client, round_index=round_index, step=step)
 
-    def noise(self, *, client: int, round_index: int, step: int) -> np.random.Generator:
+    def noise(self, *, client: int, round_index: int, step: int) -> Draws:
         """Return a generator that others have too."""
         if self.of_clients:
             return np.random.default_rng([0, round_index, step])
@@ -44,7 +44,7 @@ class Truncated:
     sampler: Sampler
     sample_rate: float
 
-    def draw(self, num_examples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    def draw(self, num_examples: int, generator: Draws) -> NDArray[np.int64]:
         """Return at most so many of the rows that were drawn."""
         drawn = self.sampler.draw(num_examples, generator)
         return np.sort(generator.permutation(drawn)[: max(1, int(FIXED * self.sample_rate * num_examples))])

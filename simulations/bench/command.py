@@ -19,8 +19,8 @@ ALL, DOCUMENT = "all", "docs"
 def bench(arguments: list[str]) -> None:
     """Measure ours against its rivals: fedlr bench NAME|all [--quick] [--out DIR]
 
-    NAME: step, cohort, round, memory, overhead, parity, aggregate, robust, federation, gpu, profile; several may be
-    given. Each writes DIR/NAME.json with every raw time, the machine and the versions; then the table of goals is
+    NAME: step, cohort, round, memory, overhead, parity, aggregate, noise, robust, federation, gpu, profile; several may
+    be given. Each writes DIR/NAME.json with every raw time, the machine and the versions; then the table of goals is
     printed and drawn from all results in DIR. `fedlr bench docs --out DIR` writes them into docs/performance.md and
     docs/robustness.md.
     --quick   fewer turns: all of it in about 15 minutes on two cores

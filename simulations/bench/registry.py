@@ -15,6 +15,7 @@ BENCHMARKS = {
     "overhead": "a round of up to 10,000 clients that train nothing",
     "parity": "the same 20 steps fused, one by one, and with Opacus",
     "aggregate": "peak memory of the server's rules over 1,000 clients, and the re-factorisation",
+    "noise": "noise for release, by a cipher and on a grid, against numpy's generator",
     "robust": "accuracy under hostile clients, attacks against aggregation rules",
     "federation": "a round of three devices over TLS, against Flower's own FedAvg of the same arrays",
     "gpu": "64 clients on a GPU, against one by one",

@@ -91,8 +91,8 @@ MUTANTS = {
     "weighted": ("total[slot] += change", "total[slot] += change * update.weight"),
     "no guard": ("if not math.isfinite(norm):", "if False:"),
     "divisor by the cohort": (
-        "(change + noise) / mechanism.divisor",
-        "(change + noise) / max(1, len(updates))",
+        "noised / mechanism.divisor",
+        "noised / max(1, len(updates))",
     ),
 }
 
@@ -127,19 +127,22 @@ def test_what_is_released_is_the_clipped_mean_with_white_noise_of_its_scale(num_
 
 
 STD, NOISE = (
-    "mechanism.noise_multiplier * mechanism.max_grad_norm\n",
+    "mechanism.noise_std\n",
     "generator.standard_normal(tuple(change.shape)) * std",
 )
-MEAN = "(change + noise) / mechanism.divisor"
+MEAN = "noised / mechanism.divisor"
 WRONG_NOISE = {
     "without its multiplier": (STD, "mechanism.max_grad_norm\n"),
-    "scaled by the divisor": (STD, "mechanism.noise_multiplier * mechanism.max_grad_norm / mechanism.divisor\n"),
+    "scaled by the divisor": (STD, "mechanism.noise_std / mechanism.divisor\n"),
     "a tenth too small": (NOISE, f"{NOISE} * 0.9"),
-    "after the division": (MEAN, "change / mechanism.divisor + noise"),
+    "after the division": (MEAN, "change / mechanism.divisor + (noised - change)"),
     "not on one tensor": (NOISE, f"{NOISE} * (slot.role != 'lora_A')"),
-    "one number for a tensor": (NOISE, "np.full(tuple(change.shape), generator.standard_normal() * std)"),
-    "none for nobody": (STD, "mechanism.noise_multiplier * mechanism.max_grad_norm * bool(updates)\n"),
-    "divided by those who came": (MEAN, "(change + noise) / max(1, len(updates))"),
+    "one number for a tensor": (
+        NOISE,
+        "generator.standard_normal(1).repeat(change.numel()).reshape(tuple(change.shape)) * std",
+    ),
+    "none for nobody": (STD, "mechanism.noise_std * bool(updates)\n"),
+    "divided by those who came": (MEAN, "noised / max(1, len(updates))"),
 }
 
 
@@ -208,5 +211,5 @@ def test_noise_and_cohorts_of_a_server_are_streams_of_their_own() -> None:
         ]
     assert len(set(drawn)) == len(drawn)
     again = [seeded.server_noise(round_index=1).standard_normal() for _ in range(2)]
-    fresh = [OsRandomness().server_noise(round_index=1).standard_normal() for _ in range(2)]
+    fresh = [OsRandomness().server_noise(round_index=1).bytes(8) for _ in range(2)]
     assert again[0] == again[1] and fresh[0] != fresh[1]

@@ -13,7 +13,14 @@ import pytest
 from fedlr.errors import InputError
 from fedlr.privacy import chain
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.privacy.statement import ONE_MECHANISM, no_privacy_statement, privacy_statement, recompute
+from fedlr.privacy.statement import (
+    EARLIER_RANDOMNESS,
+    ONE_MECHANISM,
+    RANDOMNESS,
+    no_privacy_statement,
+    privacy_statement,
+    recompute,
+)
 from tests.privacy.ledger_rows import BUDGET, MECHANISM, cost, new_ledger
 
 
@@ -159,6 +166,20 @@ def test_a_statement_that_the_ledger_does_not_bear_out_is_found(path: Path) -> N
     stated.write_text(json.dumps(no_privacy_statement(5)))
     with pytest.raises(InputError, match="differential_privacy"):
         recompute(path.parent)
+
+
+def test_an_earlier_version_is_taken_at_its_word_about_its_generator_and_nothing_else(tmp_path: Path) -> None:
+    PrivacyLedger.create(tmp_path / "ledger.jsonl", BUDGET, dataset_id="d", randomness="os", accountant="rdp")
+    stated = tmp_path / "privacy.json"
+    told = privacy_statement(tmp_path / "ledger.jsonl", range(2))
+    for meaning, is_fine in ((EARLIER_RANDOMNESS[0], True), ("hardware", False), (RANDOMNESS["seeded"], False)):
+        told["randomness"] = {"kind": "os", "meaning": meaning}
+        stated.write_text(json.dumps(told))
+        if is_fine:
+            assert recompute(tmp_path) == told
+        else:
+            with pytest.raises(InputError, match="other values of randomness"):
+                recompute(tmp_path)
 
 
 def test_a_run_without_privacy_recomputes_as_such(tmp_path: Path) -> None:

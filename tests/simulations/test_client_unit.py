@@ -29,7 +29,7 @@ from fedlr.rounds.client_unit import ClientUnit
 from fedlr.rounds.cohorts import poisson_cohort
 from fedlr.rounds.round import Dropout, RoundRequest, ServerState, run_round
 from fedlr.runs.directory import CLIENTS, METRICS, SERVER_LEDGER, SUMMARY
-from fedlr.simulations.client_unit import client_unit, poisson_draws
+from fedlr.simulations.client_unit import client_unit, cohort_draws
 from fedlr.simulations.federation import Federation
 from fedlr.simulations.ledgers import create_server_ledger
 from fedlr.simulations.plan import make_plan
@@ -385,7 +385,7 @@ def check_poisson(draw: Draw, *, num_clients: int, rate: float, draws: int) -> N
 
 
 def test_cohorts_are_poisson_over_the_fixed_population() -> None:
-    draw = poisson_draws(federation(*POISSON, "num_clients=6", "cohort_size=1"))
+    draw = cohort_draws(federation(*POISSON, "num_clients=6", "cohort_size=1"))
     assert draw is not None and draw(3) == draw(3)
     check_poisson(draw, num_clients=6, rate=1 / 6, draws=3_000)
 
