@@ -109,13 +109,12 @@ def test_a_strangers_chats_train_a_model_of_his_own(tmp_path: Path) -> None:
 
 REFUSED: Sequence[tuple[str, str]] = [
     ("adapter.train_head=true", "adapter.train_head=false with task=causal_lm"),
-    ("runtime.cache_prefix=true", "runtime.cache_prefix=false"),
     ("partition=dirichlet", "partition=iid, by_group or by_file"),
     ("model=tiny", "model=causal"),
     ("data=synthetic", "Expected data=chat (or dictionaries, synthetic_chat) with task=causal_lm"),
     ("data=vader", "got table, whose rows have labels"),
     ("task=text_classification", "task=causal_lm with model._target_=tiny_random_causal"),
-    ("task.template=llama", "task.template to be null or one of chatml, plain"),
+    ("task.template=llama", "task.template to be null or one of chatml, plain, alpaca"),
     ("task.max_response=0", "task.max_response in"),
     ("data.max_length=65", "data.max_length <= model.max_length=64"),
     ("adapter.target_modules=[lm_head]", "lm_head"),
