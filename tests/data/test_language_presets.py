@@ -1,6 +1,6 @@
-"""Published settings of language models by name: each composes, with and without privacy, and reads its data's columns.
+"""Published settings of language models: each composes, with and without privacy, and reads the columns of its data.
 
-The columns are those of the named data sets as the programs read them that published the settings; the rows are made up.
+The columns are those of the named data sets, as the programs read them that published the settings; rows are made up.
 """
 
 from pathlib import Path
@@ -88,7 +88,9 @@ def test_a_preset_of_a_language_model_reads_the_columns_of_its_data(name: str, t
     assert e.num_rounds * e.cohort_size <= e.num_clients * e.max_participations
     assert e.privacy.is_private and not compose_experiment([*words[:1], "privacy=none"]).privacy.is_private
     rows = [] if e.data.num_test is None else ["data.num_test=6"]
-    data, held_out = load_examples(compose_experiment([*words, *rows, f"data.path={copy_of(preset, tmp_path)}"]), seed=0)
+    data, held_out = load_examples(
+        compose_experiment([*words, *rows, f"data.path={copy_of(preset, tmp_path)}"]), seed=0
+    )
     assert len(data) == (30 if e.data.num_test is None else 24) and len(held_out) == 6
     assert preset.turns in (*data.turns, *held_out.turns)
     base = tiny_random_causal(seed=0)
