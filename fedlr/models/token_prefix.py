@@ -1,9 +1,9 @@
 """The frozen prefix of a language model, run once: below the first adapted layer tokens always give the same states.
 
 As `fedlr.models.prefix` does for encoders, for decoders that begin with `embed_tokens` and have a list of `layers` that
-pass on nothing but hidden states: Llama, Qwen, Gemma, Mistral and their kin. What a family does to its embeddings before
-the first layer (Granite multiplies them) would be done to the states again: a probe compares the logits of the two
-models, and such a model is refused by name. It pays where a row is read more than once: by several rounds, or, with
+pass on nothing but hidden states: Llama, Qwen, Gemma, Mistral and their kin. What a family does to its embeddings
+before the first layer (Granite multiplies them) would be done to the states again: a probe compares the logits of the
+two models, and such a model is refused by name. It pays where a row is read more than once: by several rounds, or, with
 `runtime.cache_dir`, by several seeds or methods. Legend: N examples, T tokens, H hidden size.
 """
 

@@ -44,7 +44,9 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict],
 def test_a_private_run_is_scored_stated_and_judged(private) -> None:
     run_dir, rows, summary = private
     assert [row["rounds_completed"] for row in rows] == [0, 1, 2]
-    assert {"perplexity", "macro_perplexity", "perplexity of colour", "loss_error"} <= set(rows[-1]["measures"])
+    assert {"perplexity", "macro_perplexity", "perplexity of colour", "loss_error", "nats of token 1"} <= set(
+        rows[-1]["measures"]
+    )
     assert rows[-1]["measures"]["perplexity"] < rows[0]["measures"]["perplexity"] == pytest.approx(143.6, abs=30)
     assert summary["measures"] == rows[-1]["measures"] and summary["verdict"]["word"] in ("learned", "cannot be told")
     assert "perplexity moved from" in summary["verdict"]["seen"] and summary["label_names"] == []
