@@ -68,6 +68,18 @@ def test_other_engines_give_the_fused_engines_adapter(private, mode: str, tmp_pa
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
 
 
+def test_kept_states_of_the_frozen_layers_give_the_adapter_of_the_whole_model(tmp_path: Path) -> None:
+    words = ["adapter.layers=[1]", f"runtime.cache_dir={tmp_path / 'states'}", "trainer.optimizer.lr=4.0"]
+    kept, rows, _ = run(tmp_path / "kept", *words, "runtime.cache_prefix=true")
+    whole, wanted, _ = run(tmp_path / "whole", *words)
+    assert len(list((tmp_path / "states").glob("*.table"))) == 2
+    of_whole = adapter_of(whole)
+    for name, tensor in adapter_of(kept).items():
+        torch.testing.assert_close(tensor, of_whole[name], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(rows, wanted, strict=True):
+        assert ours["measures"]["perplexity"] == pytest.approx(theirs["measures"]["perplexity"], rel=1e-4)
+
+
 def test_the_adapter_opens_with_plain_peft_and_the_card_asks_it(
     private, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
