@@ -111,7 +111,22 @@ def measure_step(probe: Federation) -> Measured:
     )
     task = probe.request()
     with closing(pool_here(one, None)) as pool:
-        return Measured(fastest(lambda: list(pool.train(task, [0]))), expected / rows)
+        seconds = fastest(lambda: list(pool.train(task, [0])))
+    return Measured(seconds, expected / rows * longer_rows(probe, one.clients[0]))
+
+
+def longer_rows(probe: Federation, measured: Share) -> float:
+    """Return how many times as long the clients' rows are as those that were measured; 1 where rows are features."""
+    table = probe.clients[0].table
+    if probe.caches_features or not len(table):
+        return 1.0
+    return float(table.lengths.mean() / measured.table.lengths[measured.rows].mean())
+
+
+def readings(federation: Federation) -> float:
+    """Return how often a row of a client is read in training, on average."""
+    e = federation.experiment
+    return e.num_rounds * e.cohort_size * federation.training.num_steps * e.trainer.sample_rate / e.num_clients
 
 
 def measure_evaluation(probe: Federation, *, num_tokens: int) -> Measured:
@@ -177,7 +192,8 @@ def num_evaluations(federation: Federation) -> int:
     models = min(MOST_SCORED, e.num_clients) if federation.method.personal else 1  # a client's own after its rounds
     alone = e.num_clients if e.tracking.run_alone else 0
     num_runs = num_arms(federation) + int(e.tracking.run_centralised)
-    return num_runs * (1 + e.num_rounds * models) + alone
+    num_scored = -(-e.num_rounds // e.tracking.evaluate_every)  # the last round always is
+    return num_runs * (1 + num_scored * models) + alone
 
 
 def num_arms(federation: Federation) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import SHIPPED, num_bytes, num_values, roles_of
+from fedlr.config.language_rules import CAUSAL_LM
 from fedlr.config.schema import Experiment
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.correlated import sum_noise
@@ -32,6 +33,7 @@ from fedlr.simulations.costs import (
     num_steps,
     num_texts,
     num_threads,
+    readings,
     state_places,
 )
 from fedlr.simulations.federation import Federation, prepare
@@ -198,8 +200,18 @@ def cost_lines(federation: Federation) -> list[str]:
         *lines,
         f"            {duration(steps_s)}: {steps:,} steps of {duration(costs.step.of_the_run)} in {threads} threads",
         f"            {duration(evaluations_s)}: {evaluations} evaluations of {duration(costs.evaluation.of_the_run)}",
+        *prefix_lines(federation),
         *memory_lines(federation, costs),
     ]
+
+
+def prefix_lines(federation: Federation) -> list[str]:
+    """Say whether keeping the states of a language model's frozen layers would pay; nothing where they are kept."""
+    e, often = federation.experiment, readings(federation)
+    if e.runtime.cache_prefix or e.task.target != CAUSAL_LM or not e.adapter.layers or 0 in e.adapter.layers:
+        return []
+    pays = "is worth it" if often > 1 else "is not worth it, unless runtime.cache_dir serves several runs"
+    return [f"            a row is read about {often:.2g} times: runtime.cache_prefix=true, one pass of each, {pays}"]
 
 
 def memory_lines(federation: Federation, costs: Costs) -> list[str]:

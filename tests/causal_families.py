@@ -86,10 +86,10 @@ def causal_network(family: str) -> PreTrainedModel:
     return network.eval()
 
 
-def causal_model(family: str, *, targets: list[str] | str | None = None) -> PeftModel:
-    """Return a network with a LoRA adapter whose tensors are far from zero."""
-    network = causal_network(family)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets or TARGETS[family])
+def causal_model(family: str, *, targets: list[str] | str | None = None, layers: list[int] | None = None) -> PeftModel:
+    """Return a network with a LoRA adapter, in some layers or in all, whose tensors are far from zero."""
+    network, targets = causal_network(family), targets or TARGETS[family]
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, layers_to_transform=layers)
     with torch.random.fork_rng():
         torch.manual_seed(6)
         model = get_peft_model(network, config)

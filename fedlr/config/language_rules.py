@@ -39,10 +39,6 @@ def check_language(experiment: "Experiment") -> None:
         raise InputError(
             "Expected adapter.train_head=false with task=causal_lm, got true: a language model's head stays frozen"
         )
-    if e.runtime.cache_prefix:
-        raise InputError(
-            "Expected runtime.cache_prefix=false with task=causal_lm, got true: states of conversations are not kept"
-        )
     if e.data.label_weights:
         raise InputError("Expected data.label_weights=null with task=causal_lm, got some: conversations have no label")
     if e.partition.target in BY_LABEL:

@@ -7,6 +7,7 @@ Every format becomes turns with a role. Which parts of them a model is trained o
 | `text` | text_column | one text, all of it to be learnt |
 | `prompt_response` | prompt_column, response_column | a user's turn and the answer |
 | `alpaca` | `instruction`, `input` (may be empty), `output` | the instruction with its input below, and the answer |
+| `dolly` | `instruction`, `context` (may be empty), `response` | the same, as databricks-dolly-15k calls it |
 | `messages` | messages_column | OpenAI's `[{"role": ..., "content": ...}, ...]` |
 | `sharegpt` | messages_column | `[{"from": "human", "value": ...}, ...]` |
 
@@ -34,7 +35,7 @@ from fedlr.data.table import Source, Table
 from fedlr.data.values import as_name, text_problem
 from fedlr.errors import InputError
 
-Format = Literal["text", "prompt_response", "alpaca", "messages", "sharegpt"]
+Format = Literal["text", "prompt_response", "alpaca", "dolly", "messages", "sharegpt"]
 
 SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
 
@@ -51,7 +52,10 @@ _ROLES = {
     "bot": ASSISTANT,
 }
 _KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
-_ALPACA = ("instruction", "input", "output")
+_INSTRUCTIONS = {  # of which the second column may be empty
+    "alpaca": ("instruction", "input", "output"),
+    "dolly": ("instruction", "context", "response"),
+}
 
 
 class Turn(NamedTuple):
@@ -166,7 +170,7 @@ def load_conversations(
     columns = {
         "text": (text_column,),
         "prompt_response": (prompt_column, response_column),
-        "alpaca": _ALPACA,
+        **_INSTRUCTIONS,
         "messages": (messages_column or "messages",),
         "sharegpt": (messages_column or "conversations",),
     }[format]
@@ -245,7 +249,7 @@ def _turns(values: Mapping[str, Any], columns: Sequence[str], format: Format) ->
         (column,) = columns
         turns, problem = _messages(values[column], *_KEYS[format])
         return turns, f", column {column!r}: {problem}" if problem else ""
-    if format == "alpaca" and (values[columns[1]] is None or values[columns[1]] == ""):
+    if format in _INSTRUCTIONS and (values[columns[1]] is None or values[columns[1]] == ""):
         columns = (columns[0], columns[2])
     for column in columns:
         if problem := text_problem(values[column]):

@@ -40,7 +40,7 @@ class LanguageTask(Section):
     name: Literal["causal_lm"]
     reading_sha256: Sha256
     has_turns: bool  # rows are conversations; false: plain texts, which no template writes
-    template: Literal["chatml", "plain"] | None  # None: the tokenizer's own
+    template: Literal["chatml", "plain", "alpaca"] | None  # None: the tokenizer's own
     max_response: Annotated[int, Field(ge=1, le=MOST_RESPONSE)] | None
 
 

@@ -30,6 +30,7 @@ from fedlr.models.pooling import PooledClassifier
 from fedlr.models.precision import bfloat16_note, with_bfloat16_base
 from fedlr.models.prefix import encode_features, encode_prefix, without_encoder, without_prefix
 from fedlr.models.products import library_of, use_library
+from fedlr.models.token_prefix import encode_token_prefix, reads_tokens_in_order, without_token_prefix
 from fedlr.models.tuners.blocks import LORA
 from fedlr.models.zero_head import check_head_trains
 from fedlr.privacy.accountant import epsilon
@@ -40,6 +41,7 @@ from fedlr.tasks.examples import Examples
 from fedlr.tasks.pictures import EncodedImages
 from fedlr.tasks.task import Task
 from fedlr.tasks.tokenise import TokenisedText
+from fedlr.tasks.tokenised_turns import TokenisedTurns
 from fedlr.training.cohort import check_elementwise
 from fedlr.training.fused import check_fused
 from fedlr.training.local import LocalTraining
@@ -158,6 +160,8 @@ def past_frozen(whole: nn.Module, table: Examples, features: bool, *, num_thread
     if isinstance(table, TokenisedText):
         run = encode_features if features else encode_prefix
         return run(whole, table, num_threads=num_threads, store=store)
+    if isinstance(table, TokenisedTurns):
+        return encode_token_prefix(whole, table, num_threads=num_threads, store=store)
     raise InputError("Expected runtime.cache_prefix=false for a task without texts or pictures, got true")
 
 
@@ -172,7 +176,9 @@ def whole_and_working(
         return whole, whole
     if features:
         return whole, without_encoder(whole)
-    return whole, without_picture_prefix(whole) if model.main_input_name == "pixel_values" else without_prefix(whole)
+    if model.main_input_name == "pixel_values":
+        return whole, without_picture_prefix(whole)
+    return whole, without_token_prefix(whole) if reads_tokens_in_order(model) else without_prefix(whole)
 
 
 def state_store(runtime: RuntimeSection, *, say: Callable[[str], None]) -> TableStore:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlr.data.conversations import Conversations
 from fedlr.data.table import Table
 from fedlr.errors import InputError, in_range
+from fedlr.tasks.answer_places import end_marks, measures_of_places, nats_by_place
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.chat import encode_conversations, with_template
 from fedlr.tasks.evaluation import Evaluation, Metric
@@ -90,7 +91,8 @@ class CausalLM(Task):
         """Return how likely the model finds these conversations."""
         found = token_scores(model, batch.inputs, batch.targets)
         nats, hits, counts = found.losses.double().sum(1), found.hits.sum(1), found.scored.sum(1)
-        return TextAnswers(nats.cpu().numpy(), hits.cpu().numpy(), counts.cpu().numpy())
+        places = nats_by_place(found.losses, found.scored, batch.targets[:, 1:], end_marks(model))
+        return TextAnswers(nats.cpu().numpy(), hits.cpu().numpy(), counts.cpu().numpy(), places)
 
     def evaluation(self, found: Sequence[Any]) -> Evaluation:
         """Return the share of next tokens that are right, the mean loss, and the perplexity: exp of nats per token."""
@@ -121,6 +123,7 @@ class TextAnswers:
     nats: np.ndarray
     hits: np.ndarray
     counts: np.ndarray
+    places: np.ndarray | None = None  # (2, places), of all of them together: `fedlr.tasks.answer_places`
 
 
 def text_evaluation(found: Sequence[TextAnswers]) -> Evaluation:
@@ -138,7 +141,9 @@ def text_evaluation(found: Sequence[TextAnswers]) -> Evaluation:
     per_token = float(nats.sum() / counts.sum())
     spread = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.inf
     perplexity = math.exp(per_token) if per_token < 700 else math.inf
-    measures = {"perplexity": perplexity, "loss_error": spread}
+    places = [one.places for one in found if one.places is not None]
+    told = measures_of_places(np.sum(places, axis=0)) if places else {}
+    measures = {"perplexity": perplexity, "loss_error": spread, **told}
     return Evaluation(float(hits.sum() / counts.sum()), float(means.mean()), measures=measures)
 
 

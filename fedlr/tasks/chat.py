@@ -37,7 +37,16 @@ PLAIN = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
-TEMPLATES: Mapping[str, str] = {"chatml": CHATML, "plain": PLAIN}
+# How Alpaca, FlowerTune, OpenFedLLM and Shepherd write an instruction, for models without turns of their own.
+ALPACA = (
+    "{% if bos_token and adds_bos_token %}{{ bos_token }}{% endif %}"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '### Instruction:\n' + message['content'] + '\n\n### Response:\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + '\n\n' }}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+)
+TEMPLATES: Mapping[str, str] = {"chatml": CHATML, "plain": PLAIN, "alpaca": ALPACA}
 
 Spans = list[tuple[int, int]]  # first character, and the one after the last
 
@@ -80,10 +89,8 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> P
         return tokenizer
     if template not in TEMPLATES:
         raise InputError(f"Expected task.template to be null or one of {', '.join(TEMPLATES)}, got {template!r}")
-    chosen = TEMPLATES[template]
-    if template == "plain":
-        chosen = chosen.replace("bos_token and adds_bos_token", "bos_token" if adds_bos(tokenizer) else "false")
-    tokenizer.chat_template = chosen
+    bos = "bos_token" if adds_bos(tokenizer) else "false"
+    tokenizer.chat_template = TEMPLATES[template].replace("bos_token and adds_bos_token", bos)
     return tokenizer
 
 

@@ -41,6 +41,7 @@ def jsonl(path: Path, *rows: object) -> Path:
         ("sharegpt", {"conversations": SHAREGPT}),
         ("alpaca", {"instruction": "why?", "input": "", "output": "because"}),
         ("alpaca", {"instruction": "why?", "input": None, "output": "because"}),
+        ("dolly", {"instruction": "why?", "context": "", "response": "because", "category": "open_qa"}),
     ],
 )
 def test_each_format_gives_the_same_turns(tmp_path: Path, format, row) -> None:

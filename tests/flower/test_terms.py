@@ -74,7 +74,10 @@ WRONG: Mapping[str, tuple[Mapping[str, Any], str]] = {
     ),
     "pairs of pictures": ({"task": PICTURES, "pairs": True}, "without pairs"),
     "a task nobody knows": ({"task": {"name": "sound"}}, "terms.task .*'sound'"),
-    "a template nobody knows": ({"task": {**LANGUAGE, "template": "{{x}}"}}, "terms.task to be 'chatml' or 'plain'"),
+    "a template nobody knows": (
+        {"task": {**LANGUAGE, "template": "{{x}}"}},
+        "terms.task to be 'chatml', 'plain' or 'alpaca'",
+    ),
     "no hash": ({"task": {"name": "causal_lm"}}, "reading_sha256"),
     "a key nobody knows": ({"task": {**PICTURES, "url": "http://x"}}, "known key"),
 }

@@ -44,7 +44,9 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict],
 def test_a_private_run_is_scored_stated_and_judged(private) -> None:
     run_dir, rows, summary = private
     assert [row["rounds_completed"] for row in rows] == [0, 1, 2]
-    assert {"perplexity", "macro_perplexity", "perplexity of colour", "loss_error"} <= set(rows[-1]["measures"])
+    assert {"perplexity", "macro_perplexity", "perplexity of colour", "loss_error", "nats of token 1"} <= set(
+        rows[-1]["measures"]
+    )
     assert rows[-1]["measures"]["perplexity"] < rows[0]["measures"]["perplexity"] == pytest.approx(143.6, abs=30)
     assert summary["measures"] == rows[-1]["measures"] and summary["verdict"]["word"] in ("learned", "cannot be told")
     assert "perplexity moved from" in summary["verdict"]["seen"] and summary["label_names"] == []
@@ -64,6 +66,18 @@ def test_other_engines_give_the_fused_engines_adapter(private, mode: str, tmp_pa
     wanted = adapter_of(private[0])
     for name, tensor in adapter_of(other[0]).items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_kept_states_of_the_frozen_layers_give_the_adapter_of_the_whole_model(tmp_path: Path) -> None:
+    words = ["adapter.layers=[1]", f"runtime.cache_dir={tmp_path / 'states'}", "trainer.optimizer.lr=4.0"]
+    kept, rows, _ = run(tmp_path / "kept", *words, "runtime.cache_prefix=true")
+    whole, wanted, _ = run(tmp_path / "whole", *words)
+    assert len(list((tmp_path / "states").glob("*.table"))) == 2
+    of_whole = adapter_of(whole)
+    for name, tensor in adapter_of(kept).items():
+        torch.testing.assert_close(tensor, of_whole[name], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(rows, wanted, strict=True):
+        assert ours["measures"]["perplexity"] == pytest.approx(theirs["measures"]["perplexity"], rel=1e-4)
 
 
 def test_the_adapter_opens_with_plain_peft_and_the_card_asks_it(
@@ -109,13 +123,12 @@ def test_a_strangers_chats_train_a_model_of_his_own(tmp_path: Path) -> None:
 
 REFUSED: Sequence[tuple[str, str]] = [
     ("adapter.train_head=true", "adapter.train_head=false with task=causal_lm"),
-    ("runtime.cache_prefix=true", "runtime.cache_prefix=false"),
     ("partition=dirichlet", "partition=iid, by_group or by_file"),
     ("model=tiny", "model=causal"),
     ("data=synthetic", "Expected data=chat (or dictionaries, synthetic_chat) with task=causal_lm"),
     ("data=vader", "got table, whose rows have labels"),
     ("task=text_classification", "task=causal_lm with model._target_=tiny_random_causal"),
-    ("task.template=llama", "task.template to be null or one of chatml, plain"),
+    ("task.template=llama", "task.template to be null or one of chatml, plain, alpaca"),
     ("task.max_response=0", "task.max_response in"),
     ("data.max_length=65", "data.max_length <= model.max_length=64"),
     ("adapter.target_modules=[lm_head]", "lm_head"),

@@ -6,6 +6,7 @@ than the run's; bytes of one client called bytes of a round.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,4 +147,21 @@ def test_more_texts_and_more_processes_cost_more() -> None:
     assert num_evaluations(one) == 1 + 4 and num_steps(one) == 4 * 3 * 2
     scored = prepare(compose_experiment([*TINY, "method=fedsa_lora"]), seed=0)
     assert num_evaluations(scored) == 1 + 4 * 6, "a model of each client"
+    rare = one.experiment.model_copy(
+        update={"tracking": one.experiment.tracking.model_copy(update={"evaluate_every": 3})}
+    )
+    assert num_evaluations(replace(one, experiment=rare)) == 1 + 2, "every third, and the last"
     assert cohort_bytes(one) == 2 * 6 * 4 * one.num_trained_values
+
+
+def test_a_plan_of_a_language_model_says_bytes_time_memory_and_whether_a_cache_pays() -> None:
+    words = ["experiment=tiny_lm", "privacy=none", "num_rounds=2", "data.num_examples=60", "adapter.layers=[1]"]
+    text = make_plan(compose_experiment(words))
+    values = told(text, r"adapter +([\d,]+) trained values")
+    assert told(text, r"bytes +([\d.]+) kB up") == pytest.approx(4 * values / 1000, abs=0.06)
+    assert re.search(r"time +about .* held-out texts .*tokens", text) and re.search(r"memory +about [\d.]+ MB", text)
+    assert told(text, r"a row is read about ([\d.]+) times.*is not worth it") == pytest.approx(2 * 3 * 2 * 0.2 / 6)
+    often = make_plan(compose_experiment([*words, "num_rounds=6"]))
+    assert told(often, r"a row is read about ([\d.]+) times.*is worth it") == pytest.approx(1.2)
+    kept = make_plan(compose_experiment([*words, "runtime.cache_prefix=true"]))
+    assert "rows pass the frozen layers once" in kept and "a row is read" not in kept

@@ -14,6 +14,7 @@ from fedlr.rounds.evaluate import evaluate
 from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.verdict import HeldOut, Recipe, Result
 from fedlr.tasks.causal_lm import PERPLEXITY, CausalLM, TextAnswers, text_evaluation
+from fedlr.tasks.losses import IGNORED_LABEL
 from fedlr.tasks.losses import causal_lm as plain
 from fedlr.tasks.synthetic import synthetic_text
 from fedlr.tasks.synthetic_chat import WORDS, synthetic_chat
@@ -48,7 +49,17 @@ def test_an_evaluation_is_that_of_the_logits_and_groups_count_the_same(monkeypat
     assert len(groups) == 4
     assert told.measures["macro_perplexity"] == pytest.approx(math.prod(groups) ** 0.25)
     monkeypatch.setattr(evaluation_of_rounds, "MOST_GROUPS", 3)
-    assert set(evaluate(base.network, examples, task=task).measures) == {"perplexity", "loss_error"}
+    whole = evaluate(base.network, examples, task=task).measures
+    assert {name for name in whole if not name.startswith("nats of ")} == {"perplexity", "loss_error"}
+    with torch.no_grad():
+        nats = -base.network(**batch.inputs).logits[:, :-1].log_softmax(-1)
+    wanted = batch.targets[:, 1:]
+    first = (wanted != IGNORED_LABEL).int().argmax(dim=1)
+    rows = torch.arange(60)
+    assert whole["nats of token 1"] == pytest.approx(float(nats[rows, first, wanted[rows, first]].mean()), rel=1e-5)
+    ends = wanted == base.tokenizer.eos_token_id
+    at_end = nats[..., base.tokenizer.eos_token_id][ends].mean()
+    assert whole["nats of the end mark"] == pytest.approx(float(at_end), rel=1e-5)
 
 
 def test_a_probe_has_a_loss_with_a_gradient() -> None:

@@ -96,12 +96,17 @@ def test_a_plain_text_is_scored_whole_with_its_end() -> None:
 def test_templates_by_name() -> None:
     bare = tokenizer()
     bare.chat_template = None
-    with pytest.raises(InputError, match=r"task\.template=null.*chatml, plain"):
+    with pytest.raises(InputError, match=r"task\.template=null.*chatml, plain, alpaca"):
         with_template(bare, None)
-    with pytest.raises(InputError, match="chatml, plain, got 'llama'"):
+    with pytest.raises(InputError, match="chatml, plain, alpaca, got 'llama'"):
         with_template(bare, "llama")
     (found,) = encode_conversations(table(chat("w1", "w2")), with_template(bare, "plain"), max_length=9)
     assert bare.convert_ids_to_tokens(found.ids) == ["w1", "w2", "<|im_end|>"] and scored(found) == "w2 <|im_end|>"
+    row = chat("w1", "w2", "w3", "w4", system="w5")
+    asked = with_template(bare, "alpaca").apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False)
+    assert asked.endswith("### Instruction:\nw1\n\n### Response:\n")
+    (found,) = encode_conversations(table(row), bare, max_length=90)
+    assert scored(found) == "w2 <|im_end|> w4 <|im_end|>"
 
 
 def test_an_end_mark_that_pads_stays_scored() -> None:
