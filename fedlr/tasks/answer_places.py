@@ -15,12 +15,13 @@ _FIRST = (1, 2, 5, 13)  # token of each place but the last
 
 def end_marks(model: nn.Module) -> tuple[int, ...]:
     """Return the tokens that end an answer, as the model's own settings name them."""
-    network: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network: Any = model
+    network = network.get_base_model() if hasattr(network, "get_base_model") else network
     found: set[int] = set()
     for settings in (network.config.get_text_config(), getattr(network, "generation_config", None)):
-        named = getattr(settings, "eos_token_id", None)
-        found |= set(named if isinstance(named, list) else [named])
-    return tuple(sorted(token for token in found if token is not None))
+        named: Any = getattr(settings, "eos_token_id", None)
+        found.update(named if isinstance(named, list) else [] if named is None else [named])
+    return tuple(sorted(found))
 
 
 def nats_by_place(losses: Tensor, scored: Tensor, wanted: Tensor, ends: tuple[int, ...]) -> NDArray[Any]:
