@@ -41,6 +41,8 @@ from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
 from fedlr.training.local import LocalTraining
 
+MOST_DESCRIBED = 1_000  # clients with a line of their own in partition.json
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -293,16 +295,22 @@ def fingerprint(*parts: Table) -> str:
 
 
 def describe(federation: Federation) -> dict[str, Any]:
-    """Return what partition.json says: sizes and label counts where the data are public, else that they are not."""
+    """Return what partition.json says: sizes and label counts where the data are public, else that they are not.
+
+    Of many clients the counts alone, in client order: a tenth of the bytes.
+    """
     if not federation.experiment.data.public:
         return {"public": False}
     labels = list(federation.label_names) or ["rows"]  # of a task without classes: how many there are
+    counts = [np.bincount(client.labels, minlength=len(labels)).tolist() for client in federation.clients]
+    if len(counts) > MOST_DESCRIBED:
+        return {"public": True, "labels": labels, "label_counts": counts}
     clients = [
         {
             "client_id": client_id,
-            "num_examples": len(client),
-            "label_counts": np.bincount(client.labels, minlength=len(labels)).tolist(),
+            "num_examples": sum(label_counts),
+            "label_counts": label_counts,
         }
-        for client_id, client in enumerate(federation.clients)
+        for client_id, label_counts in enumerate(counts)
     ]
     return {"public": True, "labels": labels, "clients": clients}

@@ -17,6 +17,7 @@ import pytest
 
 from fedlr.errors import InputError
 from fedlr.runs.report import write_report
+from fedlr.runs.report.run_files import read_run
 from fedlr.runs.report.wording import bytes_text, epsilon_text, percent
 from tests.report.run_directory import write_json, write_run
 
@@ -244,6 +245,19 @@ def test_partition_is_withheld_even_if_the_file_holds_counts(tmp_path: Path) -> 
     write_json(run_dir / "partition.json", partition | {"public": False})
     page = report(run_dir)
     assert "neutral" not in page and "labels" not in drawings(page)
+
+
+def test_a_partition_of_many_clients_reads_as_that_of_few(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_rounds=1)
+    path, told = run_dir / "partition.json", read_run(run_dir).partition
+    partition = json.loads(path.read_text())
+    counts = [client["label_counts"] for client in partition.pop("clients")]
+    write_json(path, partition | {"label_counts": counts})
+    assert told is not None and read_run(run_dir).partition == told
+    for wrong in ([[1]], ["12"], [[1, 0.5]], {"0": [1, 2]}):
+        write_json(path, partition | {"label_counts": wrong})
+        with pytest.raises(InputError, match="partition.json"):
+            read_run(run_dir)
 
 
 def test_missing_optional_files_are_named_in_a_sentence(tmp_path: Path) -> None:

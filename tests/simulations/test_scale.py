@@ -5,6 +5,7 @@ Mutants killed: a federation that copies each client's rows; a run that asks the
 
 import fcntl
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,14 @@ def test_a_thousand_clients_share_one_table() -> None:
     f = federation(*MANY)
     shares_one_table(f)
     assert sum(client.rows.nbytes for client in f.clients) <= 8 * len(f.clients[0].table)
+
+
+def test_many_clients_are_described_by_their_counts_alone() -> None:
+    f = replace(federation(*MANY), clients=(*federation(*MANY).clients, federation(*MANY).clients[0]))
+    told, few = describe(f), describe(federation(*MANY))
+    assert [client["label_counts"] for client in few["clients"]] == told["label_counts"][:-1]
+    assert len(told["label_counts"]) == 1001 and "clients" not in told
+    assert len(json.dumps(told)) < len(json.dumps(few)) / 5
 
 
 def test_clients_with_copies_of_their_own_are_seen() -> None:

@@ -74,6 +74,14 @@ class Record:
         items = self.items(key)
         return tuple(Record({key: item}, self.where).integer(key) for item in items)
 
+    def label_counts(self) -> dict[int, tuple[int, ...]]:
+        """Return label counts by client: of few clients an object each, of many a list of counts each, in order."""
+        key = "label_counts"
+        if key not in self.values:
+            return {one.count("client_id"): one.integers(key) for one in self.records("clients")}
+        each = (Record({key: item}, f"{self.where}, {key}[{n}]") for n, item in enumerate(self.items(key)))
+        return {client_id: one.integers(key) for client_id, one in enumerate(each)}
+
     def records(self, key: str) -> list["Record"]:
         """Return a required list of objects."""
         return [as_record(item, f"{self.where}, {key}[{index}]") for index, item in enumerate(self.items(key))]

@@ -364,7 +364,7 @@ def _partition(row: Record) -> Partition | None:
     if row.values.get("public") is not True:
         return None
     labels = tuple(str(label) for label in row.items("labels"))
-    counts = {one.count("client_id"): one.integers("label_counts") for one in row.records("clients")}
+    counts = row.label_counts()
     for client_id, label_counts in counts.items():
         if len(label_counts) != len(labels):
             raise InputError(
