@@ -10,6 +10,7 @@ examples were drawn, or held, would let one example move more than its clipped g
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -107,6 +108,10 @@ class Mechanism:
         if self.release_noise == "float" or self.noise_multiplier == 0:
             return None
         return Grid.of(max_norm=self.max_grad_norm, noise_multiplier=self.noise_multiplier, num_values=num_values)
+
+    def grid_of(self, total: Iterable[Tensor]) -> Grid | None:
+        """Return the grid of a sum of these tensors, which reads their shapes alone."""
+        return self.grid(sum(tensor.numel() for tensor in total))
 
 
 def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: Draws) -> Tensor:

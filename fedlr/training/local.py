@@ -161,7 +161,7 @@ def privatise(total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: 
     Privacy: the only way for a sum to leave a step. What it returns is the release of one Gaussian mechanism.
     """
     std = mechanism.noise_multiplier * mechanism.max_grad_norm
-    grid = mechanism.grid(sum(value.numel() for value in total.values()))
+    grid = mechanism.grid_of(total.values())
     private = {}
     for slot in sorted(total):
         if grid is not None:
