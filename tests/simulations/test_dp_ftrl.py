@@ -14,10 +14,10 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
 from fedlr.runs.directory import METRICS, SERVER_LEDGER
 from fedlr.runs.units import client_mechanism
-from simulations.federation import assemble
-from simulations.plan import client_unit_lines
-from simulations.resume import resume
-from simulations.simulate import simulate
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.plan import client_unit_lines
+from fedlr.simulations.resume import resume
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import experiment
 
 FTRL = (
