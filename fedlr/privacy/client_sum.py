@@ -81,7 +81,7 @@ def released_update(
     """
     total = clipped_sum(updates, sent_down, max_norm=mechanism.max_grad_norm)
     std = mechanism.noise_std
-    grid = mechanism.grid(sum(change.numel() for change in total.values()))
+    grid = mechanism.grid_of(total.values())
     if (correlated is None) is (mechanism.bands > 1):
         raise ValueError(f"Expected correlated noise exactly with bands, got {correlated} with {mechanism.bands}")
     noises = correlated.of_round(round_index, {s: t.shape for s, t in total.items()}) if correlated else {}

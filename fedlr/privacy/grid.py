@@ -102,7 +102,8 @@ def _of_words(words: NDArray[np.uint64], *, spacings: float, draws: Draws) -> ND
     for place in np.flatnonzero(is_open):
         known = _interval(float(sizes[place]), float(errors[place]), is_last=bool(words[place] < 2))
         nearest[place] = _decided(int(words[place]) >> 1, *known, spacings=spacings, draws=draws)
-    return np.where(words & np.uint64(1), nearest, -nearest).astype(np.int64)
+    signed: NDArray[np.int64] = np.where(words & np.uint64(1), nearest, -nearest).astype(np.int64)
+    return signed
 
 
 def _interval(size: float, error: float, *, is_last: bool) -> tuple[int, int]:

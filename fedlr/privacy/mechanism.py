@@ -10,6 +10,7 @@ examples were drawn, or held, would let one example move more than its clipped g
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -108,13 +109,16 @@ class Mechanism:
             return None
         return Grid.of(max_norm=self.max_grad_norm, noise_multiplier=self.noise_multiplier, num_values=num_values)
 
+    def grid_of(self, total: Iterable[Tensor]) -> Grid | None:
+        """Return the grid of a sum of these tensors, which reads their shapes alone."""
+        return self.grid(sum(tensor.numel() for tensor in total))
+
 
 def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: Draws) -> Tensor:
     """Draw independent Gaussian noise.
 
-    The numbers are drawn in float64 and rounded once, to float32. They are not on a grid: an observer of the last bits
-    of a sum may learn more than epsilon says (Mironov 2012; the privacy statement says so too). `with_noise` adds
-    either kind.
+    The numbers are drawn in float64 and rounded once, to float32. They are not on a grid, as `on_grid` is: an observer
+    of the last bits of a sum may learn more than epsilon says (Mironov 2012; the privacy statement says so too).
 
     Args:
         shape: shape of the tensor.
@@ -132,20 +136,14 @@ def gaussian_noise(shape: tuple[int, ...], *, std: float, generator: Draws) -> T
     return torch.from_numpy((generator.standard_normal(shape) * std).astype(np.float32))
 
 
-def with_noise(total: Tensor, *, mechanism: Mechanism, grid: Grid | None, generator: Draws) -> Tensor:
-    """Return one tensor of a sum with the noise of a mechanism on it, in the tensor's type and on its device.
+def on_grid(total: Tensor, grid: Grid, *, generator: Draws) -> Tensor:
+    """Return one tensor of a sum, rounded to the grid and noised on it, in the tensor's type and on its device.
 
     Args:
         total: private sum.
-        mechanism: scale of the noise.
-        grid: `mechanism.grid` of all the sum's values together.
+        grid: `Mechanism.grid` of all the sum's values together, which has the scale of the noise.
         generator: of this step's noise.
-
-    Privacy: the only way for a sum to leave a step.
     """
-    if grid is None:
-        noise = gaussian_noise(total.shape, std=mechanism.noise_std, generator=generator)
-        return total + noise.to(total.device)
     released = torch.from_numpy(grid.release(total.double().cpu().numpy(), generator))
     return released.to(device=total.device, dtype=total.dtype)
 

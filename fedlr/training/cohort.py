@@ -32,7 +32,7 @@ from fedlr.adapters.client_ranks import beyond, narrowed, within
 from fedlr.adapters.state import HEAD, Slot, in_block
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import RuleInputs
-from fedlr.privacy.mechanism import Mechanism, with_noise
+from fedlr.privacy.mechanism import Mechanism, gaussian_noise, on_grid
 from fedlr.streams import Draws, Randomness
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.examples import Examples, Share, micro_batches
@@ -258,15 +258,18 @@ def privatise_rows(
 
     Privacy: the only way for the sums of a cohort to leave a step.
     """
+    std = mechanism.noise_multiplier * mechanism.max_grad_norm
     by_slot = stack.by_slot(total)
 
     def add(client: int) -> None:
-        trained = {slot: rows[client] for slot, rows in by_slot.items() if active is None or slot in active}
-        if stack.ranks is not None:
-            trained = {slot: within(own, slot, stack.ranks[client]) for slot, own in trained.items()}
-        grid = mechanism.grid(sum(own.numel() for own in trained.values()))
-        for own in trained.values():
-            own.copy_(with_noise(own, mechanism=mechanism, grid=grid, generator=generators[client]))
+        grid = mechanism.grid(total.shape[1])  # of all that trains: more values than are noised only make it finer
+        for slot, rows in by_slot.items():
+            if active is None or slot in active:
+                own = rows[client] if stack.ranks is None else within(rows[client], slot, stack.ranks[client])
+                if grid is None:
+                    own += gaussian_noise(own.shape, std=std, generator=generators[client]).to(own.device)
+                else:
+                    own.copy_(on_grid(own, grid, generator=generators[client]))
 
     deque(threads.map(add, range(len(total))), maxlen=0)
 

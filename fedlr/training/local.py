@@ -24,7 +24,7 @@ from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule, RuleInputs
 from fedlr.methods.rate_schedule import RateSchedule
-from fedlr.privacy.mechanism import Mechanism, with_noise
+from fedlr.privacy.mechanism import Mechanism, gaussian_noise, on_grid
 from fedlr.privacy.sampling import PoissonSampler, Sampler
 from fedlr.streams import Draws, Randomness
 from fedlr.tasks.examples import Examples, Share, micro_batches
@@ -160,10 +160,15 @@ def privatise(total: Mapping[Slot, Tensor], *, mechanism: Mechanism, generator: 
 
     Privacy: the only way for a sum to leave a step. What it returns is the release of one Gaussian mechanism.
     """
-    grid = mechanism.grid(sum(value.numel() for value in total.values()))
+    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    grid = mechanism.grid_of(total.values())
     private = {}
     for slot in sorted(total):
-        private[slot] = with_noise(total[slot], mechanism=mechanism, grid=grid, generator=generator)
+        if grid is not None:
+            private[slot] = on_grid(total[slot], grid, generator=generator)
+            continue
+        noise = gaussian_noise(total[slot].shape, std=std, generator=generator)
+        private[slot] = total[slot] + noise.to(total[slot].device)
     return private
 
 

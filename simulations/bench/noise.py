@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fedlr.privacy.mechanism import Mechanism, gaussian_noise, with_noise
+from fedlr.privacy.mechanism import Mechanism, gaussian_noise, on_grid
 from fedlr.simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
 from fedlr.simulations.bench.settings import Settings
 from fedlr.simulations.bench.timing import alternate
@@ -59,8 +59,9 @@ def contestants(size: int, steps: int) -> dict[str, Callable[[int], object]]:
         ),
     }
     zeros, grid = torch.zeros(size), ON_GRID.grid(size)
-    ways[GRID] = lambda turn, step: with_noise(
-        zeros, mechanism=ON_GRID, grid=grid, generator=OsRandomness().noise(client=0, round_index=turn, step=step)
+    assert grid is not None
+    ways[GRID] = lambda turn, step: on_grid(
+        zeros, grid, generator=OsRandomness().noise(client=0, round_index=turn, step=step)
     )
     for name, way in ways.items():
         found = float(np.mean([way(0, step).square().mean() for step in range(max(1, 10_000 // size))]))
