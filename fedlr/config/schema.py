@@ -142,6 +142,8 @@ class PrivacySection(Section):
     client_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     client_max_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 1.0
     client_noise_multiplier: PositiveFloat | None = None
+    ledger: Annotated[str, Field(min_length=1, exclude_if=lambda path: path is None)] | None = None  # of all runs
+    ledger_epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None = None
 
     @property
     def rows_of_unit(self) -> int:

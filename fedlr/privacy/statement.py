@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
+from fedlr.privacy.all_runs import with_all_runs
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.profile import profile_of
@@ -199,7 +200,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
-    found = _without_newer(found, stated)
+    found = with_all_runs(_without_newer(found, stated), stated.get("all_runs"))  # which other runs have added to since
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")
