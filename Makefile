@@ -16,6 +16,7 @@ INSTALLED = .venv/.installed
 FETCHED = .assets/.fetched
 
 .PHONY: help demo lm images federation test test-slow check format format-check lint types install clean
+.PHONY: lock bandit audit sbom
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +28,9 @@ help:
 	@echo "make test-slow  the tests marked slow"
 	@echo "make check      what CI runs: format, lint, types, tests"
 	@echo "make format     rewrite the code as 'make check' wants it"
+	@echo "make lock       write requirements-lock.txt anew: every version of constraints.txt, with its hashes"
+	@echo "make bandit     look for insecure calls (fetches bandit); make audit: for known holes in what is installed"
+	@echo "make sbom       write build/sbom.json, what this environment is made of (CycloneDX)"
 	@echo "make clean      remove .venv, fetched data and caches (outputs/ stays)"
 
 demo: $(INSTALLED) $(FETCHED)
@@ -65,6 +69,26 @@ format: $(INSTALLED)
 	@.venv/bin/ruff format .
 
 install: $(INSTALLED)
+
+# Tools of a release, each fetched for its one use: nothing that runs depends on them.
+UVX = .venv/bin/uv tool run --quiet --no-progress
+
+# To install from it: .venv/bin/python -m pip install --require-hashes --no-deps -r requirements-lock.txt
+lock: $(INSTALLED)
+	@.venv/bin/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --generate-hashes --no-annotate \
+		--python-version 3.11 --custom-compile-command "make lock" -o requirements-lock.txt
+
+bandit: $(INSTALLED)
+	@$(UVX) bandit==1.9.4 --quiet --severity-level high --recursive fedlr server client simulations
+
+# Asks a database on the network for known vulnerabilities: without one it fails, and says so.
+audit: $(INSTALLED)
+	@$(UVX) pip-audit --require-hashes --disable-pip -r requirements-lock.txt
+
+sbom: $(INSTALLED)
+	@mkdir -p build
+	@$(UVX) --from cyclonedx-bom cyclonedx-py environment --output-reproducible --of JSON -o build/sbom.json .venv/bin/python
+	@echo "build/sbom.json"
 
 # The stamp is the last thing written. A .venv without it was interrupted and is thrown away; with an outdated one
 # (changed dependencies) it is brought up to date in place.

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
+from fedlr.simulations.archives import tar
 from fedlr.simulations.efficientnet import FOLDER as EFFICIENTNET
 from fedlr.simulations.efficientnet import MODEL_SHA256, model_files
 from fedlr.simulations.emoji import ROWS as EMOJI_ROWS
@@ -169,10 +170,7 @@ def _write_all(folder: Path, files: dict[str, bytes]) -> None:
 
 def _rated(archive: bytes) -> Iterator[tuple[str, str, str, str]]:
     """Yield (domain, id, mean rating, sentence) of every sentence."""
-    with (
-        tarfile.open(fileobj=io.BytesIO(archive)) as outer,
-        tarfile.open(fileobj=_member(outer, _INNER)) as inner,
-    ):
+    with tar(archive) as outer, tar(_member(outer, _INNER).read()) as inner:
         for domain, name in _FILES.items():
             content = _member(inner, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read()
             # "replace": all four files are valid today, and the pinned hash would tell if they were not

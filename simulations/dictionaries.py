@@ -8,13 +8,14 @@ Twelve clients hold the works: the three large ones are three clients each. The 
 words are an unseen work.
 """
 
-import gzip
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import NamedTuple
+
+from fedlr.simulations.archives import gunzipped
 
 NAMES = {
     "wn": "WordNet",
@@ -52,7 +53,7 @@ def dictionary_tables(read: Callable[[str], bytes]) -> dict[str, bytes]:
     every, clients = [], []
     held_out: dict[str, list[str]] = {"test": [], "tuning": [], "unseen": []}
     for work in NAMES:
-        entries = list(_cleaned(work, _articles(read(f"{work}.index"), gzip.decompress(read(f"{work}.dict.dz")))))
+        entries = list(_cleaned(work, _articles(read(f"{work}.index"), gunzipped(read(f"{work}.dict.dz")))))
         every += [_line(entry) for entry in entries]
         drawn = sorted(entries, key=_draw)
         for words in ("test", "tuning"):

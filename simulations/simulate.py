@@ -23,9 +23,11 @@ from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.models.export import export_adapter
 from fedlr.models.released import released_files
+from fedlr.privacy.all_runs import all_runs, with_all_runs
 from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
+from fedlr.privacy.units import rounded_up
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, scored
@@ -49,6 +51,7 @@ from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summa
 from fedlr.runs.report import write_report
 from fedlr.runs.selection import told
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
+from fedlr.simulations.all_runs import charge_run
 from fedlr.simulations.alone import Arm, train_alone
 from fedlr.simulations.checkpoints import Checkpoints
 from fedlr.simulations.choosing import Chooser, charge_the_rest, evaluator_of
@@ -96,11 +99,15 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             say(found)
         if federation.earlier is not None:
             say(f"note: {start_note(federation.earlier)}")
+        charged = charge_run(federation)
         run_dir = create_run_dir(experiment)
         with sole_writer(run_dir):
             write_asked(run_dir, experiment)
             write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
+            if charged is not None:
+                sum_told = f"epsilon {rounded_up(charged['epsilon'])} of {charged['budget']:g}"
+                say(f"all {charged['num_runs']} runs on these data, this one counted in full: {sum_told}")
             ledger = create_ledger(federation, run_dir / LEDGER)
             servers = create_server_ledger(federation, run_dir / SERVER_LEDGER)
             progress = Progress(federation.experiment, say=say, metric=federation.task.metric)
@@ -328,6 +335,8 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     statement = with_choices(statement, choices_of(federation.experiment, released))
     statement = with_earlier(statement, federation.earlier)
+    shared = federation.experiment.privacy.ledger
+    statement = with_all_runs(statement, None if shared is None else all_runs(shared))
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)

@@ -9,9 +9,10 @@ import html
 import io
 import json
 import re
-import tarfile
 from collections.abc import Iterator
 from email import message_from_string
+
+from fedlr.simulations.archives import tar
 
 FOLDERS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
 MOST_CHARACTERS = 1000  # of a text: several times what 64 tokens hold
@@ -57,10 +58,10 @@ def mail_text(mail: str) -> str:
 
 def _mails(archive: bytes) -> Iterator[tuple[str, str, str]]:
     """Yield (folder, id, raw mail)."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
+    with tar(archive, most_entries=20_000) as opened:
+        for member in opened:
             found = _MAIL.fullmatch(member.name)
-            file = tar.extractfile(member) if found else None
+            file = opened.extractfile(member) if found else None
             if found and file:
                 record = json.loads(file.read())
                 yield found[1], record["id"], record["text"]

@@ -146,6 +146,8 @@ class PrivacySection(Section):
     release_noise: ReleaseNoise = "float"
     mechanism: Literal["dp_sgd", "dp_ftrl"] = "dp_sgd"
     bands: Count | None = None
+    ledger: Annotated[str, Field(min_length=1, exclude_if=lambda path: path is None)] | None = None  # of all runs
+    ledger_epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None = None
 
     @property
     def rows_of_unit(self) -> int:

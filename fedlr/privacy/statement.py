@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
+from fedlr.privacy.all_runs import with_all_runs
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.mechanism import Mechanism
@@ -216,6 +217,7 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
     found = _without_newer(_as_earlier(found, stated), stated)
+    found = with_all_runs(found, stated.get("all_runs"))  # which other runs have added to since
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")

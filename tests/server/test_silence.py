@@ -148,4 +148,7 @@ def test_an_answer_is_as_long_for_fifty_rows_as_for_five_thousand(tmp_path: Path
     assert texts[0] == texts[1] and [set(record) for record in sent] == [{ARRAYS, LAYOUT, FACTS}] * 2
     facts = [reply.facts.model_dump() for reply in replies]
     assert facts[0].keys() == facts[1].keys() == set(ReplyFacts.model_fields)
-    assert {key for key in facts[0] if facts[0][key] != facts[1][key]} <= {"ledger_head"}  # names the data set's ledger
+    assert {key for key in facts[0] if facts[0][key] != facts[1][key]} <= {
+        "ledger_head",
+        "signature",
+    }  # of its own ledger and key

@@ -1,0 +1,102 @@
+"""One ledger for all runs on the same rows: they add up, the one too many is refused before it trains (R-L2).
+
+Mutants killed: a run that is charged one round in place of all, to an account of its own, or never; one that goes on
+after a refusal.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fedlr.simulations.all_runs
+from fedlr.errors import InputError
+from fedlr.privacy.accountant import epsilon, longest_lasting_order, renyi_epsilon
+from fedlr.privacy.all_runs import ANY_ROW, all_runs
+from fedlr.privacy.mechanism import PrivacyBudget
+from fedlr.privacy.sampling import PoissonSampler
+from fedlr.privacy.statement import recompute
+from fedlr.simulations.simulate import simulate
+from tests.simulations.small_runs import experiment, federation
+from tests.training.small_models import mutant
+
+TOTAL = 5.0
+
+
+def two_runs_add_up(path: Path, module: object = fedlr.simulations.all_runs) -> None:
+    """Raise AssertionError unless two runs, of other clients and noise, are one Renyi sum, and a third is refused."""
+    shared = ("privacy.epsilon=3", f"privacy.ledger={path}", f"privacy.ledger_epsilon={TOTAL}")
+    first = federation(*shared)
+    second = federation(*shared, "num_clients=3", "cohort_size=3", "num_rounds=3", "privacy.epsilon=4")
+    told = [module.charge_run(one) for one in (first, second)]  # type: ignore[attr-defined]
+    assert [None if one is None else one["num_runs"] for one in told] == [1, 2]
+    events = []
+    for one in (first, second):
+        assert one.mechanism is not None
+        event = PoissonSampler(one.mechanism.sample_rate).dp_event(one.mechanism.noise_multiplier)
+        events.append((event, one.experiment.num_rounds * one.experiment.trainer.num_steps))
+    delta = first.experiment.privacy.delta
+    order = longest_lasting_order(events[0][0], PrivacyBudget(TOTAL, delta))
+    spent = all_runs(path)["epsilon"]
+    assert spent == pytest.approx(renyi_epsilon(events, delta, order=order), rel=1e-12)
+    assert spent >= epsilon(events, delta) > 3.5, "the sum by loss distributions, which a filter may not use"
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"ledger_epsilon=5 of all runs .* nothing was charged"):
+        module.charge_run(second)  # type: ignore[attr-defined]
+    assert path.read_bytes() == before
+
+
+def test_two_runs_on_the_same_rows_add_up_and_one_too_many_is_refused(tmp_path: Path) -> None:
+    two_runs_add_up(tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("federation.experiment.max_participations * federation.experiment.trainer.num_steps", "1"),
+        ("mechanism, num_steps, [ANY_ROW])[ANY_ROW]", "mechanism, num_steps, [number])[number]"),
+        ("if refusal is not None:", "if False:"),
+        ('"accountant": "rdp"', '"accountant": "pld"'),
+    ],
+    ids=["one step", "an account each", "goes on", "loss distributions"],
+)
+def test_a_charge_that_is_less_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises((AssertionError, InputError)):
+        two_runs_add_up(tmp_path / "all.jsonl", mutant(fedlr.simulations.all_runs, change))
+
+
+def test_a_run_says_what_all_of_them_spent_and_the_next_is_refused_before_it_has_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl"
+    shared = (f"privacy.ledger={path}", "privacy.ledger_epsilon=7.5", f"tracking.output_dir={tmp_path / 'out'}")
+    e, said = experiment(*shared, "num_rounds=1"), list[str]()
+    run_dir = simulate(e, say=said.append)
+    assert any("all 1 runs on these data" in line for line in said)
+    stated = json.loads((run_dir / "privacy.json").read_text())
+    assert stated["all_runs"] == all_runs(path) and "With the other runs" in stated["statement"]
+    assert stated["epsilon"]["maximum"] <= stated["all_runs"]["epsilon"], "of one client; of any, by the looser filter"
+    with pytest.raises(InputError, match="nothing was charged or trained"):
+        simulate(e, say=said.append)
+    assert len(list((tmp_path / "out").rglob("config.yaml"))) == 1
+    assert recompute(run_dir) == stated and all_runs(path)["num_runs"] == 1
+    assert all_runs(path)["epsilon"] > 0 and ANY_ROW == 0
+
+
+def test_another_budget_is_another_ledger(tmp_path: Path) -> None:
+    shared = (f"privacy.ledger={tmp_path / 'all.jsonl'}", f"privacy.ledger_epsilon={TOTAL}", "privacy.epsilon=1")
+    fedlr.simulations.all_runs.charge_run(federation(*shared))
+    with pytest.raises(InputError, match="another budget, data set or kind of run"):
+        fedlr.simulations.all_runs.charge_run(federation(*shared, "privacy.ledger_epsilon=7"))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("privacy.ledger=a.jsonl",), "privacy.ledger_epsilon together"),
+        (("privacy.ledger_epsilon=3",), "privacy.ledger_epsilon together"),
+        (("privacy.ledger=a.jsonl", "privacy.ledger_epsilon=3", "tracking.run_alone=true"), "tracking.run_alone=false"),
+        (("privacy.ledger=a.jsonl", "privacy.ledger_epsilon=3", "privacy.epsilon=null"), "privacy.epsilon with"),
+    ],
+)
+def test_what_it_does_not_cover_is_refused_by_name(words: tuple[str, ...], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        experiment(*words)
