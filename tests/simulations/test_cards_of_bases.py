@@ -1,4 +1,4 @@
-"""The Python of a model card is run as it stands, in a fresh process: of a base that is made up, of a package, of a hub.
+"""The Python of a model card is run as it stands, in a fresh process: a base made up, of a package, and of a hub.
 
 Package and cache of the hub are stand-ins on this disk; nothing is fetched. Bases in folders: `test_saved_models.py`.
 """
