@@ -13,7 +13,7 @@ STARTS = 5  # of each server
 SERVER = """
 import sys, time
 from fedlr.config.schema import compose_experiment
-from server.link import flower_run
+from fedlr.server.link import flower_run
 link, folder, starts = sys.argv[1], sys.argv[2], int(sys.argv[3])
 deployment = compose_experiment([
     "experiment=tiny", "runtime=superlink", "privacy.randomness=os", "seed=null", f"deployment.superlink={link}",
