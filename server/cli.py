@@ -69,6 +69,7 @@ def run(arguments: list[str]) -> None:
     from fedlr.files import make_folder
     from fedlr.runs.directory import sole_writer
     from fedlr.server.going_on import check_enrolled
+    from fedlr.server.longer_waits import longer_each_time
     from fedlr.server.roster import load_roster
     from fedlr.server.run import Run
 
@@ -82,6 +83,7 @@ def run(arguments: list[str]) -> None:
     with ExitStack() as held:
         if run_dir is not None:
             make_folder(run_dir)
+            held.enter_context(longer_each_time(run_dir, say=lambda line: print(line, flush=True)))
             held.enter_context(sole_writer(run_dir))
         this = Run(experiment, run_dir, say=lambda line: print(line, flush=True))
         if run_dir is None:

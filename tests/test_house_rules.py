@@ -88,7 +88,7 @@ NEVER_TOGETHER = {"fedlr/rounds/round.py": "fedlr.training", "fedlr/rounds/cohor
 TABLES = ("fedlr/config/parts.py", "fedlr/config/old_names.py")
 # Flower's simulation starts both apps by name, in processes that import nothing of simulations.
 APPS = {"simulations/flower_run.py": ("fedlr.server.app.app", "fedlr.client.app.app")}
-RULES = "fedlr.methods.method, fedlr.methods.aggregate.fair, fedlr.methods.finalise.renewal"
+RULES = "fedlr.methods.method, fedlr.methods.aggregate.fair, fedlr.methods.finalise.renewal, fedlr.runs.report.wording"
 A_NAME = re.compile(r"fedlr(\.\w+)+(:\w+)?")
 
 

@@ -23,6 +23,7 @@ from fedlr.rounds.cohorts import sample_among, sample_cohort
 from fedlr.runs.commands import command
 from fedlr.server.going_on import check_enrolled, may_be_drawn
 from fedlr.server.link import starting_alone
+from fedlr.server.longer_waits import longer_each_time
 from fedlr.server.pool import GridPool
 from fedlr.server.roster import Roster
 from fedlr.server.view.operator_pb2 import RunStatus
@@ -156,6 +157,40 @@ def test_every_end_is_one_line_and_its_exit_code(
     assert len(heard.err.splitlines()) == 1 and not heard.out
     table = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
     assert f"\n| {code} |" in table
+
+
+@pytest.mark.parametrize("error", [PassingError("later"), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_run_that_ends_again_and_again_is_started_later_each_time(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    said: list[str] = []
+
+    def start(ends: Exception | None, *, rounds: int = 0) -> None:
+        with longer_each_time(tmp_path, say=said.append, sleep=waited.append):
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write("{}\n" * rounds)
+            if ends is not None:
+                raise ends
+
+    def ended(*ends: tuple[Exception, int]) -> list[float]:
+        waited.clear()
+        for problem, rounds in ends:
+            with pytest.raises(type(problem)):
+                start(problem, rounds=rounds)
+        return list(waited)
+
+    monkeypatch.setenv("INVOCATION_ID", "systemd's")
+    assert ended(*[(error, 0)] * 9) == [30, 90, 210, 450, 930, 1770, 1770, 1770]  # and nothing the first time
+    assert len(said) == 8 and str(error) in said[0]
+    assert ended((error, 2), (error, 0)) == [30]  # a round was done: as the first
+    assert ended((InputError("bad"), 0), (error, 0)) == [90]  # bad input waits for nobody
+    start(None)
+    assert ended((error, 0)) == []
+    (tmp_path / "ends_in_a_row").write_text("half a li")
+    assert ended((error, 0)) == []
+    monkeypatch.delenv("INVOCATION_ID")
+    assert ended(*[(error, 0)] * 3) == []  # started by hand
 
 
 def test_units_start_again_what_passes_and_nothing_else() -> None:
