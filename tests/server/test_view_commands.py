@@ -152,7 +152,7 @@ def test_watching_ends_when_the_view_stays_away(
     with shown(run.path, certificates) as address:
         thread = threading.Thread(target=lambda: codes.append(watch(caller(address, tmp_path))))
         thread.start()
-        wait_for("round 0", capsys)
+        wait_for("round 0   ", capsys)  # its line, after that of the status
     thread.join(30)
     said = capsys.readouterr().err
     assert codes == [2] and said.count("trying again") == 3 and "go on with --from-round 1" in said
