@@ -2,15 +2,20 @@
 
 Hydra reads and merges some twenty YAML files for each experiment, about 0.1 s, and the tests compose some thousand of
 them out of a few dozen choices. Here files are merged once a choice; values (`++key=value`) are then put in by Hydra's
-own code, on a copy. Whatever fails is composed again by Hydra alone, so that every error is its own.
+own code, on a copy. Whatever fails is composed again by Hydra alone, so that every error is its own. A file of another
+choice is parsed once (`RememberedFiles`).
 """
 
 import copy
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 import fedlr.config.schema
@@ -41,6 +46,30 @@ class RememberedComposition:
         except Exception:
             return self._compose(config_name, overrides=list(overrides))
         return config
+
+
+class RememberedFiles:
+    """Takes the place of `FileConfigSource.load_config`: a file that did not change is parsed once."""
+
+    def __init__(self, load: Callable[[FileConfigSource, str], ConfigResult]) -> None:
+        self._load = load
+        self._read: dict[tuple[object, ...], ConfigResult] = {}
+
+    def __get__(self, source: FileConfigSource, kind: type) -> Callable[[str], ConfigResult]:
+        return lambda config_path: self(source, config_path)
+
+    def __call__(self, source: FileConfigSource, config_path: str) -> ConfigResult:
+        """Return what Hydra reads."""
+        path = os.path.join(source.path, source._normalize_file_name(config_path))
+        try:
+            stat = os.stat(path)
+        except OSError:
+            return self._load(source, config_path)
+        key = (source.provider, source.path, config_path, stat.st_mtime_ns, stat.st_size)
+        if key not in self._read:
+            self._read[key] = self._load(source, config_path)
+        read = self._read[key]
+        return replace(read, config=copy.deepcopy(read.config), header=dict(read.header))
 
 
 def files_of(folder: Path) -> tuple[object, ...]:

@@ -1,15 +1,20 @@
 """What the tests compose from memory is what Hydra composes, value by value and error by error.
 
-Mutants this file kills: a choice that is remembered for another, a memory that an earlier value changed.
+Mutants this file kills: a choice that is remembered for another, a memory that an earlier value changed; a file that is
+remembered for another, or for what it was before.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,7 +62,9 @@ def check_it_composes_as_hydra(module: ModuleType) -> None:
 
 @cache
 def of_hydra(index: int) -> tuple[object, object]:
-    return composed(compose, WORDS[index])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", FileConfigSource.__dict__["load_config"]._load)
+        return composed(compose, WORDS[index])
 
 
 def test_what_is_remembered_is_what_hydra_composes() -> None:
@@ -75,3 +82,37 @@ def test_what_is_remembered_is_what_hydra_composes() -> None:
 def test_a_wrong_memory_is_seen(change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
         check_it_composes_as_hydra(mutant(remembered, change))
+
+
+def check_files_are_read_as_they_are(module: ModuleType, folder: Path) -> None:
+    source = FileConfigSource("test", f"file://{folder}")
+    read = module.RememberedFiles(FileConfigSource.__dict__["load_config"]._load)
+    for time, text in enumerate(("a: 1", "a: 2", "{}")):
+        for name in ("one", "two"):
+            (folder / f"{name}.yaml").write_text(f"# @package of_{name}\n{text}\n{name}: {{x: 0}}\n" * (text != "{}"))
+            os.utime(folder / f"{name}.yaml", (time, time))
+        for name in ("one", "two", "one"):
+            found, hydras = read(source, name), read._load(source, name)
+            assert (found.config, found.header) == (hydras.config, hydras.header)
+            found.config["a"] = found.header["package"] = "changed by its reader"
+    with pytest.raises(ConfigLoadError):
+        read(source, "three")
+
+
+def test_a_file_is_parsed_once_and_read_as_it_is(tmp_path: Path) -> None:
+    check_files_are_read_as_they_are(remembered, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("source.path, config_path, stat", "source.path, stat"),
+        (", stat.st_mtime_ns, stat.st_size)\n        if", ")\n        if"),
+        ("copy.deepcopy(read.config)", "read.config"),
+        ("dict(read.header)", "read.header"),
+    ],
+    ids=["another file", "as it was", "changed by a reader", "a header changed by a reader"],
+)
+def test_a_wrong_memory_of_files_is_seen(change: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_files_are_read_as_they_are(mutant(remembered, change), tmp_path)

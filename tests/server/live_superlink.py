@@ -1,4 +1,7 @@
-"""A real SuperLink (and other servers) on loopback for tests: started on a free port, ended by its process id."""
+"""A real SuperLink (and other servers) on loopback for tests: started on a free port, ended by its process id.
+
+SuperLinks and proxies are forked from a process that has imported them (`forked.py`).
+"""
 
 import getpass
 import itertools
@@ -9,12 +12,13 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlr.server.certificates import write_certificates
+from tests.server.forked import Forked
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -51,6 +55,7 @@ class Running:
     port: int
     pid: int
     log: Path
+    process: "subprocess.Popen[bytes] | Forked | None" = None
 
     @property
     def address(self) -> str:
@@ -62,14 +67,26 @@ def trusting(ca: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(ca))
 
 
+def spawned(command: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path) -> "subprocess.Popen[bytes]":
+    """Start a program from nothing, as a shell does."""
+    with log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=cwd)
+
+
+Start = Callable[..., "subprocess.Popen[bytes] | Forked"]
+
+
 @contextmanager
 def running(
-    command: Sequence[str], *, port: int, log: Path, ending: signal.Signals = signal.SIGKILL
+    command: Sequence[str],
+    *,
+    port: int,
+    log: Path,
+    ending: signal.Signals = signal.SIGKILL,
+    start: Start = spawned,
 ) -> Iterator[Running]:
     """Start a server, wait until it listens, end it and wait for its end."""
-    environment = os.environ | QUIET | {"PYTHONPATH": str(ROOT)}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=log.parent)
+    process = start(command, log=log, env=os.environ | QUIET | {"PYTHONPATH": str(ROOT)}, cwd=log.parent)
     try:
         deadline = time.monotonic() + 240  # a busy machine may need a minute; one that ended is seen at once
         while True:
@@ -79,14 +96,14 @@ def running(
                 break
             except OSError:
                 time.sleep(0.05)
-        yield Running(port, process.pid, log)
+        yield Running(port, process.pid, log, process)
     finally:
         process.send_signal(ending)
         process.wait(30)
 
 
 @contextmanager
-def superlink(folder: Path, *arguments: str) -> Iterator[Running]:
+def superlink(folder: Path, *arguments: str, start: Start = Forked) -> Iterator[Running]:
     """Run a SuperLink as the recipes do: node authentication, secret, isolation, TLS with the folder's files."""
     if not (folder / "ca.crt").exists():
         write_certificates(folder, ["localhost"])
@@ -98,12 +115,14 @@ def superlink(folder: Path, *arguments: str) -> Iterator[Running]:
         *("--ssl-keyfile", str(folder / "superlink.key"), "--superexec-auth-secret-file", str(secret)),
         *("--enable-supernode-auth", *arguments),
     ]
-    with running(command, port=port, log=folder / "superlink.log") as server:
+    with running(command, port=port, log=folder / "superlink.log", start=start) as server:
         yield server
 
 
 @contextmanager
-def proxy(folder: Path, behind: Running, *arguments: str, certificate: str = "server") -> Iterator[Running]:
+def proxy(
+    folder: Path, behind: Running, *arguments: str, certificate: str = "server", start: Start = Forked
+) -> Iterator[Running]:
     """Run `fedlr server proxy` in front of a SuperLink of the same folder."""
     port = free_port()
     command = [
@@ -112,7 +131,7 @@ def proxy(folder: Path, behind: Running, *arguments: str, certificate: str = "se
         *("--certificate", str(folder / f"{certificate}.crt"), "--key", str(folder / f"{certificate}.key")),
         *("--superlink-ca", str(folder / "ca.crt"), *arguments),
     ]
-    with running(command, port=port, log=folder / f"proxy-{port}.log") as server:
+    with running(command, port=port, log=folder / f"proxy-{port}.log", start=start) as server:
         yield server
 
 

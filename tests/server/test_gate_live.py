@@ -6,7 +6,6 @@ middle of an upload (`fedlr.server.reply_grid`).
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from fedlr.server.enrol import SuperLink, register
 from fedlr.server.link import flower_run
 from fedlr.server.pool import GridPool
 from fedlr.server.reply_grid import ReplyGrid
+from tests.server.forked import Forked
 from tests.server.hostile_devices import HONEST, OBJECTS, SILENT
 from tests.server.live_superlink import QUIET, Running, proxy, superlink
 from tests.server.malformed import CANARY, CLASSES, HEAVY
@@ -81,11 +81,8 @@ def federation(
         poll_s=0.1,
         rehearsal=True,
     )
-    with (folder / "devices.log").open("wb") as log:
-        command = [sys.executable, "-m", "tests.server.hostile_devices", str(folder)]
-        devices = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | QUIET, cwd=Path(__file__).parents[2]
-        )
+    command = [sys.executable, "-m", "tests.server.hostile_devices", str(folder)]
+    devices = Forked(command, log=folder / "devices.log", env=os.environ | QUIET, cwd=Path(__file__).parents[2])
     try:
         while b"connected" not in (folder / "devices.log").read_bytes():
             assert devices.poll() is None, (folder / "devices.log").read_text()

@@ -1,8 +1,8 @@
 """A federation of processes over TLS: the simulation's numbers, whatever is killed or frozen in between.
 
-Every process is real: SuperLink, proxy, server and devices, as `fedlr federation` starts them. What is killed gets
-SIGKILL and is started again by the watch, as systemd would. One file, so that one process of tests waits for all of it
-while the others compute.
+Every process is real: SuperLink, proxy, server and devices, as `fedlr federation` starts them, but forked from one that
+has imported what they import (`forked.py`). What is killed gets SIGKILL and is started again by the watch, as systemd
+would. One file, so that one process of tests waits for all of it while the others compute.
 """
 
 import json
@@ -22,6 +22,7 @@ from fedlr.config.schema import compose_experiment
 from fedlr.simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
 from fedlr.simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
 from fedlr.simulations.simulate import simulate
+from tests.server import forked
 
 LIVE = ("runtime=superlink", "deployment.rehearsal=true")
 THREE = (
@@ -32,6 +33,12 @@ THREE = (
     "cohort_size=3",
     "runtime.num_workers=1",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked() -> Iterator[None]:
+    with forked.rehearsals():
+        yield
 
 
 @contextmanager

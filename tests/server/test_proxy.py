@@ -234,7 +234,8 @@ def test_nothing_of_a_request_is_written_down(doors: Site) -> None:
 def test_a_signal_ends_it_at_once_and_frees_the_port(site: Site, ending: signal.Signals) -> None:
     with proxy(folder_of(site[1]), site[0]) as door, connected(door):
         os.kill(door.pid, ending)
-        os.waitid(os.P_PID, door.pid, os.WEXITED | os.WNOWAIT)
+        assert door.process is not None
+        door.process.wait(30)
         with socket.create_server(("127.0.0.1", door.port)):
             pass
 

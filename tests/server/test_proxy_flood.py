@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.live_superlink import Running, nginx, proxy, superlink, trusting
+from tests.server.live_superlink import Running, nginx, proxy, spawned, superlink, trusting
 
 MEGABYTE = 2**20
 
@@ -47,7 +47,7 @@ def test_a_flood_before_authentication_fills_neither_memory(kind: str, tmp_path:
     """20 unauthenticated posts of 1 GB, then 40 of as much as passes: the SuperLink grows by less than 200 MB."""
     if kind == "nginx" and shutil.which("nginx") is None:
         pytest.skip("nginx is not installed")
-    with superlink(tmp_path) as behind, door_of(kind, tmp_path, behind) as door:
+    with superlink(tmp_path, start=spawned) as behind, door_of(kind, tmp_path, behind) as door:
         before = resident_mb(behind.pid)
         with ThreadPoolExecutor(20) as pool:
             went = list(pool.map(lambda number: taken(door, announced=number % 2 == 0), range(20)))
@@ -73,7 +73,7 @@ def test_a_flood_before_authentication_fills_neither_memory(kind: str, tmp_path:
 def door_of(kind: str, folder: Path, behind: Running) -> AbstractContextManager[Running]:
     if kind == "nginx":
         return nginx(folder, behind, max_body_mb=6)
-    return proxy(folder, behind, "--max-connections-per-peer", "50")
+    return proxy(folder, behind, "--max-connections-per-peer", "50", start=spawned)  # a memory of its own
 
 
 def resident_mb(pid: int, field: str = "VmRSS") -> float:

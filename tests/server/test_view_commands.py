@@ -8,9 +8,9 @@ that obeys.
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +27,7 @@ from fedlr.server.view.limits import Limits
 from fedlr.server.view.operator_pb2 import AdapterHeader, AdapterPart, AskedClient, Round, RunStatus
 from fedlr.server.view.serving import serve
 from fedlr.server.view.watching import Patience, round_line, status_line
+from tests.server.forked import Forked
 from tests.server.view_on_loopback import Certificates, RunWriter, new_certificates, shown, token_file
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ def test_watching_ends_when_the_view_stays_away(
     with shown(run.path, certificates) as address:
         thread = threading.Thread(target=lambda: codes.append(watch(caller(address, tmp_path))))
         thread.start()
-        wait_for("round 0", capsys)
+        wait_for("round 0   ", capsys)  # its line, after that of the status
     thread.join(30)
     said = capsys.readouterr().err
     assert codes == [2] and said.count("trying again") == 3 and "go on with --from-round 1" in said
@@ -258,20 +259,22 @@ def wait_for(text: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @contextmanager
-def process(
-    run: RunWriter, certificates: Certificates, folder: Path, *, port: int
-) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+def process(run: RunWriter, certificates: Certificates, folder: Path, *, port: int) -> Iterator[tuple[Forked, int]]:
     """The command itself, in a process of its own; yield it and its port."""
     certificate, key = map(str, certificates.pair)
     options = ["--port", str(port), "--certificate", certificate, "--key", key]
     command = [sys.executable, "-c", VIEW, str(run.path), "--token-file", str(token_file(folder)), *options]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ))
-    assert started.stdout is not None
-    with started:
-        try:
-            line = started.stdout.readline()
-            assert line.startswith(f"{run.path} is shown on 127.0.0.1:") and line.endswith(" (TLS)\n")
-            yield started, int(line.split(":")[-1].split()[0])
-        finally:
-            started.terminate()
-        assert started.wait(20) in (0, -signal.SIGKILL)
+    log = folder / f"view-{port}.log"
+    started = Forked(command, log=log, env=dict(os.environ), cwd=ROOT)
+    try:
+        told, deadline = "", time.monotonic() + 60
+        while "\n" not in told:
+            assert started.poll() is None and time.monotonic() < deadline, told
+            time.sleep(0.02)
+            told = log.read_text()
+        line = told.splitlines(keepends=True)[0]
+        assert line.startswith(f"{run.path} is shown on 127.0.0.1:") and line.endswith(" (TLS)\n")
+        yield started, int(line.split(":")[-1].split()[0])
+    finally:
+        started.send_signal(signal.SIGTERM)
+    assert started.wait(20) in (0, -signal.SIGKILL)

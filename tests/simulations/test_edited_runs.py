@@ -3,6 +3,7 @@
 What is hashed is hashed anew here, so that it is the content which is found wrong, and not the hash.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+import fedlr.runs.plain_yaml
 import fedlr.runs.report.picture
+import fedlr.runs.report.records
+import fedlr.runs.report.run_files
 import fedlr.simulations.resume
 import fedlr.simulations.simulate
 from fedlr.adapters.state import AdapterState, Slot
@@ -79,6 +83,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setattr(module, "assemble", lambda e, **options: replace(f, experiment=e))
             patch.setattr(module, "write_report", read_run)
         patch.setattr(fedlr.runs.report.picture, "inline_svg", lambda name, title, paint, **size: "<svg/>")
+        for module in (fedlr.runs.report.run_files, fedlr.runs.report.records):
+            patch.setattr(module, "plain_yaml", parsed_once(fedlr.runs.plain_yaml.plain_yaml))
         begun = experiment(*OVERRIDES, f"tracking.output_dir={folder / 'x'}", "seed=0")
         simulate(begun, say=lambda line: None).rename(folder / "finished")
         (folder / "finished" / "baselines").mkdir()
@@ -90,6 +96,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (killed,) = (folder / "x").glob("*/*/")
         killed.rename(folder / "killed")
         yield folder
+
+
+def parsed_once(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser that remembers texts; half of what these tests took was the same configuration, parsed anew."""
+    values: dict[str, Any] = {}
+
+    def remembered(text: str) -> Any:
+        if text not in values:
+            values[text] = parse(text)
+        return copy.deepcopy(values[text])
+
+    return remembered
 
 
 def dies_at(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
