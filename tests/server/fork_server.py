@@ -32,7 +32,7 @@ import fedlr.server.run
 import fedlr.server.view.commands
 import fedlr.server.view.serving
 
-LOADED = (client, flwr, server, tokenizers)  # and all that they import
+LOADED = (fedlr, flwr, tokenizers)  # and all that they import
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 CODES: dict[int, int] = {}  # of children that have ended
 

@@ -1,4 +1,4 @@
-"""Two servers of one secret start at one SuperLink at the same moment, in processes of their own: each has its own run."""
+"""Two servers of one secret start at one SuperLink at the same moment, in processes of their own: each has a run."""
 
 import os
 import subprocess
