@@ -296,6 +296,32 @@ def test_tests_that_are_named_exist(path: Path) -> None:
         assert not missing, f"{file}: {sorted(missing)}"
 
 
+GUARANTEES = {"P": 20, "A": 7, "L": 8, "F": 12, "S": 9, "D": 9, "B": 5}  # requirements of each kind, numbered from 1
+
+
+def test_every_requirement_is_held_by_a_test_or_says_what_is_missing() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| R-")]
+    assert [row[0].strip() for row in rows] == [f"R-{k}{n + 1}" for k, most in GUARANTEES.items() for n in range(most)]
+    for number, promise, state, test, kills in rows:
+        assert state.strip() in ("held", "partly", "not offered"), number
+        assert promise.strip() and kills.strip(), number
+        assert ("`test_" in test) == (state.strip() != "not offered"), f"{number} needs a test, or a reason"
+
+
+def test_the_lock_has_a_hash_for_every_version_that_is_pinned() -> None:
+    def pins(text: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==([\w.+-]+)", text, re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+    lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=[a-z])", lock[lock.index("\nabsl") + 1 :])
+    assert len(entries) > 100 and all("--hash=sha256:" in entry for entry in entries)
+    wanted, locked = pins((ROOT / "constraints.txt").read_text(encoding="utf-8")), pins(lock)
+    tools = {"setuptools", "wheel"}  # what builds, which no package asks for
+    assert {name: locked.get(name) for name in wanted.keys() - tools} == {n: wanted[n] for n in wanted.keys() - tools}
+
+
 def test_the_picture_of_the_readme_is_drawn_from_a_run(run_dir: Path, tmp_path: Path) -> None:
     script, picture = ROOT / "docs" / "make_pictures.py", tmp_path / "demo.svg"
     subprocess.run([sys.executable, script, run_dir, picture], check=True, cwd=ROOT, capture_output=True)
