@@ -4,9 +4,10 @@ Which one it is follows from the lines of metrics.jsonl alone (`fedlr.runs.selec
 in every checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedlr.adapters.state import SIDE_A, SIDE_B, AdapterState, LoraFactors, Slot, side_tensors
 from fedlr.errors import InputError
 from fedlr.privacy.ledger import PrivacyLedger
-from fedlr.rounds.cohorts import cohorts
+from fedlr.rounds.cohorts import cohorts, cyclic_cohort
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState, scored
 from fedlr.runs.checkpoint import Checkpoint, reading_facts
@@ -137,12 +138,14 @@ def charge_the_rest(federation: Federation, ledger: PrivacyLedger | None, *, num
     e, mechanism = federation.experiment, federation.mechanism
     if ledger is None or mechanism is None:
         return
-    draws = cohorts(
+    draws: Iterator[tuple[int, ...]] = cohorts(
         seed=federation.seed,
         num_clients=e.num_clients,
         cohort_size=e.cohort_size,
         max_participations=e.max_participations,
     )
+    if e.cohort == "cyclic":
+        draws = map(partial(cyclic_cohort, num_clients=e.num_clients, cohort_size=e.cohort_size), count())
     for round_index, cohort in enumerate(islice(draws, e.num_rounds)):
         if round_index >= num_rounds:
             ledger.reserve(round_index, mechanism, e.trainer.num_steps, cohort)

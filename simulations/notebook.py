@@ -179,7 +179,7 @@ def train(
                 done = state.round_index
                 yield state, told
         finally:
-            if federation.experiment.cohort == "fixed":  # a secret cohort cannot be charged beforehand
+            if federation.experiment.cohort != "poisson":  # a secret cohort cannot be charged beforehand
                 charge_the_rest(federation, clients, num_rounds=done)
 
 

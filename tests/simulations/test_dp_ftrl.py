@@ -14,11 +14,13 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
 from fedlr.runs.directory import METRICS, SERVER_LEDGER
 from fedlr.runs.units import client_mechanism
+from fedlr.simulations.choosing import charge_the_rest
 from fedlr.simulations.federation import assemble
+from fedlr.simulations.ledgers import create_ledger
 from fedlr.simulations.plan import client_unit_lines
 from fedlr.simulations.resume import resume
 from fedlr.simulations.simulate import simulate
-from tests.simulations.small_runs import experiment
+from tests.simulations.small_runs import experiment, federation
 
 FTRL = (
     "privacy=client",
@@ -111,3 +113,12 @@ def test_what_has_no_proof_is_refused_by_name(words: tuple[str, ...], named: str
 def test_rows_have_no_such_mechanism_yet(words: tuple[str, ...], named: str) -> None:
     with pytest.raises(InputError, match=named):
         compose_experiment(["experiment=tiny", *words])
+
+
+def test_rounds_that_are_not_asked_are_charged_in_the_order_of_the_clients(tmp_path: Path) -> None:
+    """With budgets of both units: an end that somebody chose leaves the epsilon of all announced rounds."""
+    f = federation(*FTRL, "privacy.epsilon=8")
+    ledger = create_ledger(f, tmp_path / "ledger.jsonl")
+    charge_the_rest(f, ledger, num_rounds=1)
+    charges = read_ledger(tmp_path / "ledger.jsonl")[1]
+    assert {client: sorted(charges.of(client)) for client in range(4)} == {0: [2, 4], 1: [1, 3], 2: [2, 4], 3: [1, 3]}
