@@ -35,11 +35,11 @@ from fedlr.runs.prepare import (
 )
 from fedlr.runs.tables import load_tables, num_rows_of
 from fedlr.runs.units import client_mechanism, unit_notes
+from fedlr.simulations.client_accuracy import ClientTests, client_tests
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
 from fedlr.training.local import LocalTraining
-from simulations.client_accuracy import ClientTests, client_tests
 
 MOST_DESCRIBED = 1_000  # clients with a line of their own in partition.json
 
