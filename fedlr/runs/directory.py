@@ -97,7 +97,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """Return indented JSON in which a list of objects has a line an object: thousands of clients stay a table.
+    """Return indented JSON with a line for each object or list of a list: thousands of clients stay a table.
 
     >>> print(json_text({"name": "tiny", "clients": [{"client_id": 0, "counts": [3, 4]}, {"client_id": 1}]}))
     {
@@ -112,7 +112,7 @@ def json_text(value: Mapping[str, Any]) -> str:
 
 
 def _indented(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+    if isinstance(value, list) and value and any(all(isinstance(i, kind) for i in value) for kind in (Mapping, list)):
         return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
     return json.dumps(value, indent=2).replace("\n", "\n  ")
 
