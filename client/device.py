@@ -4,7 +4,7 @@
             -> ledger.settle -> disk -> reply
 
 What a request can make fail fails before the ledger is charged, whatever rows there are and would have been drawn
-(`fedlr.rounds.pools.rehearsal`); rows that it makes unreadable count as zero (`client.own_rows`).
+(`fedlr.rounds.pools.rehearsal`); rows that it makes unreadable count as zero (`fedlr.client.own_rows`).
 
 Nothing but `flower.messages.Reply` leaves: what goes wrong is said in the device's own log, and to the server in one
 word. A round that was released is sent again from disk; one that was charged and never released is charged again with
@@ -15,12 +15,12 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from client.own_rows import read_rows
-from client.policy import Policy, PolicyRefusal, check_request, check_terms
-from client.replies import Kept, Replies, last_heads
-from client.settings import Settings
-from client.trainee import Trainee, Unfit, only_head
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
+from fedlr.client.own_rows import read_rows
+from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
+from fedlr.client.replies import Kept, Replies, last_heads
+from fedlr.client.settings import Settings
+from fedlr.client.trainee import Trainee, Unfit, only_head
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request
 from fedlr.flower.records import Limits, RecordDict

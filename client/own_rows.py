@@ -15,7 +15,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from client.settings import Settings
+from fedlr.client.settings import Settings
 from fedlr.config.build import build
 from fedlr.data.conversations import Conversations
 from fedlr.data.scored import ScoredText

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from client.own_rows import LateRows, check_form, encode_readable
-from client.settings import Settings
 from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of
+from fedlr.client.own_rows import LateRows, check_form, encode_readable
+from fedlr.client.settings import Settings
 from fedlr.config.build import build, build_choice
 from fedlr.config.schema import RuntimeSection
 from fedlr.data.store import TableStore
@@ -84,7 +84,7 @@ class Trainee:
         Args:
             settings: the device's own.
             terms: what it agreed to.
-            rows: the device's own (`client.own_rows`); whether one can be read decides nothing that is told.
+            rows: the device's own (`fedlr.client.own_rows`); whether one can be read decides nothing that is told.
             features: whether the rounds train the head alone, on adapters that are zero (`only_head`).
             say: the device's own log.
 

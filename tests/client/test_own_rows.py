@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-import client.trainee
-from client.device import Device
-from client.device_checks import round_text
-from client.own_rows import encode_readable
-from client.settings import Settings
+import fedlr.client.trainee
 from fedlr.adapters.state import HEAD, LORA_B
+from fedlr.client.device import Device
+from fedlr.client.device_checks import round_text
+from fedlr.client.own_rows import encode_readable
+from fedlr.client.settings import Settings
 from fedlr.data.conversations import ASSISTANT, USER, Conversations, Turn
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply
@@ -118,10 +118,10 @@ def test_rows_that_are_encoded_as_they_come_are_found_out(
     picky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def as_they_come(task: Any, base: Any, data: Any, *, max_length: int, say: Any) -> Examples:
-        with client.trainee.unfit("data"):
+        with fedlr.client.trainee.unfit("data"):
             return task.encode(base, data, max_length=max_length)
 
-    monkeypatch.setattr(client.trainee, "encode_readable", as_they_come)
+    monkeypatch.setattr(fedlr.client.trainee, "encode_readable", as_they_come)
     with pytest.raises(AssertionError, match="the answer tells of rows: None"):
         seen_of_templates(picky, tmp_path)
 
@@ -169,14 +169,14 @@ def cached_device(folder: Path, base: Path, said: list[str]) -> tuple[Device, Se
 
 def seen_of_full_disks(base: Path, folder: Path, patch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[str]]:
     """Compare what is seen of a device whose rows are kept, and of one on which they find no place; and its log."""
-    original, most, said = client.trainee.past_frozen, {"now": 1000}, list[str]()
+    original, most, said = fedlr.client.trainee.past_frozen, {"now": 1000}, list[str]()
 
     def past_frozen(model: Any, table: Examples, *given: Any, **named: Any) -> Examples:
         if len(table) > most["now"]:
             raise InputError("Expected runtime.cache_dir to be a folder on a disk with room")
         return original(model, table, *given, **named)
 
-    patch.setattr(client.trainee, "past_frozen", past_frozen)
+    patch.setattr(fedlr.client.trainee, "past_frozen", past_frozen)
     seen, updates = {}, {}
     for name, most["now"] in (("kept", 1000), ("no place", 5), ("nor for one", 0)):
         device, settings = cached_device(folder / name, base, said)
@@ -207,10 +207,10 @@ def test_rows_that_must_be_kept_past_the_frozen_layers_are_found_out(
     bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kept(runtime: Any, model: Any, rows: Examples, rehearsal: Any, *, features: bool) -> Examples:
-        return client.trainee.past_frozen(
-            model, rows, features, num_threads=1, store=client.trainee.state_store(runtime, say=print)
+        return fedlr.client.trainee.past_frozen(
+            model, rows, features, num_threads=1, store=fedlr.client.trainee.state_store(runtime, say=print)
         )
 
-    monkeypatch.setattr(client.trainee, "past_prefix", kept)
+    monkeypatch.setattr(fedlr.client.trainee, "past_prefix", kept)
     with pytest.raises(AssertionError, match="how long the rows are"):
         seen_of_full_disks(bert_folder, tmp_path, monkeypatch)

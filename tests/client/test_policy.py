@@ -1,6 +1,6 @@
 """A hostile server gets one word out of a device and nothing else: no row is looked at, no step taken, no byte charged.
 
-Every case goes the whole way, through `client.device.Device.answer`. The rows are a trap, and so is their file:
+Every case goes the whole way, through `fedlr.client.device.Device.answer`. The rows are a trap, and so is their file:
 whatever touches them fails, and is remembered; a sane request falls into it, which shows that it works.
 
 Mutants this file kills: every bound and every refusal of client/policy.py, removed one at a time.
@@ -20,15 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-import client.device
-import client.policy
+import fedlr.client.device
+import fedlr.client.policy
 import fedlr.methods.client_rules
-from client.bounds import OPTIMIZERS
-from client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
-from client.device import Device
-from client.policy import PolicyRefusal, check_terms
-from client.settings import Settings
 from fedlr.adapters.state import LORA_B, Slot
+from fedlr.client.bounds import OPTIMIZERS
+from fedlr.client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
+from fedlr.client.device import Device
+from fedlr.client.policy import PolicyRefusal, check_terms
+from fedlr.client.settings import Settings
 from fedlr.config.parts import place_of
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
@@ -72,7 +72,7 @@ def trap(
     def ready(**changes: Any) -> tuple[Settings, Device, list[str]]:
         settings, said = device_settings(tmp_path / "device", **BOUNDS, **changes), list[str]()
         with monkeypatch.context() as patch:
-            patch.setattr(client.device, "read_rows", lambda _: Trap())
+            patch.setattr(fedlr.client.device, "read_rows", lambda _: Trap())
             device = Device(settings, say=said.append)
         files = [path for path in (tmp_path / "device").rglob("*.*") if path.suffix in ROWS]
         TRAPPED.update(str(path) for path in files if path != settings.ledger_path)
@@ -138,7 +138,7 @@ def accepted(policy: Any, by_device: Mapping[str, Settings]) -> Iterator[str]:
 
 
 def changed_policy(source: str) -> types.ModuleType:
-    module = types.ModuleType("client.policy")
+    module = types.ModuleType("fedlr.client.policy")
     exec(compile(source, "<mutant of client.policy>", "exec"), module.__dict__)
     return module
 
@@ -155,7 +155,7 @@ def by_device(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Settings
 
 def sites() -> Mapping[str, str]:
     """Return, for every bound and every refusal in client/policy.py, the module without it."""
-    source = Path(client.policy.__file__).read_text()
+    source = Path(fedlr.client.policy.__file__).read_text()
     bounds = {m[0].strip(): source.replace(m[0], "") for m in re.finditer(r" +yield Bound\(.*\n", source)}
     calls = [m.start() for m in re.finditer(r"(?<!def )_refuse\(", source)]
     lines = {at: source[:at].count("\n") + 1 for at in calls}
@@ -202,7 +202,7 @@ HALVES = {
 def test_every_half_of_a_condition_is_what_stops_some_case(
     old: str, new: str, by_device: Mapping[str, Settings]
 ) -> None:
-    source = Path(client.policy.__file__).read_text()
+    source = Path(fedlr.client.policy.__file__).read_text()
     if old not in source:
         raise RuntimeError(f"the mutant no longer applies: {old!r}")
     mutant = changed_policy(source.replace(old, new))
@@ -210,7 +210,7 @@ def test_every_half_of_a_condition_is_what_stops_some_case(
 
 
 def test_policy_alone_lets_pass_only_what_the_model_must_tell(by_device: Mapping[str, Settings]) -> None:
-    assert tuple(accepted(client.policy, by_device)) == AFTER_THE_MODEL
+    assert tuple(accepted(fedlr.client.policy, by_device)) == AFTER_THE_MODEL
 
 
 SANE: Mapping[str, Mapping[str, Any]] = {

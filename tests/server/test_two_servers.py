@@ -16,10 +16,10 @@ from tests.server.live_superlink import QUIET, ROOT, superlink
 STARTS = 3  # of each server
 SERVER = """
 import sys, time
-import server.link
+import fedlr.server.link
 from fedlr.config.schema import compose_experiment
-link, folder, starts, acquire = sys.argv[1], sys.argv[2], int(sys.argv[3]), server.link._acquire
-server.link._acquire = lambda *given, **named: time.sleep(1) or acquire(*given, **named)
+link, folder, starts, acquire = sys.argv[1], sys.argv[2], int(sys.argv[3]), fedlr.server.link._acquire
+fedlr.server.link._acquire = lambda *given, **named: time.sleep(1) or acquire(*given, **named)
 deployment = compose_experiment([
     "experiment=tiny", "runtime=superlink", "privacy.randomness=os", "seed=null", f"deployment.superlink={link}",
     f"deployment.root_certificates={folder}/ca.crt", f"deployment.superexec_secret={folder}/secret",
@@ -27,7 +27,7 @@ deployment = compose_experiment([
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(starts):
-    with server.link.flower_run(deployment, patience_s=20) as grid:
+    with fedlr.server.link.flower_run(deployment, patience_s=20) as grid:
         print(grid._run.run_id, flush=True)
         time.sleep(0.2)
 """

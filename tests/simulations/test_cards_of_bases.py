@@ -21,7 +21,7 @@ from tests.simulations.test_saved_models import FAST, RUNNER, own_loss
 TRAINER = """
 import json, sys
 from fedlr.config.schema import compose_experiment
-from simulations.simulate import simulate
+from fedlr.simulations.simulate import simulate
 told = {name: str(simulate(compose_experiment(asked), say=print)) for name, asked in json.loads(sys.argv[1]).items()}
 json.dump(told, open(sys.argv[2], "w"))
 """
