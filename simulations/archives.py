@@ -36,13 +36,15 @@ def tar(
     Raises:
         InputError: it is beyond the bounds, or no archive.
     """
-    if isinstance(archive, Path):
-        archive = archive.read_bytes()
-    if isinstance(archive, bytes):
-        archive, size = io.BytesIO(archive), len(archive)
+    content = archive.read_bytes() if isinstance(archive, Path) else archive
+    stream: IO[bytes]
+    if isinstance(content, bytes):
+        stream, size = io.BytesIO(content), len(content)
+    else:
+        stream = content
     assert size is not None
     try:
-        with tarfile.open(fileobj=archive) as opened:
+        with tarfile.open(fileobj=stream) as opened:
             bounds = _Bounds("a tar archive", size, most_entries)
             for member in opened:  # one header after the other, so that a bomb ends here
                 bounds.take(member.name, member.size)
