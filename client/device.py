@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
 from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
-from fedlr.client.replies import Kept, Replies, last_heads
 from fedlr.client.settings import Settings
+from fedlr.client.stored_replies import Kept, Replies, last_heads
 from fedlr.client.trainee import Trainee, Unfit, only_head
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request

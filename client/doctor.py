@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedlr.client.bounds import Policy
 from fedlr.client.device_checks import (
     data_text,
     device_text,
@@ -17,6 +16,7 @@ from fedlr.client.device_checks import (
     terms_text,
 )
 from fedlr.client.findings import Finding, found
+from fedlr.client.owner_limits import Policy
 from fedlr.client.server_checks import server_findings
 from fedlr.client.settings import Settings, load_settings
 from fedlr.config.offline import go_offline

@@ -60,7 +60,7 @@ from fedlr.adapters.state import (
     roles_of,
     side_tensors,
 )
-from fedlr.client.bounds import (
+from fedlr.client.owner_limits import (
     HOW_IT_RUNS,
     LARGEST_ARGUMENT,
     LARGEST_SCALE,
@@ -69,7 +69,7 @@ from fedlr.client.bounds import (
     MOST_BLOCKS,
     MOST_NAMES,
 )
-from fedlr.client.bounds import Policy as Policy
+from fedlr.client.owner_limits import Policy as Policy
 from fedlr.client.settings import Settings
 from fedlr.config.build import build_choice, build_optimizer
 from fedlr.config.language_rules import CAUSAL_LM

@@ -11,7 +11,7 @@ from fedlr.errors import InputError
 from fedlr.runs.commands import command, ready
 from fedlr.runs.directory import create_run_dir, read_json
 from fedlr.simulations.cli import say
-from fedlr.simulations.rehearsal import Rehearsal
+from fedlr.simulations.loopback import Rehearsal
 from fedlr.tasks.evaluation import Metric
 
 TIMEOUT_S = 1800.0

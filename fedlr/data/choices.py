@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fedlr.data.rows import SUFFIXES, Row, read_rows
+from fedlr.data.formats import SUFFIXES, Row, read_rows
 from fedlr.data.values import text_problem
 from fedlr.errors import InputError
 

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlr.data.files import table_files
+from fedlr.data.formats import Row, read_rows
 from fedlr.data.hub import read_hub
-from fedlr.data.rows import Row, read_rows
 from fedlr.data.table import Source, Table
 from fedlr.data.values import as_name, text_problem
 from fedlr.errors import InputError

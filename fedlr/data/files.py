@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from fedlr.data.rows import SUFFIXES
+from fedlr.data.formats import SUFFIXES
 from fedlr.data.values import as_name
 from fedlr.errors import InputError
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedlr.data.rows import Row, Rows, check_columns
+from fedlr.data.formats import Row, Rows, check_columns
 from fedlr.data.table import LabelledText, Source, columns_of, labelled
 from fedlr.errors import InputError
 

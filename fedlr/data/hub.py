@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedlr.data.files import is_saved_dataset
-from fedlr.data.rows import SUFFIXES, Row, Rows, check_columns
+from fedlr.data.formats import SUFFIXES, Row, Rows, check_columns
 from fedlr.errors import InputError
 
 

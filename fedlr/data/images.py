@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from fedlr.data.classes import check_classes
 from fedlr.data.decoding import FITS, MOST_BYTES, Fit, decoded
 from fedlr.data.files import is_saved_dataset, table_files
+from fedlr.data.formats import SUFFIXES, Rows, read_rows
 from fedlr.data.hub import read_hub
 from fedlr.data.image_files import picture_folder
 from fedlr.data.memory import free_memory
-from fedlr.data.rows import SUFFIXES, Rows, read_rows
 from fedlr.data.store import Put, TableStore
 from fedlr.data.table import Table
 from fedlr.data.values import as_name, class_name, named

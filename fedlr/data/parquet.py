@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from fedlr.data.rows import Row, Rows, check_columns, check_fits
+from fedlr.data.formats import Row, Rows, check_columns, check_fits
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
 

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedlr.data.files import table_files
+from fedlr.data.formats import SUFFIXES, read_rows
 from fedlr.data.placement import content, whole_rows
-from fedlr.data.rows import SUFFIXES, read_rows
 from fedlr.data.table import LabelledText, load_table
 from fedlr.data.values import text_problem
 from fedlr.errors import InputError

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlr.data.rows import Row
+from fedlr.data.formats import Row
 from fedlr.data.table import Columns, Example, Source, Table, columns_of, read_sources, texts_and_group
 from fedlr.data.values import as_number
 from fedlr.errors import InputError

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from fedlr.data.classes import check_classes
 from fedlr.data.files import table_files
+from fedlr.data.formats import Row, Rows, read_rows
 from fedlr.data.hub import read_hub
-from fedlr.data.rows import Row, Rows, read_rows
 from fedlr.data.values import as_name, class_name, named, text_problem
 from fedlr.errors import InputError
 

@@ -27,7 +27,7 @@ from fedlr.simulations.bench.settings import Settings
 from fedlr.simulations.bench.timed_device import TOOK
 from fedlr.simulations.bench.worker import by_name
 from fedlr.simulations.federation import assemble
-from fedlr.simulations.rehearsal import Rehearsal
+from fedlr.simulations.loopback import Rehearsal
 
 NUM_CLIENTS = 3
 LONGEST_S = 600.0

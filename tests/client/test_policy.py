@@ -24,9 +24,9 @@ import fedlr.client.device
 import fedlr.client.policy
 import fedlr.methods.client_rules
 from fedlr.adapters.state import LORA_B, Slot
-from fedlr.client.bounds import OPTIMIZERS
-from fedlr.client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
 from fedlr.client.device import Device
+from fedlr.client.owner_limits import OPTIMIZERS
+from fedlr.client.owner_limits import RULES_OF_PROTOCOL as ALLOWED_RULES
 from fedlr.client.policy import PolicyRefusal, check_terms
 from fedlr.client.settings import Settings
 from fedlr.config.parts import place_of

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import fedlr.data.rows as rows_module
+import fedlr.data.formats as rows_module
 import fedlr.data.table as table_module
 from fedlr.data.public import PublicTable, read_public
 from fedlr.data.table import load_table

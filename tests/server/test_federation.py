@@ -238,7 +238,7 @@ DEVICE_DEATHS = {
     "after the reservation": ("fedlr.privacy.ledger.PrivacyLedger", "reserve", True),
     "after training": ("fedlr.privacy.ledger.PrivacyLedger", "settle_all", False),
     "after the settlement": ("fedlr.privacy.ledger.PrivacyLedger", "settle_all", True),
-    "after the update is on disk": ("fedlr.client.replies.Replies", "write", True),
+    "after the update is on disk": ("fedlr.client.stored_replies.Replies", "write", True),
 }
 
 

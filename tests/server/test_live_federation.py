@@ -20,7 +20,7 @@ import pytest
 from fedlr.client.settings import load_settings
 from fedlr.config.schema import compose_experiment
 from fedlr.simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
-from fedlr.simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
+from fedlr.simulations.loopback import PROXY, SERVER, SUPERLINK, Rehearsal
 from fedlr.simulations.simulate import simulate
 from tests.server import forked
 

@@ -28,7 +28,7 @@ from fedlr.simulations.bench.outcome import BenchmarkFailed
 from fedlr.simulations.bench.rivals.flower_fedavg import STEP
 from fedlr.simulations.bench.settings import Settings
 from fedlr.simulations.bench.timed_device import TOOK, timed
-from fedlr.simulations.rehearsal import Rehearsal
+from fedlr.simulations.loopback import Rehearsal
 
 
 def settings(folder: Path) -> Settings:
