@@ -18,19 +18,19 @@ from typing import Any
 import flwr.superlink.cli
 import tokenizers
 
-import client.cli
-import client.device
-import client.device_checks
-import client.node
-import client.settings
-import server.app
-import server.cli
-import server.enrol
-import server.link
-import server.proxy
-import server.run
-import server.view.commands
-import server.view.serving
+import fedlr.client.cli
+import fedlr.client.device
+import fedlr.client.device_checks
+import fedlr.client.node
+import fedlr.client.settings
+import fedlr.server.app
+import fedlr.server.cli
+import fedlr.server.enrol
+import fedlr.server.link
+import fedlr.server.proxy
+import fedlr.server.run
+import fedlr.server.view.commands
+import fedlr.server.view.serving
 
 LOADED = (client, flwr, server, tokenizers)  # and all that they import
 PR_SET_PDEATHSIG = 1  # of prctl(2)

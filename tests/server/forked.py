@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-import simulations.rehearsal
+import fedlr.simulations.rehearsal
 from fedlr.errors import InputError
-from simulations.rehearsal import QUIET
+from fedlr.simulations.rehearsal import QUIET
 
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.02
@@ -105,7 +105,7 @@ class Forked:
 def rehearsals() -> Iterator[None]:
     """Fork what a `Rehearsal` starts."""
 
-    def start(watched: simulations.rehearsal.Watched) -> None:
+    def start(watched: fedlr.simulations.rehearsal.Watched) -> None:
         process = Forked(watched.command, log=watched.log, env={**os.environ, **QUIET}, cwd=Path.cwd())
         watched.process, watched.num_starts = process, watched.num_starts + 1  # type: ignore[assignment]
 
@@ -116,6 +116,6 @@ def rehearsals() -> Iterator[None]:
                 raise InputError(f"Expected fedlr {' '.join(words[:2])} to work, got: {log.read_text()[-300:]}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulations.rehearsal.Watched, "start", start)
-        patch.setattr(simulations.rehearsal, "fedlr", fedlr)
+        patch.setattr(fedlr.simulations.rehearsal.Watched, "start", start)
+        patch.setattr(fedlr.simulations.rehearsal, "fedlr", fedlr)
         yield

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.certificates import write_certificates
+from fedlr.server.certificates import write_certificates
 from tests.server.forked import Forked
 
 QUIET = {
@@ -126,7 +126,7 @@ def proxy(
     """Run `fedlr server proxy` in front of a SuperLink of the same folder."""
     port = free_port()
     command = [
-        *(sys.executable, "-c", "import sys; from server.proxy import proxy; sys.exit(proxy(sys.argv[1:]))"),
+        *(sys.executable, "-c", "import sys; from fedlr.server.proxy import proxy; sys.exit(proxy(sys.argv[1:]))"),
         *("--listen", f"127.0.0.1:{port}", "--superlink", behind.address),
         *("--certificate", str(folder / f"{certificate}.crt"), "--key", str(folder / f"{certificate}.key")),
         *("--superlink-ca", str(folder / "ca.crt"), *arguments),
