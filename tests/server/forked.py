@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-import fedlr.simulations.loopback
 from fedlr.errors import InputError
+from fedlr.simulations import loopback
 from fedlr.simulations.loopback import QUIET
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ class Forked:
 def rehearsals() -> Iterator[None]:
     """Fork what a `Rehearsal` starts."""
 
-    def start(watched: fedlr.simulations.loopback.Watched) -> None:
+    def start(watched: loopback.Watched) -> None:
         process = Forked(watched.command, log=watched.log, env={**os.environ, **QUIET}, cwd=Path.cwd())
         watched.process, watched.num_starts = process, watched.num_starts + 1  # type: ignore[assignment]
 
@@ -116,6 +116,6 @@ def rehearsals() -> Iterator[None]:
                 raise InputError(f"Expected fedlr {' '.join(words[:2])} to work, got: {log.read_text()[-300:]}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedlr.simulations.loopback.Watched, "start", start)
-        patch.setattr(fedlr.simulations.loopback, "fedlr", fedlr)
+        patch.setattr(loopback.Watched, "start", start)
+        patch.setattr(loopback, "fedlr", fedlr)
         yield
