@@ -19,7 +19,7 @@ from fedlr.errors import InputError
 from fedlr.files import write_whole
 from fedlr.flower.messages import LARGEST_EPSILON
 from fedlr.flower.task_terms import Sha256
-from server.roster import locked
+from fedlr.server.roster import locked
 
 NAME = "ledgers.json"
 MOST_HEADS = 1000  # of a client, the newest

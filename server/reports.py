@@ -13,7 +13,7 @@ from typing import Any, Self
 from fedlr.flower.messages import LedgerEcho, ReplyFacts
 from fedlr.flower.node_key import canonical_public_key
 from fedlr.flower.signed import SIGNED, is_signed
-from server.remembered import Known, Remembered
+from fedlr.server.remembered import Known, Remembered
 
 FELL, OLD, FORGED = "epsilon_fell", "old_ledger", "bad_signature"  # reasons of the gate's closed set
 ROUNDING = 1e-3  # relative: an accountant's grid may round another number of steps otherwise

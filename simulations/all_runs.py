@@ -19,7 +19,7 @@ from fedlr.privacy.all_runs import ANY_ROW, all_runs
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.units import rounded_up
-from simulations.federation import Federation
+from fedlr.simulations.federation import Federation
 
 
 def charge_run(federation: Federation) -> dict[str, Any] | None:

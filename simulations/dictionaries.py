@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import NamedTuple
 
-from simulations.archives import gunzipped
+from fedlr.simulations.archives import gunzipped
 
 NAMES = {
     "wn": "WordNet",

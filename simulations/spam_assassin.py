@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from email import message_from_string
 
-from simulations.archives import tar
+from fedlr.simulations.archives import tar
 
 FOLDERS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
 MOST_CHARACTERS = 1000  # of a text: several times what 64 tokens hold

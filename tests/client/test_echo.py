@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import client.device
-from client.device import Device
+import fedlr.client.device
+from fedlr.client.device import Device
 from fedlr.flower.messages import LedgerEcho, Reply, Request
 from fedlr.flower.node_key import create_node_key
 from fedlr.flower.signed import is_signed
@@ -24,7 +24,7 @@ def refused(device: Device, request: Request, echo: LedgerEcho | None) -> str | 
     return Reply.read(device.answer(replace(request, echo=echo).record())).facts.refused
 
 
-def a_device_stops(folder: Path, module: object = client.device) -> None:
+def a_device_stops(folder: Path, module: object = fedlr.client.device) -> None:
     """Raise AssertionError unless the echo decides, and nothing is charged where it stops the device."""
     settings = device_settings(folder / "device")
     device = module.Device(settings, say=lambda line: None)  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def test_a_ledger_that_was_put_back_is_found_by_what_the_server_remembers(tmp_pa
 )
 def test_a_device_that_does_not_look_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        a_device_stops(tmp_path, mutant(client.device, change))
+        a_device_stops(tmp_path, mutant(fedlr.client.device, change))
 
 
 def test_what_a_device_says_is_signed_refusals_too(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import simulations.archives
+import fedlr.simulations.archives
 from fedlr.errors import InputError
 from tests.training.small_models import mutant
 
@@ -52,7 +52,7 @@ HOSTILE: dict[str, list[Entry]] = {
 }
 
 
-def all_is_refused(folder: Path, module: object = simulations.archives) -> None:
+def all_is_refused(folder: Path, module: object = fedlr.simulations.archives) -> None:
     for name, entries in HOSTILE.items():
         for opened in (module.tar(tar_of(*entries)), module.wheel(zip_of(folder, *entries))):  # type: ignore[attr-defined]
             try:
@@ -87,20 +87,22 @@ def test_what_is_beyond_the_bounds_is_refused(tmp_path: Path) -> None:
 )
 def test_bounds_that_nobody_looks_at_are_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        all_is_refused(tmp_path, mutant(simulations.archives, change))
+        all_is_refused(tmp_path, mutant(fedlr.simulations.archives, change))
 
 
 def test_what_is_within_them_is_read(tmp_path: Path) -> None:
     entries: list[Entry] = [("folder/a", b"content", FILE), ("b..c", b"", FILE)]
-    with simulations.archives.tar(tar_of(*entries)) as opened:
+    with fedlr.simulations.archives.tar(tar_of(*entries)) as opened:
         file = opened.extractfile("folder/a")
         assert file is not None and file.read() == b"content"
-    with simulations.archives.wheel(zip_of(tmp_path, *entries)) as wheel:
+    with fedlr.simulations.archives.wheel(zip_of(tmp_path, *entries)) as wheel:
         assert wheel.read("folder/a") == b"content"
-    assert simulations.archives.gunzipped(gzip.compress(b"content")) == b"content"
+    assert fedlr.simulations.archives.gunzipped(gzip.compress(b"content")) == b"content"
 
 
-@pytest.mark.parametrize("read", [lambda p: simulations.archives.tar(p), lambda p: simulations.archives.wheel(p)])
+@pytest.mark.parametrize(
+    "read", [lambda p: fedlr.simulations.archives.tar(p), lambda p: fedlr.simulations.archives.wheel(p)]
+)
 def test_what_is_no_archive_is_one_clear_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "a").write_bytes(b"no archive")
     with pytest.raises(InputError, match="archive"), read(tmp_path / "a"):  # type: ignore[attr-defined]

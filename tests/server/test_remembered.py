@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 import fedlr.flower.signed
-import server.remembered
-import server.reports
-import simulations.signatures
+import fedlr.server.remembered
+import fedlr.server.reports
+import fedlr.simulations.signatures
 from fedlr.errors import InputError
 from fedlr.flower.messages import LedgerEcho, ReplyFacts
 from fedlr.flower.node_key import create_node_key, load_node_key
 from fedlr.flower.signed import sign
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.reported import reported_statement
-from server.remembered import Remembered
-from server.reports import Reports
+from fedlr.server.remembered import Remembered
+from fedlr.server.reports import Reports
 from tests.server.small_federation import TERMS
 from tests.training.small_models import mutant
 
@@ -32,7 +32,7 @@ def said(epsilon: float, head: str, **changes: object) -> ReplyFacts:
     return ReplyFacts(**{**facts, "refused": None, "epsilon": epsilon, "delta": 1e-5, "ledger_head": head, **changes})  # type: ignore[arg-type]
 
 
-def a_run(roster: Path, *words: tuple[float, str, str], module: object = server.reports) -> list[str | None]:
+def a_run(roster: Path, *words: tuple[float, str, str], module: object = fedlr.server.reports) -> list[str | None]:
     """Return what a run that hears these words refuses, beginning with what the runs before it left."""
     reports = module.Reports(remembered=Remembered.beside(roster))  # type: ignore[attr-defined]
     found = [reports.hear(2, said(epsilon, head), task) for epsilon, head, task in words]
@@ -40,7 +40,7 @@ def a_run(roster: Path, *words: tuple[float, str, str], module: object = server.
     return found
 
 
-def a_word_outlives_its_run(roster: Path, module: object = server.reports) -> None:
+def a_word_outlives_its_run(roster: Path, module: object = fedlr.server.reports) -> None:
     assert a_run(roster, (3.0, HEADS[0], "1" * 64), (5.0, HEADS[1], "2" * 64), module=module) == [None, None]
     assert a_run(roster, (1.0, HEADS[2], "3" * 64), module=module) == ["epsilon_fell"], "the ledger is new"
     assert a_run(roster, (5.0, HEADS[0], "3" * 64), module=module) == ["old_ledger"], "it was put back"
@@ -73,7 +73,7 @@ def test_a_word_outlives_the_run_that_heard_it(tmp_path: Path) -> None:
 )
 def test_a_memory_that_forgets_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        a_word_outlives_its_run(tmp_path / "roster.json", mutant(server.reports, change))
+        a_word_outlives_its_run(tmp_path / "roster.json", mutant(fedlr.server.reports, change))
 
 
 def test_two_runs_beside_each_other_lower_nothing(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_two_runs_beside_each_other_lower_nothing(tmp_path: Path) -> None:
 
 
 def test_a_memory_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
-    (tmp_path / server.remembered.NAME).write_text('{"clients": {"2": {"epsilon": -1.0}}}')
+    (tmp_path / fedlr.server.remembered.NAME).write_text('{"clients": {"2": {"epsilon": -1.0}}}')
     with pytest.raises(InputError, match=r"ledgers\.json"):
         Remembered.beside(tmp_path / "roster.json")
 
@@ -102,7 +102,7 @@ def keys(folder: Path, name: str) -> tuple[Path, str]:
     return folder / name, create_node_key(folder / name).read_text()
 
 
-def signatures_hold(folder: Path, module: object = server.reports) -> None:
+def signatures_hold(folder: Path, module: object = fedlr.server.reports) -> None:
     """Raise AssertionError unless only the client's own signature of its very word counts."""
     path, line = keys(folder, "own")
     other, _ = keys(folder, "other")
@@ -138,7 +138,7 @@ def test_a_word_counts_as_signed_by_its_own_key_alone(tmp_path: Path) -> None:
 )
 def test_a_server_that_takes_any_signature_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        signatures_hold(tmp_path, mutant(server.reports, change))
+        signatures_hold(tmp_path, mutant(fedlr.server.reports, change))
 
 
 def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path: Path) -> None:
@@ -162,25 +162,25 @@ def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path:
     stated.write_text(json.dumps(told))
     entry = {"client_id": 2, "name": "a", "node_id": 7, "public_key": line}
     roster.write_text(json.dumps({"clients": [entry], "revoked": []}))
-    assert simulations.signatures.verify(tmp_path, roster) == [
+    assert fedlr.simulations.signatures.verify(tmp_path, roster) == [
         "client 1: not signed",
         "client 2: signed epsilon 2 at delta 1e-05",
         "2 clients reported nothing",
     ]
     roster.write_text(json.dumps({"clients": [{**entry, "public_key": keys(tmp_path, "other")[1]}]}))
     with pytest.raises(InputError, match="not the client's in the roster"):
-        simulations.signatures.verify(tmp_path, roster)
+        fedlr.simulations.signatures.verify(tmp_path, roster)
     for key, value in (("epsilon", 1.0), ("ledger_head", HEADS[3]), ("round_index", 1), ("client_id", 1)):
         changed = json.loads(json.dumps(told))
         changed["clients"][1]["signed"][key] = value
         stated.write_text(json.dumps(changed))
         with pytest.raises(InputError, match="client 2"):
-            simulations.signatures.verify(tmp_path, None)
+            fedlr.simulations.signatures.verify(tmp_path, None)
     changed = json.loads(json.dumps(told))
     changed["clients"][1]["epsilon"] = 2.5  # more than was signed
     stated.write_text(json.dumps(changed))
     with pytest.raises(InputError, match="smaller epsilon"):
-        simulations.signatures.verify(tmp_path, None)
+        fedlr.simulations.signatures.verify(tmp_path, None)
 
 
 def test_a_signature_is_of_one_length_and_the_same_again(tmp_path: Path) -> None:

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-import simulations.all_runs
+import fedlr.simulations.all_runs
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import epsilon, longest_lasting_order, renyi_epsilon
 from fedlr.privacy.all_runs import ANY_ROW, all_runs
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
-from simulations.simulate import simulate
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation
 from tests.training.small_models import mutant
 
 TOTAL = 5.0
 
 
-def two_runs_add_up(path: Path, module: object = simulations.all_runs) -> None:
+def two_runs_add_up(path: Path, module: object = fedlr.simulations.all_runs) -> None:
     """Raise AssertionError unless two runs, of other clients and noise, are one Renyi sum, and a third is refused."""
     shared = ("privacy.epsilon=3", f"privacy.ledger={path}", f"privacy.ledger_epsilon={TOTAL}")
     first = federation(*shared)
@@ -66,7 +66,7 @@ def test_two_runs_on_the_same_rows_add_up_and_one_too_many_is_refused(tmp_path: 
 )
 def test_a_charge_that_is_less_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises((AssertionError, InputError)):
-        two_runs_add_up(tmp_path / "all.jsonl", mutant(simulations.all_runs, change))
+        two_runs_add_up(tmp_path / "all.jsonl", mutant(fedlr.simulations.all_runs, change))
 
 
 def test_a_run_says_what_all_of_them_spent_and_the_next_is_refused_before_it_has_a_folder(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_a_run_says_what_all_of_them_spent_and_the_next_is_refused_before_it_has
 
 def test_another_budget_is_another_ledger(tmp_path: Path) -> None:
     shared = (f"privacy.ledger={tmp_path / 'all.jsonl'}", f"privacy.ledger_epsilon={TOTAL}", "privacy.epsilon=1")
-    simulations.all_runs.charge_run(federation(*shared))
+    fedlr.simulations.all_runs.charge_run(federation(*shared))
     with pytest.raises(InputError, match="another budget, data set or kind of run"):
-        simulations.all_runs.charge_run(federation(*shared, "privacy.ledger_epsilon=7"))
+        fedlr.simulations.all_runs.charge_run(federation(*shared, "privacy.ledger_epsilon=7"))
 
 
 @pytest.mark.parametrize(
