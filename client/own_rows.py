@@ -85,6 +85,7 @@ def encode_readable(
         max_length: tokens of a row, at most.
         say: the device's own log, which alone is told of rows that are left out.
     """
+    problem = ""
 
     def encoded(table: Table) -> Examples | None:
         nonlocal problem
@@ -94,7 +95,6 @@ def encode_readable(
             problem = problem or f"{type(error).__name__}: {first_line(error)}"
             return None
 
-    problem = ""
     if (whole := encoded(data)) is not None:
         return whole
     readable = _readable(lambda rows: encoded(data.subset(rows)) is not None, np.arange(len(data), dtype=np.int64))

@@ -141,7 +141,7 @@ class OneDnnConv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., D)."""
         if self.weight.requires_grad or not _in_reach(x, self.weight):
-            return cast(Tensor, super().forward(x))
+            return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]
         return _frozen(x, self.weight.t(), self.bias)
 
 

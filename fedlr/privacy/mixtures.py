@@ -53,9 +53,9 @@ class Mixture:
 
 def drawn(event: Event, *, sign: float) -> Mixture:
     """Return what the rows of one unit add to a step, in standard deviations of its noise."""
-    counts = np.arange(event.rows + 1)
     q = event.sample_rate
-    weights = np.array([math.comb(event.rows, j) * q**j * (1 - q) ** (event.rows - j) for j in counts])
+    weights = np.array([math.comb(event.rows, j) * q**j * (1 - q) ** (event.rows - j) for j in range(event.rows + 1)])
+    counts = np.arange(event.rows + 1, dtype=np.float64)
     kept = weights > 0
     return Mixture(weights[kept], sign * counts[kept] / event.noise_multiplier)
 
@@ -97,7 +97,7 @@ def _span(p: Mixture, q: Mixture) -> tuple[float, float]:
 def _discretised(p: Mixture, q: Mixture, *, interval: float) -> pld_pmf.PLDPmf:
     low, high = _span(p, q)
     first, last = math.floor(low / interval), max(1, math.ceil(high / interval))
-    losses = np.arange(first, last + 1) * interval
+    losses = np.arange(first, last + 1, dtype=np.float64) * interval
     at = _where(p, q, losses)
     delta = p.above(at) - np.exp(np.minimum(0.0, losses + q.log_above(at)))
     # What rounding could take away is given back: of numbers of order 1, a few units in the last place.

@@ -125,8 +125,9 @@ def head_of(model: nn.Module) -> Head:
     scale = getattr(config, "logit_scale", None)  # Cohere
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
     scale = float(scale or 1.0) / float(divided or 1.0)
-    bias = None if layer.bias is None else layer.bias.detach()
-    return Head(layer.weight.detach(), bias, scale, None if cap is None else float(cap), product)
+    linear = cast(nn.Linear, layer)
+    bias = None if linear.bias is None else linear.bias.detach()
+    return Head(linear.weight.detach(), bias, scale, None if cap is None else float(cap), product)
 
 
 def check_token_loss(model: nn.Module) -> None:
