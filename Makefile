@@ -33,11 +33,11 @@ demo: $(INSTALLED) $(FETCHED)
 	@$(RUN) .venv/bin/fedlr simulate experiment=demo
 
 lm: $(INSTALLED)
-	@.venv/bin/python -m simulations.assets dictionaries
+	@.venv/bin/python -m fedlr.simulations.assets dictionaries
 	@$(RUN) .venv/bin/fedlr simulate experiment=dictionaries privacy.epsilon=8
 
 images: $(INSTALLED)
-	@.venv/bin/python -m simulations.assets emoji efficientnet
+	@.venv/bin/python -m fedlr.simulations.assets emoji efficientnet
 	@$(RUN) .venv/bin/fedlr simulate experiment=emoji
 
 federation: $(INSTALLED) $(FETCHED)
@@ -92,7 +92,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 
 $(FETCHED): $(INSTALLED) simulations/assets.py
 	@echo "[5/5] the data (download)"
-	@.venv/bin/python -m simulations.assets
+	@.venv/bin/python -m fedlr.simulations.assets
 	@mkdir -p $(@D)
 	@touch $@
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.device import Device
-from client.node import FAILED, answer
-from client.settings import load_settings
+from fedlr.client.device import Device
+from fedlr.client.node import FAILED, answer
+from fedlr.client.settings import load_settings
 from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
 from fedlr.flower.records import to_record

@@ -1,6 +1,6 @@
 """What the owner of a device may allow and bound: the section `policy` of `client.yaml`.
 
-`client.policy` holds what a server asks against it.
+`fedlr.client.policy` holds what a server asks against it.
 """
 
 import re

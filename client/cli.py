@@ -8,11 +8,11 @@ from fedlr.errors import InputError
 from fedlr.runs.commands import command, dispatch, quiet_flower
 
 COMMANDS = {
-    "key": ("client.key", "key"),
-    "init": ("client.ledger_command", "init"),
-    "doctor": ("client.doctor", "doctor"),
-    "run": ("client.cli", "run"),
-    "ledger": ("client.ledger_command", "ledger"),
+    "key": ("fedlr.client.key", "key"),
+    "init": ("fedlr.client.ledger_command", "init"),
+    "doctor": ("fedlr.client.doctor", "doctor"),
+    "run": ("fedlr.client.cli", "run"),
+    "ledger": ("fedlr.client.ledger_command", "ledger"),
 }
 
 
@@ -40,10 +40,10 @@ def run(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise InputError(f"Expected one file, such as client.yaml, got {len(arguments)} arguments")
     go_offline(True)  # before whatever reads the environment once
-    from client.device import Device  # heavy: torch and all that
-    from client.device_checks import data_text
-    from client.node import serve
-    from client.settings import load_settings
+    from fedlr.client.device import Device  # heavy: torch and all that
+    from fedlr.client.device_checks import data_text
+    from fedlr.client.node import serve
+    from fedlr.client.settings import load_settings
 
     quiet_flower()
     settings = load_settings(Path(arguments[0]))

@@ -15,11 +15,11 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from client.policy import Policy, PolicyRefusal, check_request, check_terms
-from client.replies import Kept, Replies, last_heads
-from client.settings import Settings
-from client.trainee import Trainee, Unfit, only_head
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate
+from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
+from fedlr.client.replies import Kept, Replies, last_heads
+from fedlr.client.settings import Settings
+from fedlr.client.trainee import Trainee, Unfit, only_head
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason, Reply, ReplyFacts, Request
 from fedlr.flower.records import Limits, RecordDict

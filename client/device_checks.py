@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from client.device import OWN
-from client.policy import check_terms
-from client.settings import Settings
-from client.trainee import Trainee, own_model
 from fedlr.adapters.state import HEAD, SHIPPED, roles_of
+from fedlr.client.device import OWN
+from fedlr.client.policy import check_terms
+from fedlr.client.settings import Settings
+from fedlr.client.trainee import Trainee, own_model
 from fedlr.config.build import build
 from fedlr.data.images import LabelledImages
 from fedlr.data.memory import free_memory

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from client.bounds import Policy
-from client.device_checks import (
+from fedlr.client.bounds import Policy
+from fedlr.client.device_checks import (
     data_text,
     device_text,
     disk_text,
@@ -16,9 +16,9 @@ from client.device_checks import (
     round_text,
     terms_text,
 )
-from client.findings import Finding, found
-from client.server_checks import server_findings
-from client.settings import Settings, load_settings
+from fedlr.client.findings import Finding, found
+from fedlr.client.server_checks import server_findings
+from fedlr.client.settings import Settings, load_settings
 from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
 from fedlr.flower.terms import Terms

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from client.device import OWN
-from client.settings import FOLDER_MODE, Settings, load_settings
+from fedlr.client.device import OWN
+from fedlr.client.settings import FOLDER_MODE, Settings, load_settings
 from fedlr.errors import InputError
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import privacy_statement

@@ -30,9 +30,9 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from client.connection_errors import check_connection, is_shut_out, load_root_certificates
-from client.device import Device
-from client.settings import Settings
+from fedlr.client.connection_errors import check_connection, is_shut_out, load_root_certificates
+from fedlr.client.device import Device
+from fedlr.client.settings import Settings
 from fedlr.errors import InputError, ShutOutError
 from fedlr.files import write_whole
 from fedlr.flower.node_key import load_node_key

@@ -9,7 +9,7 @@ ledger are touched:
     mechanism against trainer               one sample rate, one divisor: what is accounted is what is done
     grad_sample_mode = ghost                refused under a mechanism: its clip bound holds up to rounding, which
                                             tensors of a server's can make as large as they like
-    check_parity                            not done under a mechanism (`client.trainee`)
+    check_parity                            not done under a mechanism (`fedlr.client.trainee`)
     randomness                              the device's own: "seeded", which can be subtracted, only if it says so
     divisor, learning rate, betas ...       finite and bounded: post-processing, but it would waste the budget
     optimizer, after_noise, client_rule     names of a fixed set, compared as text before anything is imported or
@@ -33,9 +33,9 @@ ledger are touched:
     scale                                   the one that the terms give
 
 Left to others: the form of a message (`flower.messages`, `flower.records`); the hashes of the model and of what turns
-rows into what it reads, once they are loaded (`client.trainee`); whether it fits the model, and what was kept
+rows into what it reads, once they are loaded (`fedlr.client.trainee`); whether it fits the model, and what was kept
 (`rounds.pools.rehearsal`, `rounds.pools.client_state`); a role that is personal no more, and a second task under one
-round's name (`client.device`); what is spent (`fedlr.privacy.ledger`).
+round's name (`fedlr.client.device`); what is spent (`fedlr.privacy.ledger`).
 """
 
 import math
@@ -46,17 +46,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from client.bounds import (
-    HOW_IT_RUNS,
-    LARGEST_ARGUMENT,
-    LARGEST_SCALE,
-    LARGEST_SIZE,
-    MODULE_NAME,
-    MOST_BLOCKS,
-    MOST_NAMES,
-)
-from client.bounds import Policy as Policy
-from client.settings import Settings
 from fedlr.adapters.state import (
     HEAD,
     LARGEST_VALUE,
@@ -71,6 +60,17 @@ from fedlr.adapters.state import (
     roles_of,
     side_tensors,
 )
+from fedlr.client.bounds import (
+    HOW_IT_RUNS,
+    LARGEST_ARGUMENT,
+    LARGEST_SCALE,
+    LARGEST_SIZE,
+    MODULE_NAME,
+    MOST_BLOCKS,
+    MOST_NAMES,
+)
+from fedlr.client.bounds import Policy as Policy
+from fedlr.client.settings import Settings
 from fedlr.config.build import build_choice, build_optimizer
 from fedlr.config.language_rules import CAUSAL_LM
 from fedlr.config.parts import OPTIMIZERS

@@ -8,9 +8,9 @@ from email.utils import parsedate_to_datetime
 import httpx
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-from client.connection_errors import check_connection, diagnose, load_root_certificates
-from client.findings import Finding, found
-from client.settings import Settings
+from fedlr.client.connection_errors import check_connection, diagnose, load_root_certificates
+from fedlr.client.findings import Finding, found
+from fedlr.client.settings import Settings
 from fedlr.errors import InputError
 from fedlr.flower.node_key import load_node_key
 

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, ValidationError
 from yaml import YAMLError
 
-from client.bounds import MODELS_OF_TASK, TASK_OF_DATA, Policy
+from fedlr.client.bounds import MODELS_OF_TASK, TASK_OF_DATA, Policy
 from fedlr.config.parts import name_of
 from fedlr.config.schema import PositiveFloat, PositiveInt, Section, Target, device_name
 from fedlr.data.values import named

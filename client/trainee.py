@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from client.settings import Settings
 from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of
+from fedlr.client.settings import Settings
 from fedlr.config.build import build, build_choice
 from fedlr.config.schema import RuntimeSection
 from fedlr.data.conversations import Conversations

@@ -27,9 +27,9 @@ from fedlr.data import from_frame
 from fedlr.data.partition import Partition
 from fedlr.data.table import LabelledText
 from fedlr.runs.report.svg import FULL_WIDTH_IN, colour, inline_svg, standing_alone
-from simulations.federation import Federation
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 
 TABLE = Path(".assets/vader.csv")
 MOST_WORDS = 14  # of a text

@@ -17,10 +17,10 @@ from fedlr.config.parts import OWN_PARTS, require_registered
 from fedlr.config.schema import Experiment, check_experiment
 from fedlr.errors import InputError
 from fedlr.models.peft_state import read_adapter
-from server.nodes import Nodes, PartitionNodes, RosterNodes
-from server.pool import GridPool
-from server.reply_grid import ReplyGrid
-from server.run import Run
+from fedlr.server.nodes import Nodes, PartitionNodes, RosterNodes
+from fedlr.server.pool import GridPool
+from fedlr.server.reply_grid import ReplyGrid
+from fedlr.server.run import Run
 
 app = ServerApp()
 

@@ -11,19 +11,19 @@ from fedlr.errors import InputError, PassingError
 from fedlr.runs.commands import command, dispatch, quiet_flower, ready
 
 if TYPE_CHECKING:
-    from server.run import Run
+    from fedlr.server.run import Run
 
 COMMANDS = {
-    "certificate": ("server.certificates", "certificate"),
-    "enrol": ("server.enrol", "enrol"),
-    "revoke": ("server.enrol", "revoke"),
-    "devices": ("server.devices", "devices"),
-    "terms": ("server.terms", "terms"),
-    "proxy": ("server.proxy", "proxy"),
-    "run": ("server.cli", "run"),
-    "view": ("server.view.commands", "view"),
-    "watch": ("server.view.commands", "watch"),
-    "adapter": ("server.view.commands", "adapter"),
+    "certificate": ("fedlr.server.certificates", "certificate"),
+    "enrol": ("fedlr.server.enrol", "enrol"),
+    "revoke": ("fedlr.server.enrol", "revoke"),
+    "devices": ("fedlr.server.devices", "devices"),
+    "terms": ("fedlr.server.terms", "terms"),
+    "proxy": ("fedlr.server.proxy", "proxy"),
+    "run": ("fedlr.server.cli", "run"),
+    "view": ("fedlr.server.view.commands", "view"),
+    "watch": ("fedlr.server.view.commands", "watch"),
+    "adapter": ("fedlr.server.view.commands", "adapter"),
 }
 MOST_FAILURES = 20  # runs in a row that ended without a finished round
 LONGEST_PAUSE_S = 10.0  # between two of them
@@ -68,9 +68,9 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"Expected runtime=superlink for fedlr server run, got {experiment.runtime.kind}")
     from fedlr.files import make_folder
     from fedlr.runs.directory import sole_writer
-    from server.going_on import check_enrolled
-    from server.roster import load_roster
-    from server.run import Run
+    from fedlr.server.going_on import check_enrolled
+    from fedlr.server.roster import load_roster
+    from fedlr.server.run import Run
 
     if not experiment.deployment.rehearsal or Path(experiment.deployment.roster).exists():
         roster = load_roster(Path(experiment.deployment.roster))
@@ -98,8 +98,8 @@ def stopped(number: int, frame: object) -> NoReturn:
 
 def finish(this: "Run") -> None:
     """Ask for all rounds, in one Flower run after another where the SuperLink loses them, and leave the results."""
-    from server.app import serve
-    from server.link import LinkLost, flower_run
+    from fedlr.server.app import serve
+    from fedlr.server.link import LinkLost, flower_run
 
     quiet_flower()
     deployment, failures = this.experiment.deployment, 0

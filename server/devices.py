@@ -10,8 +10,8 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.constant import NodeStatus
 
 from fedlr.runs.commands import Options, command
-from server.enrol import SuperLink, control_of
-from server.roster import load_roster
+from fedlr.server.enrol import SuperLink, control_of
+from fedlr.server.roster import load_roster
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from fedlr.errors import InputError
 from fedlr.flower.node_key import load_public_key
 from fedlr.runs.commands import Options, command
-from server.roster import Roster, load_roster, locked, save_roster
+from fedlr.server.roster import Roster, load_roster, locked, save_roster
 
 UNKNOWN_NODE = 2**64 - 1
 

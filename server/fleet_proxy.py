@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.proxy_limits import Limits, RateLimit, peer_of
+from fedlr.server.proxy_limits import Limits, RateLimit, peer_of
 
 FLEET = re.compile(rb"/v1/fleet/[a-z-]+")
 HEALTH = b"/health"

@@ -31,7 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlr import __version__
 from fedlr.config.schema import DeploymentSection
 from fedlr.errors import InputError
-from server.reply_grid import ReplyGrid
+from fedlr.server.reply_grid import ReplyGrid
 
 COMPLETED, FAILED = "completed", "failed"
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -47,8 +47,8 @@ license = "Apache-2.0"
 [tool.flwr.app]
 publisher = "fedlr"
 [tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
+serverapp = "fedlr.server.app:app"
+clientapp = "fedlr.client.app:app"
 """
 
 

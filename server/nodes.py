@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlr.flower.records import facts_of
-from server.roster import load_roster
+from fedlr.server.roster import load_roster
 
 QUERY, PARTITION = "query", "partition_id"
 

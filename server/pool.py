@@ -17,9 +17,9 @@ from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.flower.messages import Request
 from fedlr.flower.terms import Terms
 from fedlr.rounds.round import Dropout, RoundRequest
-from server.gate import Answer, Asked, answer_of, is_stated
-from server.nodes import Nodes
-from server.reports import Reports
+from fedlr.server.gate import Answer, Asked, answer_of, is_stated
+from fedlr.server.nodes import Nodes
+from fedlr.server.reports import Reports
 
 TRAIN = "train"
 LEAST_TTL_S = 1.0

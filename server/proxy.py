@@ -24,8 +24,8 @@ from fedlr.errors import InputError
 from fedlr.flower.addresses import host_and_port
 from fedlr.flower.node_key import require_private
 from fedlr.runs.commands import Options, command
-from server.fleet_proxy import FleetProxy
-from server.proxy_limits import MEGABYTE, Limits, limited_protocol
+from fedlr.server.fleet_proxy import FleetProxy
+from fedlr.server.proxy_limits import MEGABYTE, Limits, limited_protocol
 
 KEEP_ALIVE_S = 15  # longer than Flower's client keeps an idle connection (5 s), so that the client closes first
 UPSTREAM_KEEP_ALIVE_S = 2.0  # shorter than the SuperLink keeps one (5 s), for the same reason

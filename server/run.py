@@ -49,10 +49,10 @@ from fedlr.runs.recorder import client_rows, is_scored, metrics_row, score_text,
 from fedlr.runs.report import write_report
 from fedlr.runs.selection import told
 from fedlr.runs.verdict import verdict_lines
+from fedlr.server.federation import Served, assemble
+from fedlr.server.going_on import check_same, may_be_drawn
+from fedlr.server.reports import Reports
 from fedlr.training.threads import torch_threads
-from server.federation import Served, assemble
-from server.going_on import check_same, may_be_drawn
-from server.reports import Reports
 
 ADAPTERS = "adapters"
 

@@ -34,8 +34,8 @@ def write_terms(experiment: Experiment, out: Path, *, run_dir: Path | None) -> s
     Raises:
         InputError: the experiment cannot run, the directory holds another one, or the file cannot be written.
     """
-    from server.federation import assemble  # heavy: torch and all that
-    from server.going_on import check_same
+    from fedlr.server.federation import assemble  # heavy: torch and all that
+    from fedlr.server.going_on import check_same
 
     if out.exists():
         raise InputError(f"Expected --out to be a new file, got {out}, which exists; remove it, or name another")

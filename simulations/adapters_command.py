@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
 from fedlr.files import write_whole
-from simulations.cli import command, say
+from fedlr.simulations.cli import command, say
 
 if TYPE_CHECKING:
     from fedlr.models.tuners import Tuner
-    from simulations.tuner_measure.measure import Figures
+    from fedlr.simulations.tuner_measure.measure import Figures
 
 MEASURED, REFUSED_PART = "adapters", "refused"
 COLUMNS = ("name", "form", "all blocks", "one block alone", "gradients by", "off by", "trained", "shipped once")
@@ -30,7 +30,7 @@ def adapters(arguments: list[str]) -> None:
     go_offline(True)
     warnings.filterwarnings("ignore", message="Sparse invariant checks")  # of torch, for every sparse tensor
     from fedlr.models.tuners.registry import REFUSED, TUNERS, tuner
-    from simulations.tuner_measure.measure import disagreements, measure
+    from fedlr.simulations.tuner_measure.measure import disagreements, measure
 
     chosen = {name: tuner(name) for name in names or TUNERS}
     found = {name: measure(entry) for name, entry in chosen.items()}
@@ -112,7 +112,7 @@ def refused_table(refused: Mapping[str, str]) -> str:
 
 def plain_row(name: str, entry: "Tuner", figures: "Figures") -> tuple[str, ...]:
     """Return the cells of one tuner, in the order of `COLUMNS`."""
-    from simulations.tuner_measure.measure import ALL_BLOCKS
+    from fedlr.simulations.tuner_measure.measure import ALL_BLOCKS
 
     alone = [f"{block} {error:.0e}" for block, error in figures.exactness.items() if block != ALL_BLOCKS]
     shipped = ", ".join(entry.ships) + f" ({figures.num_shipped} values)" if entry.ships else "nothing"

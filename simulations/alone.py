@@ -8,7 +8,7 @@ from fedlr.config.auto_rates import alone_rounds
 from fedlr.methods.client_rules.rule import CONTROL
 from fedlr.methods.method import full_adapter
 from fedlr.rounds.round import ClientPool, ServerState, remembering, run_round
-from simulations.federation import Federation
+from fedlr.simulations.federation import Federation
 
 AT_ONCE = 64  # clients whose states are held: they train, then the caller looks at them, and no thread is at work
 

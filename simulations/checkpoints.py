@@ -24,8 +24,8 @@ from fedlr.rounds.round import ServerState
 from fedlr.runs.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
 from fedlr.runs.report.run_files import check_rows
-from simulations.choosing import Chooser
-from simulations.federation import Federation
+from fedlr.simulations.choosing import Chooser
+from fedlr.simulations.federation import Federation
 
 
 class Checkpoints:

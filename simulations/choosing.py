@@ -22,8 +22,8 @@ from fedlr.rounds.round import ServerState, scored
 from fedlr.runs.checkpoint import Checkpoint, reading_facts
 from fedlr.runs.recorder import is_scored
 from fedlr.runs.selection import BEST, VALIDATION, Selection
+from fedlr.simulations.federation import Federation
 from fedlr.tasks.evaluation import Evaluation
-from simulations.federation import Federation
 
 TENSORS, SIDE = "best", "best-side"  # in a checkpoint
 

@@ -54,7 +54,7 @@ def simulate(arguments: list[str]) -> None:
         check_output_dir(experiment)
     check_side_by_side(experiments, num_jobs)
     from fedlr.runs.report import comparison_table, write_comparison
-    from simulations.sweep import run_sweep
+    from fedlr.simulations.sweep import run_sweep
 
     found = run_sweep(jobs, experiments, num_jobs=num_jobs, skip_done=skip_done, say=say)
     run_dirs = [run_dir for run_dir in found if run_dir is not None]
@@ -78,8 +78,8 @@ def tune(arguments: list[str]) -> None:
     interrupted goes on. --jobs N has N runs side by side; --out FILE names another file.
     """
     from fedlr.runs.tuned import write_tuned
-    from simulations.sweep import run_sweep
-    from simulations.tune import check_on, chosen, grid_of, runs_of, told
+    from fedlr.simulations.sweep import run_sweep
+    from fedlr.simulations.tune import check_on, chosen, grid_of, runs_of, told
 
     typed = list(arguments)
     points = options(arguments, "--grid", "KEY=VALUE,VALUE")
@@ -113,7 +113,7 @@ def resume(arguments: list[str]) -> None:
     own_parts = options(arguments, "--own-part", "the name of a function of your own")
     run_dir = existing_run(only_one(arguments))
     go_offline(recorded_experiment(run_dir, own_parts=own_parts).runtime.offline)
-    from simulations.resume import resume as finish
+    from fedlr.simulations.resume import resume as finish
 
     finish(run_dir, say=say, own_parts=own_parts)
     say(f"report in {run_dir / 'report.html'}")
@@ -126,7 +126,7 @@ def plan(arguments: list[str]) -> None:
     Epsilon for expected and for worst-case participation, bytes a round, memory and time on this machine.
     """
     experiments = [ready(overrides) for overrides in expand(arguments)]
-    from simulations.plan import make_plan
+    from fedlr.simulations.plan import make_plan
 
     for number, experiment in enumerate(experiments):
         say(("\n" if number else "") + make_plan(experiment))

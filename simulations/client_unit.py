@@ -9,9 +9,9 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.client_unit import EVERYBODY, ClientUnit
 from fedlr.rounds.cohorts import cyclic_cohort, poisson_cohort
 from fedlr.runs.directory import LEDGER, SERVER_LEDGER
+from fedlr.simulations.federation import Federation
 from fedlr.streams import OsRandomness, SeededRandomness, ServerRandomness
 from fedlr.training.noise import update_noise
-from simulations.federation import Federation
 
 
 def ledgers_of(experiment: Experiment) -> list[str]:

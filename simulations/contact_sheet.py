@@ -16,9 +16,9 @@ from PIL import Image
 
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.round import ServerState
+from fedlr.simulations.choosing import evaluator_of
+from fedlr.simulations.federation import Federation
 from fedlr.tasks.pictures import EncodedImages
-from simulations.choosing import evaluator_of
-from simulations.federation import Federation
 
 MOST_CLIENTS = 24
 MOST_PICTURES = 10  # of a client

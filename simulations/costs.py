@@ -24,10 +24,10 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
 from fedlr.rounds.pools.fused import bytes_a_client, group_size
 from fedlr.runs.prepare import past_frozen, state_store, whole_and_working
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.runtime import pool_here
 from fedlr.tasks.examples import Examples, Share
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation
-from simulations.runtime import pool_here
 
 MOST_MEASURED = 64
 REPEATS = 3

@@ -1,7 +1,7 @@
 """EfficientNet-lite0 with its ImageNet weights as a model folder, out of a package of the Python index.
 
-The package (Apache-2.0) holds a file of torch.save, which is read as data (`simulations.torch_archive`). Its batch
-norms are folded in, and the result is written as safetensors for `fedlr.models.efficientnet_lite`, at 96 pixels.
+The package (Apache-2.0) holds a file of torch.save, which is read as data (`fedlr.simulations.torch_archive`). Its
+batch norms are folded in, and the result is written as safetensors for `fedlr.models.efficientnet_lite`, at 96 pixels.
 """
 
 import json
@@ -12,8 +12,8 @@ import safetensors.torch
 
 from fedlr.errors import InputError
 from fedlr.models.efficientnet_lite import MODEL_TYPE, folded
-from simulations.pinned_packages import Pinned, wheels
-from simulations.torch_archive import legacy_tensors
+from fedlr.simulations.pinned_packages import Pinned, wheels
+from fedlr.simulations.torch_archive import legacy_tensors
 
 FOLDER = "efficientnet-lite0"
 IMAGE_SIZE = 96

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from fedlr.errors import InputError
-from simulations.pinned_packages import Pinned, debian_packages, npm_archives, wheels
+from fedlr.simulations.pinned_packages import Pinned, debian_packages, npm_archives, wheels
 
 SIZE = 64
 ROWS = 5_182

@@ -25,14 +25,14 @@ from fedlr.runs.directory import FINISHED, SUMMARY, read_json, recorded_experime
 from fedlr.runs.evaluations import EvaluationEntry, Sample
 from fedlr.runs.prepare import whole_and_working
 from fedlr.runs.verdict import binomial_interval
+from fedlr.simulations.harness import check_harness, harness_scores
+from fedlr.simulations.public_rows import HELD_OUT, NOT_COVERED, check_not_trained_on, files_sha256, public_rows
 from fedlr.tasks.chat import with_template
 from fedlr.tasks.evaluation import Evaluation
 from fedlr.tasks.greedy import answer_scores, greedy_answers, prompts_of, rouge_scorer
 from fedlr.tasks.multiple_choice import ChoiceScores, choose
 from fedlr.tasks.task import Task
 from fedlr.training.threads import torch_threads
-from simulations.harness import check_harness, harness_scores
-from simulations.public_rows import HELD_OUT, NOT_COVERED, check_not_trained_on, files_sha256, public_rows
 
 CAUSAL_LM = "CAUSAL_LM"
 

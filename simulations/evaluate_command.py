@@ -7,7 +7,7 @@ from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
 from fedlr.errors.messages import shown
 from fedlr.runs.commands import option
-from simulations.cli import command, existing_run, flag, only_one, options, say
+from fedlr.simulations.cli import command, existing_run, flag, only_one, options, say
 
 if TYPE_CHECKING:
     from fedlr.runs.evaluations import EvaluationEntry
@@ -46,7 +46,7 @@ def evaluate(arguments: list[str]) -> None:
     go_offline(not online)
     from fedlr.runs.evaluations import add_evaluations
     from fedlr.runs.report import write_report
-    from simulations.evaluate import Asked, evaluate_run
+    from fedlr.simulations.evaluate import Asked, evaluate_run
 
     asked = Asked(
         on=on,

@@ -27,11 +27,11 @@ from fedlr.runs.assemble import check_parts
 from fedlr.runs.prepare import local_training, notes, placement, private_mechanism, with_clients_of, working_model
 from fedlr.runs.tables import load_tables, num_rows_of
 from fedlr.runs.units import client_mechanism, unit_notes
+from fedlr.simulations.client_accuracy import ClientTests, client_tests
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
 from fedlr.tasks.task import Task
 from fedlr.training.local import LocalTraining
-from simulations.client_accuracy import ClientTests, client_tests
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.errors import InputError
 from fedlr.runs.commands import command, ready
 from fedlr.runs.directory import create_run_dir, read_json
+from fedlr.simulations.cli import say
+from fedlr.simulations.rehearsal import Rehearsal
 from fedlr.tasks.evaluation import Metric
-from simulations.cli import say
-from simulations.rehearsal import Rehearsal
 
 TIMEOUT_S = 1800.0
 LARGEST_DIFFERENCE = 1e-6
@@ -47,7 +47,7 @@ def federation(arguments: list[str]) -> None:
 
 def compare_with_simulation(run_dir: Path, overrides: list[str], folder: Path) -> float:
     """Simulate the experiment of a run, and return the largest difference of any number of the two adapters."""
-    from simulations.simulate import simulate
+    from fedlr.simulations.simulate import simulate
 
     experiment: Experiment = compose_experiment([*overrides, *ALONE, f"tracking.output_dir={folder / 'simulation'}"])
     simulated = simulate(experiment, say=lambda line: None)

@@ -20,9 +20,9 @@ from fedlr.runs.asked import write_asked
 from fedlr.runs.commands import quiet_flower
 from fedlr.runs.directory import IDENTITY, create_run_dir, new_identity, read_json, write_json, write_origin
 from fedlr.runs.prepare import with_found_rates
-from simulations.devices import write_devices
+from fedlr.simulations.devices import write_devices
 
-SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"
+SERVER_APP, CLIENT_APP = "fedlr.server.app:app", "fedlr.client.app:app"
 NOWHERE = "127.0.0.1:1"  # no device of a simulation connects to anything
 
 

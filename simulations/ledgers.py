@@ -6,7 +6,7 @@ from pathlib import Path
 from fedlr.errors.ranges import UnitName
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
-from simulations.federation import Federation
+from fedlr.simulations.federation import Federation
 
 Make = Callable[..., PrivacyLedger]
 

@@ -1,8 +1,8 @@
 """What a language model remembers of secrets planted in one client's rows: exposure with and without privacy.
 
-`python -m simulations.memorisation FOLDER [KEY=VALUE ...]` makes up questions for six clients, gives the first of them
-secrets beside its own rows (each with a question of its own, in one, four or sixteen copies), trains a tiny language
-model on all of them without and with privacy, and ranks each secret among all that it could have been, by the
+`python -m fedlr.simulations.memorisation FOLDER [KEY=VALUE ...]` makes up questions for six clients, gives the first of
+them secrets beside its own rows (each with a question of its own, in one, four or sixteen copies), trains a tiny
+language model on all of them without and with privacy, and ranks each secret among all that it could have been, by the
 likelihood that the model gives it. About two processor minutes; all rows are made up.
 
 Exposure is log2 of the number of candidates less log2 of the secret's rank (Carlini, Liu, Erlingsson, Kos and Song
@@ -123,9 +123,9 @@ def write_rows(folder: Path, planted: Sequence[Secret], *, seed: int) -> None:
 def remembered(run_dir: Path, planted: Sequence[Secret], *, arm: str, is_base: bool = False) -> list[Remembered]:
     """Return the rank of each secret by the released adapter of a run, or by its base model."""
     from fedlr.runs.directory import recorded_experiment
+    from fedlr.simulations.evaluate import open_run
     from fedlr.tasks.greedy import Prompt, greedy_answers
     from fedlr.tasks.multiple_choice import likelihoods
-    from simulations.evaluate import open_run
 
     run = open_run(run_dir, recorded_experiment(run_dir), read_json(run_dir / SUMMARY))
     tokenizer, every = run.base.tokenizer, candidates()
@@ -147,7 +147,7 @@ def remembered(run_dir: Path, planted: Sequence[Secret], *, arm: str, is_base: b
 def measure(folder: Path, words: Sequence[str], *, seed: int) -> list[Remembered]:
     """Write the rows, train without and with privacy, and rank the secrets by each model."""
     from fedlr.runs.commands import ready
-    from simulations.simulate import simulate
+    from fedlr.simulations.simulate import simulate
 
     planted = secrets(seed)
     write_rows(folder, planted, seed=seed)
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment into a new folder; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or "=" in words[0] or words[0].startswith("-"):
-        print("python -m simulations.memorisation FOLDER [KEY=VALUE ...]", file=sys.stderr)
+        print("python -m fedlr.simulations.memorisation FOLDER [KEY=VALUE ...]", file=sys.stderr)
         return 2
     go_offline(True)
     folder = Path(words[0])
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = measure(make_folder(folder), words[1:], seed=int(seeds[-1].removeprefix("seed=")) if seeds else 0)
     except InputError as error:
-        print(f"simulations.memorisation: {error}", file=sys.stderr)
+        print(f"fedlr.simulations.memorisation: {error}", file=sys.stderr)
         return error.exit_code
     told: dict[str, Any] = {"candidates": len(candidates()), "secrets": [asdict(one) for one in found]}
     write_json(folder / "memorisation.json", told)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedlr.config.folders import file_of, options
 from fedlr.errors import InputError
-from simulations.cli import command, say
+from fedlr.simulations.cli import command, say
 
 if TYPE_CHECKING:
-    from simulations.method_properties import Properties
+    from fedlr.simulations.method_properties import Properties
 
 HEADER = ("method", "trains", "up", "down", "aggregate", "noised under DP", "also")
 LEGEND = (
@@ -37,7 +37,7 @@ def methods(arguments: list[str]) -> None:
             nearest = difflib.get_close_matches(word, known, n=1)
             raise InputError(f"Expected {' or '.join(nearest) or ', '.join(known)}, got {word!r}")
     width = shutil.get_terminal_size((NO_TERMINAL, 24)).columns
-    from simulations.method_properties import properties_of
+    from fedlr.simulations.method_properties import properties_of
 
     if not arguments:
         rows = [row(properties_of(name)) for name in known]
@@ -63,7 +63,7 @@ def row(properties: "Properties") -> tuple[str, ...]:
 def described(name: str, width: int) -> str:
     """Return the first lines of a method's file, its choices, and its properties with their figures."""
     from fedlr.config import schema as experiment
-    from simulations.method_properties import named_method, properties_of
+    from fedlr.simulations.method_properties import named_method, properties_of
 
     text = file_of("method", name, experiment.CONFIGS).read_text(encoding="utf-8")
     header = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]

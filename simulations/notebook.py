@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas
 
     from fedlr.rounds.round import RoundDiagnostics, ServerState
+    from fedlr.simulations.federation import Federation
     from fedlr.tasks.evaluation import Evaluation
-    from simulations.federation import Federation
 
 Say = Callable[[str], None]
 
@@ -108,7 +108,7 @@ def simulate(*words: str, parts: Mapping[str, Callable[..., Any]] | None = None,
     """
     quiet_libraries()
     experiment = ready([*words, *words_of(parts)])
-    from simulations.simulate import simulate as run
+    from fedlr.simulations.simulate import simulate as run
 
     return Run(run(experiment, say=say or _nobody))
 
@@ -125,8 +125,8 @@ def federation(
     """
     quiet_libraries()
     experiment = ready([*words, *words_of(parts)])
+    from fedlr.simulations.federation import assemble
     from fedlr.training.threads import torch_threads
-    from simulations.federation import assemble
 
     with torch_threads(1):
         seed = randbits(32) if experiment.seed is None else experiment.seed
@@ -153,11 +153,11 @@ def train(
     >>> [(state.round_index, len(told.trained)) for state, told in fedlr.train(f)]
     [(1, 3), (2, 3)]
     """
+    from fedlr.simulations.choosing import charge_the_rest
+    from fedlr.simulations.ledgers import create_ledger, create_server_ledger
+    from fedlr.simulations.rounds import rounds_of
+    from fedlr.simulations.runtime import make_pool
     from fedlr.training.threads import torch_threads
-    from simulations.choosing import charge_the_rest
-    from simulations.ledgers import create_ledger, create_server_ledger
-    from simulations.rounds import rounds_of
-    from simulations.runtime import make_pool
 
     for budget, name, given in (
         (federation.budget, "ledger", ledger),
@@ -184,7 +184,7 @@ def train(
 def score(federation: "Federation", state: "ServerState") -> "Evaluation":
     """Return how good a state's adapter is on the held-out rows, which are public; nothing is noised."""
     from fedlr.rounds.round import scored
-    from simulations.choosing import evaluator_of
+    from fedlr.simulations.choosing import evaluator_of
 
     return evaluator_of(federation).score(scored(state))[0]
 

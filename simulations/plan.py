@@ -23,9 +23,8 @@ from fedlr.runs.recorder import held_out_labels, recipe_of
 from fedlr.runs.report.wording import epsilon_text
 from fedlr.runs.units import most_participations
 from fedlr.runs.verdict import advice, least_told
-from fedlr.training.threads import torch_threads
-from simulations.client_unit import noise_as_of_one
-from simulations.costs import (
+from fedlr.simulations.client_unit import noise_as_of_one
+from fedlr.simulations.costs import (
     Costs,
     cohort_bytes,
     measure,
@@ -36,8 +35,9 @@ from simulations.costs import (
     num_threads,
     state_places,
 )
-from simulations.federation import Federation, prepare
-from simulations.suggestion import rate_lines, suggestion_lines
+from fedlr.simulations.federation import Federation, prepare
+from fedlr.simulations.suggestion import rate_lines, suggestion_lines
+from fedlr.training.threads import torch_threads
 
 
 def make_plan(experiment: Experiment) -> str:

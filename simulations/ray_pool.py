@@ -21,9 +21,9 @@ from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.fused import group_size
 from fedlr.rounds.pools.local import Accounts, Charges
 from fedlr.rounds.round import Dropout, RoundRequest
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.runtime import pool_here
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation, assemble
-from simulations.runtime import pool_here
 
 # Groups that wait at each actor beside the one that trains: no actor idles, and few results lie about.
 QUEUED = 1

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
-from simulations.dictionaries import dictionary_tables
-from simulations.pinned_packages import Pinned, debian_packages, wheels
+from fedlr.simulations.dictionaries import dictionary_tables
+from fedlr.simulations.pinned_packages import Pinned, debian_packages, wheels
 
 DICTIONARIES = {
     "dict-wn": Pinned("1:3.0-37", "ed99e0bf162815dc1cc69de3727eedd7112ddf170badf83dbde26209e0724a8c"),

@@ -23,7 +23,7 @@ from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.files import make_folder
 from fedlr.flower.node_key import OWNER_ONLY, write_new
-from simulations.devices import write_devices
+from fedlr.simulations.devices import write_devices
 
 # Nothing calls home, and nothing is installed or fetched while we run.
 QUIET = {

@@ -18,12 +18,12 @@ from fedlr.runs.directory import (
     summary_so_far,
 )
 from fedlr.runs.report import write_report
+from fedlr.simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import open_ledger, open_server_ledger
+from fedlr.simulations.progress import Progress
+from fedlr.simulations.simulate import run
 from fedlr.training.threads import torch_threads
-from simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
-from simulations.federation import Federation, assemble
-from simulations.ledgers import open_ledger, open_server_ledger
-from simulations.progress import Progress
-from simulations.simulate import run
 
 
 def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[str] = ()) -> None:

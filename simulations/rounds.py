@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.round import ClientPool, RoundDiagnostics, ServerState, federated_rounds
-from simulations.client_unit import client_unit, cohort_draws
-from simulations.federation import Federation
+from fedlr.simulations.client_unit import client_unit, cohort_draws
+from fedlr.simulations.federation import Federation
 
 
 def rounds_of(

@@ -6,7 +6,7 @@ from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import Charges, LocalPool
 from fedlr.rounds.round import ClientPool
-from simulations.federation import Federation
+from fedlr.simulations.federation import Federation
 
 
 class SimulatedPool(ClientPool, Protocol):
@@ -23,7 +23,7 @@ class SimulatedPool(ClientPool, Protocol):
 def make_pool(federation: Federation, ledger: Charges | None) -> SimulatedPool:
     """Return a pool of the federation's clients, as `runtime` and `trainer.engine` say."""
     if federation.experiment.runtime.num_processes > 1:
-        from simulations.ray_pool import RayPool  # an optional package
+        from fedlr.simulations.ray_pool import RayPool  # an optional package
 
         return RayPool(federation, ledger)
     return pool_here(federation, ledger)

@@ -49,24 +49,24 @@ from fedlr.runs.recorder import client_rows, held_out_labels, metrics_row, summa
 from fedlr.runs.report import write_report
 from fedlr.runs.selection import told
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
-from fedlr.streams import Purpose, SeededRandomness, stream
-from fedlr.training.threads import torch_threads
-from simulations.alone import Arm, train_alone
-from simulations.checkpoints import Checkpoints
-from simulations.choosing import Chooser, charge_the_rest, evaluator_of
-from simulations.client_accuracy import score_clients
-from simulations.client_unit import (
+from fedlr.simulations.alone import Arm, train_alone
+from fedlr.simulations.checkpoints import Checkpoints
+from fedlr.simulations.choosing import Chooser, charge_the_rest, evaluator_of
+from fedlr.simulations.client_accuracy import score_clients
+from fedlr.simulations.client_unit import (
     ledgers_of,
     noise_as_of_one,
     noise_of_update,
     spent_on_clients,
 )
-from simulations.contact_sheet import contact_sheet, named, shown_rows
-from simulations.federation import Federation, assemble, describe
-from simulations.ledgers import create_ledger, create_server_ledger, open_ledger, spent_in_rounds
-from simulations.progress import Progress
-from simulations.rounds import rounds_of
-from simulations.runtime import make_pool, pool_here
+from fedlr.simulations.contact_sheet import contact_sheet, named, shown_rows
+from fedlr.simulations.federation import Federation, assemble, describe
+from fedlr.simulations.ledgers import create_ledger, create_server_ledger, open_ledger, spent_in_rounds
+from fedlr.simulations.progress import Progress
+from fedlr.simulations.rounds import rounds_of
+from fedlr.simulations.runtime import make_pool, pool_here
+from fedlr.streams import Purpose, SeededRandomness, stream
+from fedlr.training.threads import torch_threads
 
 
 def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
@@ -78,7 +78,7 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
         InputError: for an experiment that cannot run.
     """
     if experiment.runtime.kind == "flower":
-        from simulations.flower_run import simulate_with_flower
+        from fedlr.simulations.flower_run import simulate_with_flower
 
         return simulate_with_flower(experiment, say=say)
     if experiment.runtime.kind == "superlink":

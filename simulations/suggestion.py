@@ -21,8 +21,8 @@ from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.methods.method import Method
 from fedlr.runs.tables import num_rows_of
+from fedlr.simulations.federation import Federation
 from fedlr.training.rates import ACCUMULATED_NOISE
-from simulations.federation import Federation
 
 NUM_ROUNDS, MOMENTUM = 20, 0.5  # of the schedule that is suggested: docs/log.md has the experiments
 

@@ -1,9 +1,9 @@
 """A sweep: the runs of a command one after the other or side by side, each as it would be alone.
 
-Side by side they run in processes (`simulations.sweep_worker`), each of which takes one run after the other. Libraries
-get their share of the cores, and threads that wait do not spin. What a run computes does not depend on who runs beside
-it: its configuration, `runtime.num_workers` included, is the one that was typed. A process that dies takes its run with
-it and nothing else.
+Side by side they run in processes (`fedlr.simulations.sweep_worker`), each of which takes one run after the other.
+Libraries get their share of the cores, and threads that wait do not spin. What a run computes does not depend on who
+runs beside it: its configuration, `runtime.num_workers` included, is the one that was typed. A process that dies takes
+its run with it and nothing else.
 """
 
 import json
@@ -27,7 +27,7 @@ from fedlr.files import is_full
 from fedlr.runs.asked import Earlier, earlier_run
 from fedlr.runs.directory import BeingWritten
 
-WORKER = "simulations.sweep_worker"
+WORKER = "fedlr.simulations.sweep_worker"
 Say = Callable[[str], None]
 
 
@@ -85,8 +85,8 @@ def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say) -> Pat
     Raises:
         InputError: for an experiment that cannot run.
     """
-    from simulations.resume import resume  # both import torch, which nobody waits for before a typo is told
-    from simulations.simulate import simulate
+    from fedlr.simulations.resume import resume  # both import torch, which nobody waits for before a typo is told
+    from fedlr.simulations.simulate import simulate
 
     if unfinished is not None:
         try:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from fedlr.errors import InputError
 from fedlr.runs.commands import quiet_libraries, ready
-from simulations.sweep import run_job, told
+from fedlr.simulations.sweep import run_job, told
 
 
 def main() -> int:

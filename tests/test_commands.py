@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-import server.cli
+import fedlr.server.cli
 from fedlr.errors import InputError
 from fedlr.runs.commands import Options, command
 
@@ -43,5 +43,7 @@ def test_a_command_answers_with_an_exit_code_and_one_line(arguments, code, out, 
 def test_a_server_asks_no_hub_unless_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
-    assert server.cli.run(["experiment=tiny", "runtime=local"]) == 2  # it serves devices only, and has composed by then
+    assert (
+        fedlr.server.cli.run(["experiment=tiny", "runtime=local"]) == 2
+    )  # it serves devices only, and has composed by then
     assert (os.environ["HF_HUB_OFFLINE"], os.environ["HF_DATASETS_OFFLINE"]) == ("1", "1")

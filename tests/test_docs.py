@@ -21,8 +21,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-import client.cli
-import server.cli
+import fedlr.client.cli
+import fedlr.server.cli
 from fedlr.__main__ import main
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
@@ -30,8 +30,8 @@ from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.statement import no_privacy_statement
 from fedlr.rounds.validate import rejection
 from fedlr.runs.commands import option
-from simulations.audit.options import split_options
-from simulations.cli import expand, flag, jobs_option
+from fedlr.simulations.audit.options import split_options
+from fedlr.simulations.cli import expand, flag, jobs_option
 
 pytestmark = pytest.mark.usefixtures("rendered_pictures")
 
@@ -54,7 +54,7 @@ COMMANDS = (
         "federation",
     ),
 )
-HOUSES = {"server": server.cli.COMMANDS, "client": client.cli.COMMANDS}  # with commands of their own
+HOUSES = {"server": fedlr.server.cli.COMMANDS, "client": fedlr.client.cli.COMMANDS}  # with commands of their own
 TINY = [
     *("simulate", "experiment=tiny", "num_rounds=1", "num_clients=2", "cohort_size=2", "trainer.num_steps=1"),
     *("data.num_examples=60", "data.num_test=20"),

@@ -19,9 +19,9 @@ from fedlr.adapters.state import LORA_B, ClientUpdate, Slot
 from fedlr.config.build import build_method
 from fedlr.config.schema import compose_experiment
 from fedlr.methods.method import Method
-from simulations import cli
-from simulations.method_properties import MadeUpClients, measured
-from simulations.methods_command import names
+from fedlr.simulations import cli
+from fedlr.simulations.method_properties import MadeUpClients, measured
+from fedlr.simulations.methods_command import names
 
 ROOT = Path(__file__).parents[1]
 CHAPTER = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("\n## A rule of your own\n")[2]

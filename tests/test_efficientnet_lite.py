@@ -19,7 +19,7 @@ from fedlr.models.efficientnet_lite import (
     EfficientNetLiteForImageClassification,
     folded,
 )
-from simulations.torch_archive import legacy_tensors, read_plain
+from fedlr.simulations.torch_archive import legacy_tensors, read_plain
 
 
 def published() -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fedlr.errors import InputError
 from fedlr.models.adapter_config import FROM_WEIGHTS, INFORMED, INITIALISERS, MADE_BY_THE_SERVER, AdapterConfig
 from fedlr.models.network import BaseModel, attach_lora, tiny_random
 from fedlr.runs.prepare import private_mechanism
-from simulations import cli
+from fedlr.simulations import cli
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 FILES = sorted(CONFIGS.rglob("*.yaml"))

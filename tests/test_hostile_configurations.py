@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations import cli
+from fedlr.simulations import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -322,7 +322,7 @@ def test_the_installed_command_behaves_the_same(typed: str, fragment: str, tmp_p
 
 def test_a_misspelt_key_is_found_before_the_heavy_libraries_load() -> None:
     code = (
-        "import sys; from simulations.cli import simulate; simulate(['experiment=tiny', 'nuum=1']); "
+        "import sys; from fedlr.simulations.cli import simulate; simulate(['experiment=tiny', 'nuum=1']); "
         "print([name for name in ('torch', 'transformers', 'peft', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

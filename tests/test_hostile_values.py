@@ -19,9 +19,9 @@ from fedlr.config.schema import check_experiment, compose_experiment, known_keys
 from fedlr.errors import InputError, in_range
 from fedlr.errors.limits import MOST_DEPTH, check_limits, pattern_problem
 from fedlr.runs.commands import USAGE_ERROR, command
+from fedlr.simulations import cli
+from fedlr.simulations.federation import assemble
 from fedlr.training.threads import torch_threads
-from simulations import cli
-from simulations.federation import assemble
 
 SMALL = (
     "experiment=tiny",
@@ -185,7 +185,7 @@ def test_what_ranges_miss_is_still_one_line(capsys: pytest.CaptureFixture[str]) 
             """Fail."""
             raise error
 
-        fails.__module__ = "simulations.cli"
+        fails.__module__ = "fedlr.simulations.cli"
         assert command(fails)([]) == USAGE_ERROR
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and type(error).__name__ in line and "lower what is large" in line

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from simulations import cli
-from simulations.evaluate_command import evaluate
+from fedlr.simulations import cli
+from fedlr.simulations.evaluate_command import evaluate
 from tests.causal_families import save_causal
 
 PAGE = (Path(__file__).parents[1] / "docs" / "language_models.md").read_text(encoding="utf-8")

@@ -14,9 +14,9 @@ from fedlr.errors import InputError
 from fedlr.models.network import AdaptedModel
 from fedlr.models.peft_state import read_adapter, train_only
 from fedlr.models.tuners.attach import attach
+from fedlr.simulations import cli
 from fedlr.tasks.text_classification import TextClassification
 from fedlr.training.moves import check_moves, largest_gradient
-from simulations import cli
 from tests.simulations.small_runs import experiment
 
 A, B = frozenset({LORA_A}), frozenset({LORA_B})

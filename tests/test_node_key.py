@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from client.key import key
+from fedlr.client.key import key
 from fedlr.errors import InputError
 from fedlr.flower.node_key import canonical_public_key, create_node_key, load_node_key, load_public_key, write_new
 

@@ -17,9 +17,9 @@ from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
 from fedlr.rounds.round import ServerState
 from fedlr.runs.recorder import metrics_row
+from fedlr.simulations import cli
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.evaluation import Evaluation
-from simulations import cli
-from simulations.simulate import simulate
 from tests.simulations.small_runs import RUN_FILES, experiment, lines
 
 TINY = ("experiment=tiny", "data.num_examples=120", "data.num_test=24", "num_clients=4", "cohort_size=3")

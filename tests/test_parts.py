@@ -20,8 +20,8 @@ import fedlr.data
 import fedlr.methods.aggregate
 import fedlr.methods.client_rules
 import fedlr.models.tuners
-from client.bounds import Policy
 from fedlr.adapters.state import AdapterState, Block
+from fedlr.client.bounds import Policy
 from fedlr.config import parts, slots
 from fedlr.config.build import build, build_choice, build_optimizer, find
 from fedlr.config.parts import (

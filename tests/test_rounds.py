@@ -22,9 +22,9 @@ from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, SvdRefactor, full_adapter, keep, trained_block
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.rounds.round import Dropout, RoundRequest, ServerState, federated_rounds, initial_state, run_round
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.simulate import make_pool
 from fedlr.streams import Purpose, stream
-from simulations.ledgers import create_ledger
-from simulations.simulate import make_pool
 from tests.simulations.small_runs import federation
 from tests.training.small_models import mutant
 

@@ -16,12 +16,12 @@ from fedlr.config.schema import compose_experiment
 from fedlr.data.scored import ScoredText, load_scored_table
 from fedlr.errors import InputError
 from fedlr.models.peft_state import train_only
+from fedlr.simulations.cli import simulate
+from fedlr.simulations.federation import assemble
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.text_regression import Predictions, TextRegression, correlation, text_regression
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
-from simulations.cli import simulate
-from simulations.federation import assemble
 from tests.server.whole_federation import lines
 from tests.training.small_models import B_AND_HEAD, batch, difference, joint_norm, random_rows, small_model
 

@@ -6,7 +6,7 @@ start is nobody's model, and never released. Of equal scores the lower loss is b
 Privacy. The scores read released models and validation rows. Where no client trains on those rows, choosing a model is
 post-processing: no epsilon. Stopping is more delicate: the epsilon of the rounds that were asked would be a number that
 what they released has chosen, and no bound at its delta. What holds is the epsilon of all rounds that were announced,
-so a run that stops charges those that it does not ask (`simulations.choosing`): that spares time, not privacy.
+so a run that stops charges those that it does not ask (`fedlr.simulations.choosing`): that spares time, not privacy.
 """
 
 import math

@@ -17,10 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from server.view.operator_pb2 import LAYOUT_CHECKPOINT, LAYOUT_PEFT, LAYOUT_RELEASED, AdapterHeader, Layout
-from server.view.refusals import NotThere, Unreadable
-from server.view.round_feed import SUMMARY
-from server.view.run_status import last_round
+from fedlr.server.view.operator_pb2 import LAYOUT_CHECKPOINT, LAYOUT_PEFT, LAYOUT_RELEASED, AdapterHeader, Layout
+from fedlr.server.view.refusals import NotThere, Unreadable
+from fedlr.server.view.round_feed import SUMMARY
+from fedlr.server.view.run_status import last_round
 
 RELEASED, CHECKPOINTS, EXPORTED = "adapters", "checkpoints", "adapter/adapter_model.safetensors"
 IN_CHECKPOINT, SIDE_IN_CHECKPOINT, MANIFEST = "adapter.safetensors", "side.safetensors", "manifest.json"

@@ -8,13 +8,13 @@ from pathlib import Path
 from fedlr.errors import InputError
 from fedlr.flower.addresses import host_and_port
 from fedlr.runs.commands import Options, command
-from server.view.access import Token, read_token, server_credentials
-from server.view.connection import ViewAddress
-from server.view.download import download_adapter
-from server.view.limits import Limits
-from server.view.operator_pb2 import Layout, RunStatus
-from server.view.serving import is_readable, serve
-from server.view.watching import Patience, round_line, status_line, watch_run
+from fedlr.server.view.access import Token, read_token, server_credentials
+from fedlr.server.view.connection import ViewAddress
+from fedlr.server.view.download import download_adapter
+from fedlr.server.view.limits import Limits
+from fedlr.server.view.operator_pb2 import Layout, RunStatus
+from fedlr.server.view.serving import is_readable, serve
+from fedlr.server.view.watching import Patience, round_line, status_line, watch_run
 
 PORT = 8470
 LATEST = "latest"

@@ -9,9 +9,9 @@ from typing import NoReturn
 import grpc
 
 from fedlr.errors import InputError
-from server.view.access import Token, is_loopback
-from server.view.limits import Limits
-from server.view.operator_pb2_grpc import OperatorViewStub
+from fedlr.server.view.access import Token, is_loopback
+from fedlr.server.view.limits import Limits
+from fedlr.server.view.operator_pb2_grpc import OperatorViewStub
 
 ANSWER_S = 20.0
 CERTIFICATE_PROBLEMS = {

@@ -11,8 +11,8 @@ import grpc
 
 from fedlr.errors import InputError
 from fedlr.files import sync_folder
-from server.view.connection import ViewAddress, refuse
-from server.view.operator_pb2 import AdapterHeader, AdapterPart, GetAdapterRequest
+from fedlr.server.view.connection import ViewAddress, refuse
+from fedlr.server.view.operator_pb2 import AdapterHeader, AdapterPart, GetAdapterRequest
 
 
 def download_adapter(address: ViewAddress, rounds_completed: int | None, out: Path) -> AdapterHeader:

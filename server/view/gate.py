@@ -11,9 +11,9 @@ from typing import Any
 
 import grpc
 
-from server.view.access import Token
-from server.view.limits import Limits, RequestRate, address_of
-from server.view.refusals import NotThere, Unreadable
+from fedlr.server.view.access import Token
+from fedlr.server.view.limits import Limits, RequestRate, address_of
+from fedlr.server.view.refusals import NotThere, Unreadable
 
 Answer = Callable[[Any, grpc.ServicerContext], Any]
 Stream = Callable[[Any, grpc.ServicerContext], Iterator[Any]]

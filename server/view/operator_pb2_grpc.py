@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from server.view import operator_pb2 as server_dot_view_dot_operator__pb2
+from fedlr.server.view import operator_pb2 as server_dot_view_dot_operator__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__

@@ -8,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from server.view.operator_pb2 import AskedClient, Round
-from server.view.refusals import Unreadable
-from server.view.whole_lines import WholeLines
+from fedlr.server.view.operator_pb2 import AskedClient, Round
+from fedlr.server.view.refusals import Unreadable
+from fedlr.server.view.whole_lines import WholeLines
 
 METRICS, CLIENTS, SUMMARY = "metrics.jsonl", "clients.jsonl", "summary.json"
 SETTLE_S = 2.0

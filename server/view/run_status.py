@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from server.view.operator_pb2 import RunStatus
-from server.view.refusals import Unreadable
-from server.view.round_feed import METRICS, SUMMARY
-from server.view.whole_lines import last_whole_line
+from fedlr.server.view.operator_pb2 import RunStatus
+from fedlr.server.view.refusals import Unreadable
+from fedlr.server.view.round_feed import METRICS, SUMMARY
+from fedlr.server.view.whole_lines import last_whole_line
 
 
 def run_status(run_dir: Path) -> RunStatus:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import grpc
 
-from server.view.adapter_files import open_adapter
-from server.view.limits import Limits
-from server.view.operator_pb2 import AdapterPart, GetAdapterRequest, Round, RunStatus, StatusRequest, WatchRequest
-from server.view.operator_pb2_grpc import OperatorViewServicer
-from server.view.round_feed import RoundFeed
-from server.view.run_status import run_status
+from fedlr.server.view.adapter_files import open_adapter
+from fedlr.server.view.limits import Limits
+from fedlr.server.view.operator_pb2 import AdapterPart, GetAdapterRequest, Round, RunStatus, StatusRequest, WatchRequest
+from fedlr.server.view.operator_pb2_grpc import OperatorViewServicer
+from fedlr.server.view.round_feed import RoundFeed
+from fedlr.server.view.run_status import run_status
 
 ROUNDS_A_TURN = 16
 

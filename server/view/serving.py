@@ -12,12 +12,12 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from fedlr.errors import InputError
-from server.view.access import Token
-from server.view.gate import Gate
-from server.view.limits import Limits
-from server.view.operator_pb2 import DESCRIPTOR
-from server.view.operator_pb2_grpc import add_OperatorViewServicer_to_server
-from server.view.service import OperatorView
+from fedlr.server.view.access import Token
+from fedlr.server.view.gate import Gate
+from fedlr.server.view.limits import Limits
+from fedlr.server.view.operator_pb2 import DESCRIPTOR
+from fedlr.server.view.operator_pb2_grpc import add_OperatorViewServicer_to_server
+from fedlr.server.view.service import OperatorView
 
 # What the health protocol can be asked about: the whole server, and the service by its name.
 SERVICES = ("", DESCRIPTOR.services_by_name["OperatorView"].full_name)

@@ -8,8 +8,8 @@ from itertools import groupby
 import grpc
 
 from fedlr.errors import InputError
-from server.view.connection import ANSWER_S, ViewAddress, printable, refuse
-from server.view.operator_pb2 import AskedClient, Round, RunStatus, StatusRequest, WatchRequest
+from fedlr.server.view.connection import ANSWER_S, ViewAddress, printable, refuse
+from fedlr.server.view.operator_pb2 import AskedClient, Round, RunStatus, StatusRequest, WatchRequest
 
 LOST = (
     grpc.StatusCode.UNAVAILABLE,

@@ -5,7 +5,7 @@ from collections import deque
 from io import FileIO
 from pathlib import Path
 
-from server.view.refusals import Unreadable
+from fedlr.server.view.refusals import Unreadable
 
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from simulations.attacks.crafted import (
+from fedlr.simulations.attacks.crafted import (
     GaussianNoise,
     InnerProduct,
     LittleIsEnough,
@@ -10,7 +10,7 @@ from simulations.attacks.crafted import (
     OtherGauge,
     SignFlip,
 )
-from simulations.attacks.pool import Craft
+from fedlr.simulations.attacks.pool import Craft
 
 
 @dataclass(frozen=True)

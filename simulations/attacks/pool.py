@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.rounds.round import ClientPool, Dropout, RoundRequest
+from fedlr.simulations.attacks.crafted import Move, Seen
 from fedlr.streams import Purpose, stream
-from simulations.attacks.crafted import Move, Seen
 
 Craft = Callable[[Seen], Sequence[Move]]
 

@@ -17,15 +17,15 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.directory import LEDGER
+from fedlr.simulations.audit.canaries import OneRun, guess_canaries
+from fedlr.simulations.audit.mechanism import FAR_ABOVE, mechanism_audit, moved
+from fedlr.simulations.audit.options import Options
+from fedlr.simulations.audit.planted import PLANTED, noise_off
+from fedlr.simulations.audit.probe import Magnified, Unmetered
+from fedlr.simulations.audit.small import auditor_generator, with_rows
+from fedlr.simulations.federation import Federation, prepare
+from fedlr.simulations.ledgers import create_ledger
 from fedlr.streams import SeededRandomness
-from simulations.audit.canaries import OneRun, guess_canaries
-from simulations.audit.mechanism import FAR_ABOVE, mechanism_audit, moved
-from simulations.audit.options import Options
-from simulations.audit.planted import PLANTED, noise_off
-from simulations.audit.probe import Magnified, Unmetered
-from simulations.audit.small import auditor_generator, with_rows
-from simulations.federation import Federation, prepare
-from simulations.ledgers import create_ledger
 
 SMALL_EPSILON = 1.0  # at which a run of some hundred canaries can fail
 CONFIGURED, WHOLE_BATCHES = "one_run", "one_run_whole_batches"

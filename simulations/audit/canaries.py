@@ -26,12 +26,12 @@ from fedlr.privacy.audit.one_run import epsilon_lower_bound, num_correct
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.local import Charges
 from fedlr.rounds.round import ClientPool, Dropout, RoundRequest
+from fedlr.simulations.audit.probe import Probe, noiseless, vectors
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.rounds import rounds_of
+from fedlr.simulations.runtime import pool_here
 from fedlr.tasks.examples import Share
 from fedlr.training.noise import update_noise
-from simulations.audit.probe import Probe, noiseless, vectors
-from simulations.federation import Federation
-from simulations.rounds import rounds_of
-from simulations.runtime import pool_here
 
 Floats = NDArray[np.float64]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
 from fedlr.runs.commands import ready
-from simulations.cli import command, existing_run, only_one, say
+from fedlr.simulations.cli import command, existing_run, only_one, say
 
 if TYPE_CHECKING:
     from fedlr.config.schema import Experiment
-    from simulations.audit.audit import Audit
+    from fedlr.simulations.audit.audit import Audit
 
 HEADER = ("measured through the run's own training path", "measured", "accounted", "verdict")
 
@@ -27,7 +27,7 @@ def audit(arguments: list[str]) -> None:
     audits the configuration of a run, and its report then shows the result. More: audit.canaries=N (1000),
     audit.draws=N (40000), audit.rounds=N (all), audit.guesses=SHARE (0.1), audit.planted=false.
     """
-    from simulations.audit.options import split_options
+    from fedlr.simulations.audit.options import split_options
 
     options, words = split_options(arguments)
     run_dir = existing_run(only_one(words)) if words and not any("=" in word for word in words) else None
@@ -35,9 +35,9 @@ def audit(arguments: list[str]) -> None:
         experiment, seed = ready(words), None
     else:
         experiment, seed = of_run(run_dir)
+    from fedlr.simulations.audit.audit import audit as measure
+    from fedlr.simulations.audit.audit import check_auditable
     from fedlr.training.threads import torch_threads
-    from simulations.audit.audit import audit as measure
-    from simulations.audit.audit import check_auditable
 
     check_auditable(experiment)
     seed = next(seed for seed in (seed, experiment.seed, randbits(32)) if seed is not None)
@@ -79,7 +79,7 @@ def write(found: "Audit", run_dir: Path | None) -> Path:
 def as_json(found: "Audit") -> dict[str, Any]:
     """Return audit.json."""
     from fedlr.privacy.audit.finding import FALSE_ALARM
-    from simulations.audit.audit import SMALL_EPSILON
+    from fedlr.simulations.audit.audit import SMALL_EPSILON
 
     assert found.federation.mechanism is not None
     mechanism = found.federation.mechanism

@@ -1,8 +1,8 @@
 """The mechanism audit: noise, clip and draws of a federation's own training path, against what is accounted.
 
-Every number comes from releases of real pools (`simulations.audit.probe`): of clients without rows, whose noised sums
-are noise alone; of clients with whole batches, less the same without noise; of neighbouring clients, which differ by
-one row; and of clients whose rows are one row many times over, so that the norm of a sum counts the batch.
+Every number comes from releases of real pools (`fedlr.simulations.audit.probe`): of clients without rows, whose noised
+sums are noise alone; of clients with whole batches, less the same without noise; of neighbouring clients, which differ
+by one row; and of clients whose rows are one row many times over, so that the norm of a sum counts the batch.
 """
 
 import math
@@ -24,9 +24,9 @@ from fedlr.privacy.audit.noise import (
     shared_part_p_value,
 )
 from fedlr.privacy.mechanism import Mechanism
+from fedlr.simulations.audit.probe import Answer, Probe, Step, noiseless, vectors
+from fedlr.simulations.federation import Federation
 from fedlr.tasks.examples import Share
-from simulations.audit.probe import Answer, Probe, Step, noiseless, vectors
-from simulations.federation import Federation
 
 LEAST_CLIENTS, MOST_CLIENTS = 4, 48  # that a probe watches
 MOST_ROUNDS, LEAST_ROUNDS = 500, 3

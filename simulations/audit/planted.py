@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import Sampler
+from fedlr.simulations.federation import Federation
 from fedlr.streams import Draws, Randomness
-from simulations.federation import Federation
 
 FIXED = 0.75  # of the expected size of a batch
 

@@ -23,9 +23,9 @@ from fedlr.privacy.ledger import Refusal
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.round import RoundRequest
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.runtime import pool_here
 from fedlr.tasks.examples import Share
-from simulations.federation import Federation
-from simulations.runtime import pool_here
 
 Step = dict[Slot, Tensor]  # of each trained tensor every client's noised sum, (C, ...)
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from fedlr.errors import InputError
+from fedlr.simulations.federation import Federation, past_frozen_layers
 from fedlr.streams import OsRandomness, Purpose, stream
 from fedlr.tasks.examples import Share
-from simulations.federation import Federation, past_frozen_layers
 
 
 def auditor_generator(f: Federation) -> np.random.Generator:

@@ -30,12 +30,12 @@ from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.rank import svd_redistribution
 from fedlr.methods.method import Aggregator, Always, Method, full_adapter, keep
 from fedlr.rounds.round import RoundRequest, ServerState, run_round
+from fedlr.simulations.bench.contestants import ENVIRONMENT
+from fedlr.simulations.bench.memory_use import can_measure, peak_mb, reset_peak, resident_mb
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import alternate
 from fedlr.training.threads import torch_threads
-from simulations.bench.contestants import ENVIRONMENT
-from simulations.bench.memory_use import can_measure, peak_mb, reset_peak, resident_mb
-from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal
-from simulations.bench.settings import Settings
-from simulations.bench.timing import alternate
 
 FACTORED, DENSE = "svd_refactor", "torch.linalg.svd of the product"
 REFACTORS_A_TURN = 20  # one takes a few milliseconds
@@ -127,7 +127,7 @@ def in_process(key: str, shape: Shape, seed: int) -> dict[str, float]:
     """
     task = json.dumps({"key": key, "shape": asdict(shape), "seed": seed})
     done = subprocess.run(
-        [sys.executable, "-m", "simulations.bench.aggregate", task],
+        [sys.executable, "-m", "fedlr.simulations.bench.aggregate", task],
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,

@@ -12,11 +12,11 @@ from statistics import median
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
-from simulations.bench.contestants import Contestant
-from simulations.bench.federations import OPACUS, UPPER_THIRD, ours, overrides
-from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal
-from simulations.bench.settings import Settings
-from simulations.bench.timing import Times, alternate
+from fedlr.simulations.bench.contestants import Contestant
+from fedlr.simulations.bench.federations import OPACUS, UPPER_THIRD, ours, overrides
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome, check_equal
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import Times, alternate
 
 # In units of what one clipped example moves an adapter: a lost, doubled or foreign example would be about 1.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.3}

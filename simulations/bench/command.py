@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedlr.config.offline import go_offline
 from fedlr.errors import InputError
-from simulations.cli import command, say
+from fedlr.simulations.cli import command, say
 
 DEFAULT_FOLDER = Path("outputs/bench")
 ALL, DOCUMENT = "all", "docs"
@@ -28,8 +28,8 @@ def bench(arguments: list[str]) -> None:
     """
     names, quick, folder = parse(arguments)
     go_offline(True)
-    from simulations.bench.report import draw, fill_document, table_text
-    from simulations.bench.settings import Settings, scratch_root
+    from fedlr.simulations.bench.report import draw, fill_document, table_text
+    from fedlr.simulations.bench.settings import Settings, scratch_root
 
     if names == [DOCUMENT]:
         for path in fill_document(folder):
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], bool, Path]:
     >>> parse(["step", "parity", "--quick"])
     (['step', 'parity'], True, PosixPath('outputs/bench'))
     """
-    from simulations.bench.registry import BENCHMARKS
+    from fedlr.simulations.bench.registry import BENCHMARKS
 
     words, quick, folder = list(arguments), False, DEFAULT_FOLDER
     if "--out" in words:
@@ -83,10 +83,10 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], bool, Path]:
 
 def run_one(name: str, settings: object, folder: Path) -> str:
     """Run one benchmark and write its result; return why it failed, or nothing."""
-    from simulations.bench.machine import about
-    from simulations.bench.outcome import BenchmarkFailed, Outcome, write_outcome
-    from simulations.bench.registry import BENCHMARKS, benchmark
-    from simulations.bench.settings import Settings
+    from fedlr.simulations.bench.machine import about
+    from fedlr.simulations.bench.outcome import BenchmarkFailed, Outcome, write_outcome
+    from fedlr.simulations.bench.registry import BENCHMARKS, benchmark
+    from fedlr.simulations.bench.settings import Settings
 
     assert isinstance(settings, Settings)
     say(f"{name}: {BENCHMARKS[name]}")

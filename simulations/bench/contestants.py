@@ -1,7 +1,8 @@
 """Federations in processes of their own: started, warmed, then told to train; an error of any of them is fatal.
 
-A process runs `simulations.bench.worker` and answers one JSON line for each line that it is told. So ours and the rival
-each have their own interpreter, allocator and threads, and wait without using the processor while the other works.
+A process runs `fedlr.simulations.bench.worker` and answers one JSON line for each line that it is told. So ours and the
+rival each have their own interpreter, allocator and threads, and wait without using the processor while the other
+works.
 """
 
 import json
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
-from simulations.bench.outcome import BenchmarkFailed
+from fedlr.simulations.bench.outcome import BenchmarkFailed
 
 CLIENTS_A_MESSAGE = 4  # small enough that two processes end together
 ENVIRONMENT = {
@@ -47,7 +48,7 @@ class Process:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+", dir=scratch)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "simulations.bench.worker", str(scratch)],
+            [sys.executable, "-m", "fedlr.simulations.bench.worker", str(scratch)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

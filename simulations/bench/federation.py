@@ -19,15 +19,15 @@ from torch import Tensor
 
 from fedlr.adapters.state import AdapterState, num_bytes
 from fedlr.config.schema import compose_experiment
-from simulations.bench.federations import FIRST_TOKEN
-from simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome
-from simulations.bench.rivals.flower_deployment import fedavg
-from simulations.bench.rivals.flower_fedavg import STEP
-from simulations.bench.settings import Settings
-from simulations.bench.timed_device import TOOK
-from simulations.bench.worker import by_name
-from simulations.federation import assemble
-from simulations.rehearsal import Rehearsal
+from fedlr.simulations.bench.federations import FIRST_TOKEN
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Check, Measure, Outcome
+from fedlr.simulations.bench.rivals.flower_deployment import fedavg
+from fedlr.simulations.bench.rivals.flower_fedavg import STEP
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timed_device import TOOK
+from fedlr.simulations.bench.worker import by_name
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.rehearsal import Rehearsal
 
 NUM_CLIENTS = 3
 LONGEST_S = 600.0
@@ -55,7 +55,7 @@ class TimedRehearsal(Rehearsal):
     """A federation whose devices tell how long they trained."""
 
     def _launch(self, name: str, command: Sequence[str]) -> None:
-        timed = ("-m", "simulations.bench.timed_device")
+        timed = ("-m", "fedlr.simulations.bench.timed_device")
         ours = [command[0], *timed, *command[5:]] if list(command[1:5]) == ["-m", "fedlr", "client", "run"] else command
         super()._launch(name, ours)
 

@@ -1,6 +1,6 @@
 """The federations that benchmarks train: MiniLM over real sentences, in the words of `fedlr simulate`."""
 
-from simulations.bench.settings import Settings
+from fedlr.simulations.bench.settings import Settings
 
 NUM_TRAINING = 19_459 - 1_000  # sentences of configs/data/vader.yaml, without those held out
 MAX_GRAD_NORM, LR, DIVISOR = 0.1, 1.0, 8.0

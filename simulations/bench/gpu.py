@@ -23,6 +23,10 @@ from fedlr.models.peft_state import adapter_parameters, train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.pools.local import sharing_base
+from fedlr.simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
+from fedlr.simulations.bench.rivals.networks import Shape, build_network
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import Times, alternate
 from fedlr.streams import SeededRandomness
 from fedlr.tasks.examples import Share
 from fedlr.tasks.losses import class_losses
@@ -31,10 +35,6 @@ from fedlr.training.cohort import Stack, train_cohort
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import HookGradients
 from fedlr.training.local import LocalTraining, train_client
-from simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
-from simulations.bench.rivals.networks import Shape, build_network
-from simulations.bench.settings import Settings
-from simulations.bench.timing import Times, alternate
 
 BLOCK = frozenset({LORA_B})
 MODELS = {

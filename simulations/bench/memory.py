@@ -8,11 +8,11 @@ training, checks and aggregation. Memory is the resident set; nothing is shared 
 from collections.abc import Sequence
 from statistics import median
 
-from simulations.bench.contestants import Contestant
-from simulations.bench.federations import ours, overrides
-from simulations.bench.memory_use import can_measure
-from simulations.bench.outcome import Measure, Outcome
-from simulations.bench.settings import Settings
+from fedlr.simulations.bench.contestants import Contestant
+from fedlr.simulations.bench.federations import ours, overrides
+from fedlr.simulations.bench.memory_use import can_measure
+from fedlr.simulations.bench.outcome import Measure, Outcome
+from fedlr.simulations.bench.settings import Settings
 
 # What a machine with little memory sets: smaller micro-batches, and fewer clients at once.
 FRUGAL = ("trainer.token_budget=256", "runtime.memory_gb=0.01")

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from fedlr.privacy.mechanism import Mechanism, gaussian_noise, on_grid
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import alternate
 from fedlr.streams import OsRandomness, Purpose, stream
 from fedlr.training.threads import torch_threads
-from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
-from simulations.bench.settings import Settings
-from simulations.bench.timing import alternate
 
 SIZES = (770, 50_000)  # values that train: a head of two classes on 384 features, and LoRA beside it
 NUMPYS, CIPHER, GRID = "numpy's Philox", "ChaCha20", "ChaCha20, exactly on a grid"

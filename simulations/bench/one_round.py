@@ -1,12 +1,12 @@
-"""One round of ours, in a fresh process: `python -m simulations.bench.one_round OUT.safetensors OVERRIDE ...`."""
+"""One round of ours, in a fresh process: `python -m fedlr.simulations.bench.one_round OUT.safetensors OVERRIDE ...`."""
 
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from simulations.bench.settings import scratch_root
-from simulations.bench.worker import Session
+from fedlr.simulations.bench.settings import scratch_root
+from fedlr.simulations.bench.worker import Session
 
 
 def main(arguments: Sequence[str]) -> int:

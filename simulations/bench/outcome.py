@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.runs.directory import write_json
-from simulations.bench.goals import BY_KEY, Goal
+from fedlr.simulations.bench.goals import BY_KEY, Goal
 
 Size = Literal["tiny", "quick", "full"]
 

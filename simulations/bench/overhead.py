@@ -18,12 +18,12 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.pools.local import Accounts
 from fedlr.rounds.round import Dropout, RoundRequest, run_round
+from fedlr.simulations.bench.federations import overrides
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
 from fedlr.training.threads import torch_threads
-from simulations.bench.federations import overrides
-from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome
-from simulations.bench.settings import Settings
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
 
 GROUP = 64  # clients whose steps are settled together, as a pool of many does
 

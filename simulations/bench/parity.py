@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
-from simulations.bench.contestants import Contestant
-from simulations.bench.federations import OPACUS, ours, overrides
-from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome, joint_norm
-from simulations.bench.settings import Settings
+from fedlr.simulations.bench.contestants import Contestant
+from fedlr.simulations.bench.federations import OPACUS, ours, overrides
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Measure, Outcome, joint_norm
+from fedlr.simulations.bench.settings import Settings
 
 NUM_STEPS = 20
 TOGETHER, ALONE, OPACUS_HOOKS = "fused cohort", "fused, one client after the other", "Opacus hooks"

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from fedlr.runs.report.picture import Picture, drawn
 from fedlr.runs.report.svg import SERIES, colour, legend
-from simulations.bench.goals import Goal
-from simulations.bench.outcome import Measure, Outcome, spread
+from fedlr.simulations.bench.goals import Goal
+from fedlr.simulations.bench.outcome import Measure, Outcome, spread
 
 
 def goals_picture(rows: Sequence[tuple[Goal, Measure | None, str]]) -> Picture:

@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from fedlr.config.schema import compose_experiment
 from fedlr.models.peft_state import adapted_layers, train_only
 from fedlr.rounds.pools.local import sharing_base
+from fedlr.simulations.bench.federations import ours, overrides
+from fedlr.simulations.bench.flame import Stack, sampled
+from fedlr.simulations.bench.outcome import Measure, Outcome
+from fedlr.simulations.bench.rivals.networks import Network, build_network
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.step import MINILM, OURS, PLAIN, TINY, build_contestants
+from fedlr.simulations.bench.timing import alternate
+from fedlr.simulations.federation import Federation, assemble
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import class_losses
 from fedlr.training.cohort import Stack as ClientStack
 from fedlr.training.cohort import train_cohort
 from fedlr.training.fused import FusedGradients
 from fedlr.training.threads import torch_threads
-from simulations.bench.federations import ours, overrides
-from simulations.bench.flame import Stack, sampled
-from simulations.bench.outcome import Measure, Outcome
-from simulations.bench.rivals.networks import Network, build_network
-from simulations.bench.settings import Settings
-from simulations.bench.step import MINILM, OURS, PLAIN, TINY, build_contestants
-from simulations.bench.timing import alternate
-from simulations.federation import Federation, assemble
 
 FLOOR, FORWARD = "network without adapters, forward and backward", "network without adapters, forward"
 # Part of a step: its colour, and the functions whose frame puts a stack there. The first that fits counts.

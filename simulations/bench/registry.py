@@ -3,10 +3,10 @@
 import importlib
 from collections.abc import Callable
 
-from simulations.bench.outcome import Outcome
-from simulations.bench.settings import Settings
+from fedlr.simulations.bench.outcome import Outcome
+from fedlr.simulations.bench.settings import Settings
 
-# NAME: what it measures. `simulations.bench.NAME.run(settings)` measures it.
+# NAME: what it measures. `fedlr.simulations.bench.NAME.run(settings)` measures it.
 BENCHMARKS = {
     "step": "one private step, against plain PEFT and Opacus hooks, ghost, functorch",
     "cohort": "64 clients together, against two processes that train one by one",
@@ -25,5 +25,5 @@ BENCHMARKS = {
 
 def benchmark(name: str) -> Callable[[Settings], Outcome]:
     """Return the function of a benchmark."""
-    run: Callable[[Settings], Outcome] = importlib.import_module(f"simulations.bench.{name}").run
+    run: Callable[[Settings], Outcome] = importlib.import_module(f"fedlr.simulations.bench.{name}").run
     return run

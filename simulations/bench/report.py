@@ -7,14 +7,14 @@ from typing import Any
 from fedlr.errors import InputError
 from fedlr.files import write_whole
 from fedlr.runs.report.svg import standing_alone
-from simulations.bench.flame import flame_svg
-from simulations.bench.goals import GOALS, Goal
-from simulations.bench.outcome import Measure, Outcome, read_outcome
-from simulations.bench.pictures import goals_picture, step_picture
-from simulations.bench.profile import colour_of
-from simulations.bench.registry import BENCHMARKS
-from simulations.bench.robust_table import read_played, robust_picture
-from simulations.bench.robust_table import table_markdown as played_markdown
+from fedlr.simulations.bench.flame import flame_svg
+from fedlr.simulations.bench.goals import GOALS, Goal
+from fedlr.simulations.bench.outcome import Measure, Outcome, read_outcome
+from fedlr.simulations.bench.pictures import goals_picture, step_picture
+from fedlr.simulations.bench.profile import colour_of
+from fedlr.simulations.bench.registry import BENCHMARKS
+from fedlr.simulations.bench.robust_table import read_played, robust_picture
+from fedlr.simulations.bench.robust_table import table_markdown as played_markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FLAME = "performance-flame.svg"

@@ -1,10 +1,10 @@
 """What hostile clients do to a federation under each rule: accuracy, and honest clients that are left out. No clock.
 
 Real sentences, a frozen encoder and a head that trains (`method=head`), clients that all take part in every round. The
-hostile ones are a public draw (`simulations.attacks`), and know all that honest clients send. Every rule that is told
-how many they are is told the largest share of the table, however many there are. With privacy each client noises its
-own steps as ever, calibrated for one run; rules see noised updates, and cost no epsilon. Nobody is charged for the many
-runs over the same public rows: nothing of them is released.
+hostile ones are a public draw (`fedlr.simulations.attacks`), and know all that honest clients send. Every rule that is
+told how many they are is told the largest share of the table, however many there are. With privacy each client noises
+its own steps as ever, calibrated for one run; rules see noised updates, and cost no epsilon. Nobody is charged for the
+many runs over the same public rows: nothing of them is released.
 """
 
 import csv
@@ -25,19 +25,19 @@ from fedlr.methods.method import Aggregator
 from fedlr.rounds.evaluate import Evaluator
 from fedlr.rounds.outlying import MAX_UPDATE_RATIO
 from fedlr.rounds.round import ClientPool, RoundDiagnostics, ServerState
+from fedlr.simulations.attacks.bad_clients import bad_clients
+from fedlr.simulations.attacks.labels import with_flipped_labels
+from fedlr.simulations.attacks.library import ATTACKS
+from fedlr.simulations.attacks.pool import AttackedPool
+from fedlr.simulations.audit.probe import Unmetered
+from fedlr.simulations.bench.outcome import Measure, Outcome
+from fedlr.simulations.bench.robust_table import CLEAN, IID, PRIVATE, SKEWED, Played, table
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.choosing import evaluator_of
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.rounds import rounds_of
+from fedlr.simulations.runtime import pool_here
 from fedlr.streams import Purpose, stream
-from simulations.attacks.bad_clients import bad_clients
-from simulations.attacks.labels import with_flipped_labels
-from simulations.attacks.library import ATTACKS
-from simulations.attacks.pool import AttackedPool
-from simulations.audit.probe import Unmetered
-from simulations.bench.outcome import Measure, Outcome
-from simulations.bench.robust_table import CLEAN, IID, PRIVATE, SKEWED, Played, table
-from simulations.bench.settings import Settings
-from simulations.choosing import evaluator_of
-from simulations.federation import Federation, assemble
-from simulations.rounds import rounds_of
-from simulations.runtime import pool_here
 
 SENTENCES = Path(".assets/vader.csv")
 SHARES = (0.1, 0.2, 0.3)
@@ -207,7 +207,7 @@ def _words(settings: Settings, num_clients: int) -> tuple[str, ...]:
 def _sentences(settings: Settings) -> Path:
     """Write a public draw of the sentences, so that the encoder reads no more of them than are needed."""
     if not SENTENCES.is_file():
-        raise InputError(f"Expected {SENTENCES}, got no such file; fetch it: python -m simulations.assets")
+        raise InputError(f"Expected {SENTENCES}, got no such file; fetch it: python -m fedlr.simulations.assets")
     with SENTENCES.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     number = settings.pick(tiny=0, quick=2000, full=6500)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fedlr.runs.report.picture import Picture, drawn
 from fedlr.runs.report.svg import SERIES, colour, legend
-from simulations.bench.outcome import Outcome
+from fedlr.simulations.bench.outcome import Outcome
 
 CLEAN = "none"
 IID, SKEWED, PRIVATE = "iid", "skewed", "skewed, epsilon 6"

@@ -15,18 +15,18 @@ from statistics import median
 
 from safetensors.torch import load_file
 
-from simulations.bench.contestants import ENVIRONMENT, by_slot
-from simulations.bench.federations import DIVISOR, LR, MAX_GRAD_NORM, OPACUS, ours, overrides
-from simulations.bench.outcome import BenchmarkFailed, Measure, Outcome, check_equal
-from simulations.bench.settings import Settings
-from simulations.bench.timing import alternate
+from fedlr.simulations.bench.contestants import ENVIRONMENT, by_slot
+from fedlr.simulations.bench.federations import DIVISOR, LR, MAX_GRAD_NORM, OPACUS, ours, overrides
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Measure, Outcome, check_equal
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import alternate
 
 OURS, CACHED, EXAMPLE = "ours", "Flower, cached", "Flower, example"
 TOLERANCE = 1e-2  # of what one clipped example of one client moves the mean
 MODULES = {
-    OURS: ("simulations.bench.one_round",),
-    CACHED: ("simulations.bench.rivals.flower_round", "cached"),
-    EXAMPLE: ("simulations.bench.rivals.flower_round", "example"),
+    OURS: ("fedlr.simulations.bench.one_round",),
+    CACHED: ("fedlr.simulations.bench.rivals.flower_round", "cached"),
+    EXAMPLE: ("fedlr.simulations.bench.rivals.flower_round", "example"),
 }
 LONGEST_S = 1200
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from simulations.bench.outcome import Size
+from fedlr.simulations.bench.outcome import Size
 
 Value = TypeVar("Value")
 IN_MEMORY = Path("/dev/shm")

@@ -20,17 +20,17 @@ from fedlr.adapters.state import LORA_B, Slot
 from fedlr.models.peft_state import train_only
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.rounds.pools.local import sharing_base
+from fedlr.simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
+from fedlr.simulations.bench.rivals.networks import FAMILIES, Network, Shape, build_network
+from fedlr.simulations.bench.rivals.opacus_steps import OpacusGhostStep, OpacusStep, PlainStep
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import Times, alternate
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import PerExampleLoss
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import Gradients, LoopGradients
 from fedlr.training.local import apply, privatise
 from fedlr.training.threads import torch_threads
-from simulations.bench.outcome import Check, Measure, Outcome, check_equal, joint_norm
-from simulations.bench.rivals.networks import FAMILIES, Network, Shape, build_network
-from simulations.bench.rivals.opacus_steps import OpacusGhostStep, OpacusStep, PlainStep
-from simulations.bench.settings import Settings
-from simulations.bench.timing import Times, alternate
 
 NOISE_MULTIPLIER = 1.0
 TOLERANCE = 1e-4  # relative to the sum's norm

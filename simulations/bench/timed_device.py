@@ -1,4 +1,4 @@
-"""`fedlr client run` that tells how long it trained: `python -m simulations.bench.timed_device client.yaml`.
+"""`fedlr client run` that tells how long it trained: `python -m fedlr.simulations.bench.timed_device client.yaml`.
 
 A device never tells anybody, because the time depends on its data; in a benchmark the data are no one's. What is timed
 is all that the pool does for a round: the ledger, the steps, the noise.

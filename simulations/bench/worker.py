@@ -1,6 +1,6 @@
 """The other end of `contestants.Process`: one federation that trains what it is told, a JSON line at a time.
 
-`python -m simulations.bench.worker SCRATCH` reads commands from standard input and answers on standard output.
+`python -m fedlr.simulations.bench.worker SCRATCH` reads commands from standard input and answers on standard output.
 """
 
 import json
@@ -20,10 +20,10 @@ from torch import Tensor
 from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.config.schema import compose_experiment
 from fedlr.rounds.round import run_round
-from simulations.bench.memory_use import peak_mb, reset_peak
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
+from fedlr.simulations.bench.memory_use import peak_mb, reset_peak
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 
 
 class Session:

@@ -25,11 +25,11 @@ from fedlr.adapters.state import Slot
 from fedlr.models.starts.tuner_starts import PublicBatch
 from fedlr.models.tuners.build import build, load_parts, shipped_parts, trained_parameters
 from fedlr.models.tuners.entry import Tuner
+from fedlr.simulations.tuner_measure.networks import NETWORKS, NUM_TASKS, examples, probe
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import class_losses, losses_of
 from fedlr.training.float64 import float32_as_float64, in_float64
 from fedlr.training.tuner_gradients import ENGINES, rows
-from simulations.tuner_measure.networks import NETWORKS, NUM_TASKS, examples, probe
 
 NUM_CLIENTS, NUM_EXAMPLES = 3, 4
 SPREAD = 0.3  # standard deviation of every move: far from zero, where all formulas look linear

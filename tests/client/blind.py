@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from client.device import Device
-from client.settings import Settings
+from fedlr.client.device import Device
+from fedlr.client.settings import Settings
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply
 from fedlr.flower.records import RecordDict

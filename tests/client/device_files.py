@@ -16,8 +16,8 @@ import torch
 import yaml
 from PIL import Image
 
-from client.settings import Settings, load_settings
 from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, Slot
+from fedlr.client.settings import Settings, load_settings
 from fedlr.flower.node_key import create_node_key
 from fedlr.flower.task_terms import reading_sha256
 from fedlr.models.causal import tiny_random_causal

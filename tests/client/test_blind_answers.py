@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from client.device import Device
-from client.settings import Settings
-from client.trainee import Trainee
 from fedlr.adapters.state import LORA_A, LORA_B, SIDE_A, SIDE_B, Slot
+from fedlr.client.device import Device
+from fedlr.client.settings import Settings
+from fedlr.client.trainee import Trainee
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.rounds.pools.client_state import Kept

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from client.device import Device
-from client.settings import Settings
-from client.trainee import Trainee
 from fedlr.adapters.state import LORA_A, LORA_B, Slot
+from fedlr.client.device import Device
+from fedlr.client.settings import Settings
+from fedlr.client.trainee import Trainee
 from fedlr.flower.messages import Request
 from fedlr.flower.records import RecordDict
 from fedlr.flower.terms import Terms

@@ -25,12 +25,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from client.connection_errors import check_connection, diagnose, load_root_certificates
+from fedlr.client.connection_errors import check_connection, diagnose, load_root_certificates
 from fedlr.errors import InputError
 from fedlr.flower.addresses import host_and_port
 from fedlr.flower.node_key import create_node_key, load_node_key
-from server.certificates import write_certificates
-from server.enrol import SuperLink, register, unregister
+from fedlr.server.certificates import write_certificates
+from fedlr.server.enrol import SuperLink, register, unregister
 from tests.server.live_superlink import QUIET, Running, free_port, proxy, superlink
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import client.cli
-import client.node
-from client.device import Device
-from client.trainee import Trainee
+import fedlr.client.cli
+import fedlr.client.node
 from fedlr.adapters.state import LORA_A, LORA_B, AdapterState, ClientUpdate, LoraFactors
+from fedlr.client.device import Device
+from fedlr.client.trainee import Trainee
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply, Request
 from fedlr.flower.terms import Terms
@@ -91,8 +91,8 @@ def test_data_that_cannot_be_used_are_found_before_a_device_connects(
 ) -> None:
     device_settings(tmp_path / "device")
     (tmp_path / "device" / "letters.csv").write_text(rows)
-    monkeypatch.setattr(client.node, "serve", lambda *_, **__: pytest.fail("it connected"))
-    assert client.cli.run([str(tmp_path / "device" / "client.yaml")]) == 2
+    monkeypatch.setattr(fedlr.client.node, "serve", lambda *_, **__: pytest.fail("it connected"))
+    assert fedlr.client.cli.run([str(tmp_path / "device" / "client.yaml")]) == 2
     assert "letters.csv" in capsys.readouterr().err
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from client.doctor import doctor
-from client.ledger_command import init, ledger
-from client.server_checks import clock_text
-from client.settings import load_settings
+from fedlr.client.doctor import doctor
+from fedlr.client.ledger_command import init, ledger
+from fedlr.client.server_checks import clock_text
+from fedlr.client.settings import load_settings
 from fedlr.errors import InputError
 from fedlr.privacy.mechanism import Mechanism
-from server.certificates import write_certificates
-from server.enrol import SuperLink, register
+from fedlr.server.certificates import write_certificates
+from fedlr.server.enrol import SuperLink, register
 from tests.client.device_files import (
     LANGUAGE,
     PICTURES,
@@ -151,7 +151,7 @@ def test_gpu_that_is_not_there_is_refused(
 def test_model_that_does_not_fit_is_not_loaded(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.device_checks.weight_bytes", lambda settings: 10**15)
+    monkeypatch.setattr("fedlr.client.device_checks.weight_bytes", lambda settings: 10**15)
     _, refused, said = examined(path, capsys, "--no-join")
     assert list(refused) == ["memory"] and "ok      model" not in said
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from client.device import Device
-from client.trainee import only_head
 from fedlr.adapters.state import HEAD, LORA_B, AdapterState
+from fedlr.client.device import Device
+from fedlr.client.trainee import only_head
 from fedlr.flower.messages import Reply, Request
 from fedlr.flower.terms import Terms
 from fedlr.models.network import BaseModel, attach_lora, pretrained

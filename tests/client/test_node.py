@@ -12,8 +12,8 @@ import httpx
 import pytest
 from flwr.supercore.run import RunNotRunningException
 
-from client.device import Device
-from client.node import Connection, Outage, last_node_id, step
+from fedlr.client.device import Device
+from fedlr.client.node import Connection, Outage, last_node_id, step
 
 
 def connection(receive: Callable[[], Any]) -> Connection:

@@ -1,6 +1,6 @@
 """A hostile server gets one word out of a device and nothing else: no row is read, no step taken, no byte charged.
 
-Every case goes the whole way, through `client.device.Device.answer`. The file with the data is a trap: opening it
+Every case goes the whole way, through `fedlr.client.device.Device.answer`. The file with the data is a trap: opening it
 fails, and is remembered; a sane request falls into it, which shows that it works.
 
 Mutants this file kills: every bound and every refusal of client/policy.py, removed one at a time.
@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 
-import client.policy
+import fedlr.client.policy
 import fedlr.methods.client_rules
-from client.bounds import OPTIMIZERS
-from client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
-from client.device import Device
-from client.policy import PolicyRefusal, check_terms
-from client.settings import Settings
 from fedlr.adapters.state import LORA_B, Slot
+from fedlr.client.bounds import OPTIMIZERS
+from fedlr.client.bounds import RULES_OF_PROTOCOL as ALLOWED_RULES
+from fedlr.client.device import Device
+from fedlr.client.policy import PolicyRefusal, check_terms
+from fedlr.client.settings import Settings
 from fedlr.config.parts import place_of
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
@@ -126,7 +126,7 @@ def accepted(policy: Any, by_device: Mapping[str, Settings]) -> Iterator[str]:
 
 
 def changed_policy(source: str) -> types.ModuleType:
-    module = types.ModuleType("client.policy")
+    module = types.ModuleType("fedlr.client.policy")
     exec(compile(source, "<mutant of client.policy>", "exec"), module.__dict__)
     return module
 
@@ -143,7 +143,7 @@ def by_device(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Settings
 
 def sites() -> Mapping[str, str]:
     """Return, for every bound and every refusal in client/policy.py, the module without it."""
-    source = Path(client.policy.__file__).read_text()
+    source = Path(fedlr.client.policy.__file__).read_text()
     bounds = {m[0].strip(): source.replace(m[0], "") for m in re.finditer(r" +yield Bound\(.*\n", source)}
     calls = [m.start() for m in re.finditer(r"(?<!def )_refuse\(", source)]
     lines = {at: source[:at].count("\n") + 1 for at in calls}
@@ -190,7 +190,7 @@ HALVES = {
 def test_every_half_of_a_condition_is_what_stops_some_case(
     old: str, new: str, by_device: Mapping[str, Settings]
 ) -> None:
-    source = Path(client.policy.__file__).read_text()
+    source = Path(fedlr.client.policy.__file__).read_text()
     if old not in source:
         raise RuntimeError(f"the mutant no longer applies: {old!r}")
     mutant = changed_policy(source.replace(old, new))
@@ -198,7 +198,7 @@ def test_every_half_of_a_condition_is_what_stops_some_case(
 
 
 def test_policy_alone_lets_pass_only_what_the_model_must_tell(by_device: Mapping[str, Settings]) -> None:
-    assert tuple(accepted(client.policy, by_device)) == AFTER_THE_MODEL
+    assert tuple(accepted(fedlr.client.policy, by_device)) == AFTER_THE_MODEL
 
 
 SANE: Mapping[str, Mapping[str, Any]] = {

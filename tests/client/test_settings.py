@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from client.settings import Settings, known_keys, load_settings
+from fedlr.client.settings import Settings, known_keys, load_settings
 from fedlr.errors import InputError
 from tests.client.device_files import changed, client_yaml, device_settings
 

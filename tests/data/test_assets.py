@@ -14,8 +14,8 @@ from fedlr.config.schema import compose_experiment
 from fedlr.data import load_table
 from fedlr.errors import InputError
 from fedlr.runs.tables import load_examples
-from simulations import assets
-from simulations.spam_assassin import mail_text, spam_csv
+from fedlr.simulations import assets
+from fedlr.simulations.spam_assassin import mail_text, spam_csv
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -63,7 +63,7 @@ def test_no_index_is_one_sentence_and_leaves_nothing_behind(
 def test_a_file_that_is_there_is_not_fetched_again() -> None:
     path = assets.default_folder() / "vader.csv"
     if not path.is_file():
-        pytest.skip("vader.csv is not fetched: python -m simulations.assets")
+        pytest.skip("vader.csv is not fetched: python -m fedlr.simulations.assets")
     assert assets.fetch_vader(path.parent) == (path, False)
     assert len(load_table(path)) == assets.VADER_ROWS
 
@@ -134,7 +134,7 @@ def test_an_archive_of_another_hash_is_not_read(tmp_path: Path, monkeypatch: pyt
 def test_the_mails_are_those_of_the_study() -> None:
     path = assets.default_folder() / "spam_assassin.csv"
     if not path.is_file():
-        pytest.skip("spam_assassin.csv is not fetched: python -m simulations.assets spam")
+        pytest.skip("spam_assassin.csv is not fetched: python -m fedlr.simulations.assets spam")
     assert assets.fetch_spam(path.parent) == (path, False)
     training, held_out = load_examples(compose_experiment(["data=spam", f"data.path={path}"]), seed=1)
     assert len(training) + len(held_out) == assets.SPAM_ROWS and len(held_out) == 800

@@ -10,9 +10,9 @@ from fedlr.config.schema import compose_experiment
 from fedlr.data.conversations import Conversations
 from fedlr.errors import InputError
 from fedlr.runs.tables import load_examples
-from simulations import assets, pinned_packages, reference_works
-from simulations.dictionaries import CLIENTS, NAMES, dictionary_tables, words_of
-from simulations.pinned_packages import Pinned, debian_packages, wheels
+from fedlr.simulations import assets, pinned_packages, reference_works
+from fedlr.simulations.dictionaries import CLIENTS, NAMES, dictionary_tables, words_of
+from fedlr.simulations.pinned_packages import Pinned, debian_packages, wheels
 
 ENTRIES = {
     "wn": ["apple\n    n 1: fruit with {red} skin [syn: {x}]\n"],
@@ -77,7 +77,7 @@ def test_a_held_out_word_is_held_out_of_every_work(monkeypatch: pytest.MonkeyPat
 def test_the_tables_are_those_of_the_study() -> None:
     folder = assets.default_folder()
     if not (folder / "dictionaries" / "train.jsonl").is_file():
-        pytest.skip("the dictionaries are not fetched: python -m simulations.assets dictionaries")
+        pytest.skip("the dictionaries are not fetched: python -m fedlr.simulations.assets dictionaries")
     assert assets.FETCHES["dictionaries"][0](folder) == (folder / "dictionaries", False)
     training, held_out = load_examples(compose_experiment(["experiment=dictionaries"]), seed=0)
     assert isinstance(training, Conversations) and len(training) == 12 * 640 and len(held_out) == 6 * 60

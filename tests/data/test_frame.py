@@ -10,7 +10,7 @@ import pytest
 from fedlr.config.schema import compose_experiment
 from fedlr.data import LabelledText, from_frame
 from fedlr.errors import InputError
-from simulations.federation import prepare
+from fedlr.simulations.federation import prepare
 
 FRAME = pandas.DataFrame(
     {

@@ -13,7 +13,7 @@ import torch
 
 import fedlr.data.placement as places
 import fedlr.models.prefix
-from client.trainee import Trainee
+from fedlr.client.trainee import Trainee
 from fedlr.config.build import build
 from fedlr.config.schema import compose_experiment
 from fedlr.data.partition import iid
@@ -26,12 +26,12 @@ from fedlr.models.network import tiny_random
 from fedlr.models.prefix import encode_prefix, without_prefix
 from fedlr.models.tuners.attach import attach
 from fedlr.models.usage import code_of_card
+from fedlr.simulations.devices import write_devices
+from fedlr.simulations.federation import assemble, prepare
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.reading import check_reading
 from fedlr.tasks.tokenise import tokenise
 from fedlr.training.threads import torch_threads
-from simulations.devices import write_devices
-from simulations.federation import assemble, prepare
-from simulations.simulate import simulate
 from tests.client.device_files import device_settings, terms_tree
 from tests.training.small_models import mutant
 
@@ -166,7 +166,7 @@ def test_devices_read_the_rows_of_the_simulation(table: Path, tmp_path: Path) ->
     with torch_threads(1):
         federation = assemble(e, seed=3)
         (tmp_path / "ca.crt").write_text("")
-        from client.settings import load_settings
+        from fedlr.client.settings import load_settings
 
         paths = write_devices(e, tmp_path, seed=3, address="127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
         terms = Terms.of(
@@ -188,7 +188,7 @@ def test_devices_read_the_rows_of_the_simulation(table: Path, tmp_path: Path) ->
 
 
 def test_a_device_with_other_rows_than_the_terms_say_is_refused(tmp_path: Path) -> None:
-    from client.policy import PolicyRefusal, check_terms
+    from fedlr.client.policy import PolicyRefusal, check_terms
 
     settings = device_settings(tmp_path)
     with pytest.raises(PolicyRefusal, match="pairs.*data.text_pair_column to the column of the second text"):

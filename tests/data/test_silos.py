@@ -21,8 +21,8 @@ from fedlr.data.table import LabelledText, load_table
 from fedlr.errors import InputError
 from fedlr.runs.prepare import placement
 from fedlr.runs.tables import load_examples, load_held_out, num_rows_of
-from simulations.federation import prepare
-from simulations.plan import make_plan
+from fedlr.simulations.federation import prepare
+from fedlr.simulations.plan import make_plan
 
 LABELS = ("no", "yes")
 TABLE = ("experiment=tiny", "data=table", "data.labels=[no,yes]", "data.max_length=24", "trainer.sample_rate=0.5")

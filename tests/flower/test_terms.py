@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from client.bounds import MODELS_OF_TASK, TASK_OF_DATA, Policy
+from fedlr.client.bounds import MODELS_OF_TASK, TASK_OF_DATA, Policy
 from fedlr.config.parts import PARTS
 from fedlr.errors import InputError
 from fedlr.flower.task_terms import TASKS, LanguageTask

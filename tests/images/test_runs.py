@@ -16,10 +16,10 @@ from fedlr.errors import InputError
 from fedlr.models.usage import code_of_card
 from fedlr.models.vision import pretrained_images, tiny_vit
 from fedlr.runs.tables import load_examples
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.made_up_images import SHAPES, made_up_images
 from fedlr.training.threads import torch_threads
-from simulations.federation import assemble
-from simulations.simulate import simulate
 
 SMALL = (
     "experiment=tiny_images",

@@ -27,10 +27,10 @@ from fedlr.privacy.charges import read_ledger
 from fedlr.rounds.pools.fused import FusedPool, group_size
 from fedlr.rounds.pools.local import LocalPool
 from fedlr.rounds.round import Dropout, run_round
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 from fedlr.streams import OsRandomness
-from simulations.federation import Federation
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
 from tests.simulations.small_runs import federation, first_task, open_ledger, rounds
 from tests.training.cohort_runs import engine_over
 from tests.training.small_models import mutant

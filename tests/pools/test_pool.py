@@ -21,10 +21,10 @@ from fedlr.adapters.state import ClientUpdate
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.privacy.charges import read_ledger
 from fedlr.rounds.round import Dropout, run_round
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.simulate import make_pool
 from fedlr.training.gradients import HookGradients
-from simulations.federation import Federation
-from simulations.ledgers import create_ledger
-from simulations.simulate import make_pool
 from tests.simulations.small_runs import federation, first_task, open_ledger
 from tests.training.small_models import mutant
 

@@ -13,7 +13,7 @@ from fedlr.runs.report import write_comparison, write_report
 from fedlr.runs.report.page import report_page
 from fedlr.runs.report.reproduce import is_folder
 from fedlr.runs.report.run_files import read_run
-from simulations import cli
+from fedlr.simulations import cli
 from tests.report.run_directory import write_lines, write_run
 
 

@@ -24,10 +24,10 @@ from flwr.common.serde import metadata_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import ObjectTree
 
-import client.node
-from client.device import Device
-from client.node import Connection, Outage, connected, step
-from client.settings import Settings
+import fedlr.client.node
+from fedlr.client.device import Device
+from fedlr.client.node import Connection, Outage, connected, step
+from fedlr.client.settings import Settings
 from fedlr.flower.records import RecordDict
 from tests.server.malformed import CANARY, CLASSES, Honest
 
@@ -130,7 +130,7 @@ class Puppet:
             DELIVER(connection, reply)
 
 
-DELIVER = client.node.deliver
+DELIVER = fedlr.client.node.deliver
 
 
 def say(line: str) -> None:
@@ -154,7 +154,7 @@ def main(folder: Path) -> None:
         print("connected", flush=True)
         while not (folder / "stop").exists():
             for puppet in puppets:
-                client.node.deliver = puppet.deliver
+                fedlr.client.node.deliver = puppet.deliver
                 puppet.num_asked += step(puppet.connection, cast(Device, puppet), say=say, outage=Outage(say))
             time.sleep(0.05)
 

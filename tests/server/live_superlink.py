@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.certificates import write_certificates
+from fedlr.server.certificates import write_certificates
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -107,7 +107,7 @@ def proxy(folder: Path, behind: Running, *arguments: str, certificate: str = "se
     """Run `fedlr server proxy` in front of a SuperLink of the same folder."""
     port = free_port()
     command = [
-        *(sys.executable, "-c", "import sys; from server.proxy import proxy; sys.exit(proxy(sys.argv[1:]))"),
+        *(sys.executable, "-c", "import sys; from fedlr.server.proxy import proxy; sys.exit(proxy(sys.argv[1:]))"),
         *("--listen", f"127.0.0.1:{port}", "--superlink", behind.address),
         *("--certificate", str(folder / f"{certificate}.crt"), "--key", str(folder / f"{certificate}.key")),
         *("--superlink-ca", str(folder / "ca.crt"), *arguments),

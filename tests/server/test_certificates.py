@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlr.errors import InputError
-from server.certificates import certificate, load_authority, write_certificates
+from fedlr.server.certificates import certificate, load_authority, write_certificates
 
 FILES = {f"{name}.{kind}" for name in ("ca", "server", "superlink") for kind in ("crt", "key")}
 

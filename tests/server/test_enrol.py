@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from client.connection_errors import check_connection
+from fedlr.client.connection_errors import check_connection
 from fedlr.errors import InputError
 from fedlr.flower.node_key import create_node_key, load_node_key
-from server.enrol import SuperLink, enrol, enrol_again, enrol_one, register, revoke, unregister
-from server.roster import Roster, load_roster
+from fedlr.server.enrol import SuperLink, enrol, enrol_again, enrol_one, register, revoke, unregister
+from fedlr.server.roster import Roster, load_roster
 from tests.server.live_superlink import Running, free_port, superlink
 
 

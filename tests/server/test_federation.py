@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import client.device as device_module
-from client.device import Device
+import fedlr.client.device as device_module
 from fedlr.adapters.state import ROLES, SIDE_A, SIDE_B
+from fedlr.client.device import Device
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply, Request
@@ -28,13 +28,13 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.reported import reported_statement
 from fedlr.rounds.round import RoundRequest, scored
 from fedlr.runs.directory import LEDGER
+from fedlr.server.run import Run
+from fedlr.server.view.adapter_files import find_adapter
+from fedlr.server.view.refusals import NotThere
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.simulate import run_rounds
 from fedlr.training.threads import torch_threads
-from server.run import Run
-from server.view.adapter_files import find_adapter
-from server.view.refusals import NotThere
-from simulations.federation import assemble
-from simulations.ledgers import create_ledger
-from simulations.simulate import run_rounds
 from tests.server.whole_federation import SMALL, Federation, close_all, difference, experiment, lines
 from tests.simulations.small_runs import quiet
 
@@ -181,13 +181,13 @@ def test_a_run_leaves_behind_what_a_simulation_does(tmp_path: Path) -> None:
 
 
 SERVER_DEATHS = {
-    "before the first round": ("server.run.Run", "_finished", 1, False),
-    "with half a cohort asked": ("server.pool.GridPool", "_push", 5, False),
-    "with everybody asked": ("server.pool.GridPool", "_take", 4, False),
-    "with half a cohort heard": ("server.pool.GridPool", "_take", 5, True),
-    "after the aggregate": ("server.run.Run", "_finished", 2, False),
-    "after the lines, before the checkpoint": ("server.run", "save_checkpoint", 3, False),
-    "after the checkpoint": ("server.run", "save_checkpoint", 3, True),
+    "before the first round": ("fedlr.server.run.Run", "_finished", 1, False),
+    "with half a cohort asked": ("fedlr.server.pool.GridPool", "_push", 5, False),
+    "with everybody asked": ("fedlr.server.pool.GridPool", "_take", 4, False),
+    "with half a cohort heard": ("fedlr.server.pool.GridPool", "_take", 5, True),
+    "after the aggregate": ("fedlr.server.run.Run", "_finished", 2, False),
+    "after the lines, before the checkpoint": ("fedlr.server.run", "save_checkpoint", 3, False),
+    "after the checkpoint": ("fedlr.server.run", "save_checkpoint", 3, True),
 }
 
 
@@ -238,7 +238,7 @@ DEVICE_DEATHS = {
     "after the reservation": ("fedlr.privacy.ledger.PrivacyLedger", "reserve", True),
     "after training": ("fedlr.privacy.ledger.PrivacyLedger", "settle_all", False),
     "after the settlement": ("fedlr.privacy.ledger.PrivacyLedger", "settle_all", True),
-    "after the update is on disk": ("client.replies.Replies", "write", True),
+    "after the update is on disk": ("fedlr.client.replies.Replies", "write", True),
 }
 
 

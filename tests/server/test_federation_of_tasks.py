@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from client.doctor import read_terms
-from client.policy import check_terms
-from client.settings import Settings, load_settings
-from client.trainee import Trainee
+from fedlr.client.doctor import read_terms
+from fedlr.client.policy import check_terms
+from fedlr.client.settings import Settings, load_settings
+from fedlr.client.trainee import Trainee
 from fedlr.config.build import build
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.errors import InputError
@@ -26,13 +26,13 @@ from fedlr.flower.terms import Terms
 from fedlr.models.causal import tiny_random_causal
 from fedlr.models.network import BaseModel
 from fedlr.runs.directory import LEDGER
+from fedlr.server.federation import assemble as assemble_served
+from fedlr.server.terms import write_terms
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.simulate import run_rounds
 from fedlr.tasks.synthetic_chat import WORDS
 from fedlr.training.threads import torch_threads
-from server.federation import assemble as assemble_served
-from server.terms import write_terms
-from simulations.federation import assemble
-from simulations.ledgers import create_ledger
-from simulations.simulate import run_rounds
 from tests.client.device_files import (
     device_settings,
     tiny_language_model,

@@ -14,19 +14,19 @@ import httpx
 import pytest
 from flwr.common.constant import TIMESTAMP_HEADER
 
-import server.pool
-from client.device import Device
-from client.node import Outage, step
+import fedlr.server.pool
+from fedlr.client.device import Device
+from fedlr.client.node import Outage, step
 from fedlr.errors import InputError, PassingError, ShutOutError
 from fedlr.flower.node_key import create_node_key
 from fedlr.rounds.cohorts import sample_among, sample_cohort
 from fedlr.runs.commands import command
-from server.going_on import check_enrolled, may_be_drawn
-from server.link import starting_alone
-from server.pool import GridPool
-from server.roster import Roster
-from server.view.operator_pb2 import RunStatus
-from server.view.watching import status_line
+from fedlr.server.going_on import check_enrolled, may_be_drawn
+from fedlr.server.link import starting_alone
+from fedlr.server.pool import GridPool
+from fedlr.server.roster import Roster
+from fedlr.server.view.operator_pb2 import RunStatus
+from fedlr.server.view.watching import status_line
 from tests.client.test_node import connection
 from tests.server.whole_federation import Federation, close_all, experiment, lines
 
@@ -50,7 +50,7 @@ def test_a_dead_device_holds_a_round_for_the_grace_and_not_the_deadline(
     grace_s: float | None, waited_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(server.pool, "time", clock)
+    monkeypatch.setattr(fedlr.server.pool, "time", clock)
     f = Federation(experiment("cohort_size=4", "deployment.min_updates=3", "num_rounds=1"), tmp_path)
     f.grid.answers[1] = lambda record: None
     run = f.start()
@@ -66,7 +66,7 @@ def test_a_dead_device_holds_a_round_for_the_grace_and_not_the_deadline(
 
 def test_a_grace_starts_with_the_quorum_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(server.pool, "time", clock)
+    monkeypatch.setattr(fedlr.server.pool, "time", clock)
     f = Federation(experiment("cohort_size=4", "deployment.min_updates=3", "deployment.max_attempts=1"), tmp_path)
     f.grid.answers |= {client: lambda record: None for client in (0, 1)}
     run = f.start()

@@ -23,8 +23,8 @@ from flwr.app import Message
 
 import fedlr.flower.messages
 import fedlr.flower.records
-import server.gate
-import server.pool
+import fedlr.server.gate
+import fedlr.server.pool
 from fedlr.adapters.state import LORA_A, LORA_B, ClientUpdate
 from fedlr.errors import InputError
 from fedlr.flower.messages import Request
@@ -33,8 +33,8 @@ from fedlr.methods.method import Method
 from fedlr.rounds.round import Dropout, RoundDiagnostics, RoundRequest, ServerState, run_round
 from fedlr.rounds.validate import rejection
 from fedlr.runs.checkpoint import save_checkpoint
-from server.gate import Asked, answer_of
-from server.pool import GridPool
+from fedlr.server.gate import Asked, answer_of
+from fedlr.server.pool import GridPool
 from tests.server.direct_grid import DirectGrid, reply_to, through_bytes
 from tests.server.malformed import CANARY, CLASSES, HEAVY, Honest
 from tests.server.small_federation import FEDIT, FEDSVD, TERMS, Listening, Outcomes, adapter, reasons
@@ -44,7 +44,7 @@ REASONS = {reason for reason, _ in CLASSES.values()} | {"offline", "not_sent", "
 MEGABYTE = 2**20
 
 
-def pool_over(grid: DirectGrid, *, deadline_s: float = 60.0, module: ModuleType = server.pool) -> GridPool:
+def pool_over(grid: DirectGrid, *, deadline_s: float = 60.0, module: ModuleType = fedlr.server.pool) -> GridPool:
     pool: GridPool = module.GridPool(
         grid,
         grid,
@@ -74,7 +74,7 @@ def asked_of(client: int = 5, round_index: int = 1) -> tuple[Honest, Asked]:
     return Honest.to(request.record()), asked
 
 
-def fate(record: RecordDict, asked: Asked, *, gate: ModuleType = server.gate) -> str | None:
+def fate(record: RecordDict, asked: Asked, *, gate: ModuleType = fedlr.server.gate) -> str | None:
     """Return why a reply is not used, or None."""
     outcome = gate.answer_of(record, asked, weight=1.0).outcome
     if isinstance(outcome, Dropout):
@@ -182,7 +182,7 @@ GATE_MUTANTS = {
 @pytest.mark.parametrize("name", GATE_MUTANTS)
 def test_a_gate_without_one_of_its_checks_is_found_out(name: str) -> None:
     honest, asked = asked_of()
-    broken = mutant(server.gate, *GATE_MUTANTS[name])
+    broken = mutant(fedlr.server.gate, *GATE_MUTANTS[name])
     assert fate(honest.record(), asked, gate=broken) is None
     record = CLASSES[name][1](honest, random.Random(1))
     assert fate(record, asked) == CLASSES[name][0]
@@ -253,8 +253,10 @@ def weights(gate: ModuleType) -> set[float]:
 
 
 def test_nothing_that_a_reply_holds_moves_its_weight() -> None:
-    assert weights(server.gate) == {0.25}
-    assert weights(mutant(server.gate, ("reply.tensors, weight,", "reply.tensors, facts.epsilon or weight,"))) != {0.25}
+    assert weights(fedlr.server.gate) == {0.25}
+    assert weights(
+        mutant(fedlr.server.gate, ("reply.tensors, weight,", "reply.tensors, facts.epsilon or weight,"))
+    ) != {0.25}
 
 
 # What is said a second time, too late, or in another's name.
@@ -277,7 +279,7 @@ def a_round(
     cohort: Sequence[int] = (0, 1),
     *,
     deadline_s: float = 60.0,
-    module: ModuleType = server.pool,
+    module: ModuleType = fedlr.server.pool,
 ) -> tuple[ServerState, RoundDiagnostics]:
     return run_round(state, cohort, pool=pool_over(grid, deadline_s=deadline_s, module=module), method=FEDIT)
 
@@ -347,7 +349,7 @@ def test_an_answer_from_another_node_than_was_asked_is_not_taken() -> None:
     grid.deliver = lambda replies: [of_node(reply, 101) for reply in replies]  # node 101 answers for node 100 too
     _, diagnostics = a_round(grid, ServerState(adapter()))
     assert diagnostics.trained == (1,) and reasons(diagnostics) == {0: "other_node"}
-    trusting = mutant(server.pool, ("reply.metadata.src_node_id != node_id", "False"))
+    trusting = mutant(fedlr.server.pool, ("reply.metadata.src_node_id != node_id", "False"))
     assert a_round(grid, ServerState(adapter()), module=trusting)[1].trained == (0, 1)
 
 

@@ -1,7 +1,7 @@
 """Hostile replies through a real SuperLink and the proxy: each is refused by its name, and honest devices go on.
 
 A device may also lie beneath Flower's records, in the objects that the SuperLink stores and passes on, or die in the
-middle of an upload (`server.reply_grid`).
+middle of an upload (`fedlr.server.reply_grid`).
 """
 
 import json
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-import server.link
+import fedlr.server.link
 from fedlr.config.schema import DeploymentSection
 from fedlr.flower.node_key import create_node_key
 from fedlr.rounds.round import ServerState, run_round
-from server.enrol import SuperLink, register
-from server.link import flower_run
-from server.pool import GridPool
-from server.reply_grid import ReplyGrid
+from fedlr.server.enrol import SuperLink, register
+from fedlr.server.link import flower_run
+from fedlr.server.pool import GridPool
+from fedlr.server.reply_grid import ReplyGrid
 from tests.server.hostile_devices import HONEST, OBJECTS, SILENT
 from tests.server.live_superlink import QUIET, Running, proxy, superlink
 from tests.server.malformed import CANARY, CLASSES, HEAVY
@@ -69,7 +69,7 @@ def federation(
     assert len(keys) == len(lines)
     node_ids = register(SuperLink(behind.address, ca), lines)
     (folder / "plan.json").write_text(json.dumps({"address": door.address, "devices": plan}))
-    monkeypatch.setattr(server.link, "HttpGrid", ReplyGrid, raising=False)
+    monkeypatch.setattr(fedlr.server.link, "HttpGrid", ReplyGrid, raising=False)
     deployment = DeploymentSection(
         superlink=behind.address,
         root_certificates=str(ca),

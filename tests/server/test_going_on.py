@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import server.cli
-import server.run as run_module
+import fedlr.server.cli
+import fedlr.server.run as run_module
 from fedlr.errors import InputError
 from fedlr.runs.directory import sole_writer
-from server.federation import assemble
-from server.going_on import check_same
-from server.run import Run
+from fedlr.server.federation import assemble
+from fedlr.server.going_on import check_same
+from fedlr.server.run import Run
 from tests.server.test_federation import Killed, killed_at
 from tests.server.whole_federation import SMALL, Federation, experiment
 
@@ -93,6 +93,6 @@ def test_a_server_holds_the_directory_it_made(tmp_path: Path, monkeypatch: pytes
             pass
         held.append(this.run_dir)
 
-    monkeypatch.setattr(server.cli, "finish", finish)
-    assert server.cli.run([*SMALL, "deployment.rehearsal=true", f"tracking.output_dir={tmp_path}"]) == 0
+    monkeypatch.setattr(fedlr.server.cli, "finish", finish)
+    assert fedlr.server.cli.run([*SMALL, "deployment.rehearsal=true", f"tracking.output_dir={tmp_path}"]) == 0
     assert len(held) == 1

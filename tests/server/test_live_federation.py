@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from client.settings import load_settings
+from fedlr.client.settings import load_settings
 from fedlr.config.schema import compose_experiment
-from simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
-from simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
-from simulations.simulate import simulate
+from fedlr.simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
+from fedlr.simulations.rehearsal import PROXY, SERVER, SUPERLINK, Rehearsal
+from fedlr.simulations.simulate import simulate
 
 LIVE = ("runtime=superlink", "deployment.rehearsal=true")
 THREE = (

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-import client.cli
-import server.cli
-from client.ledger_command import init
-from client.settings import load_settings
+import fedlr.client.cli
+import fedlr.server.cli
+from fedlr.client.ledger_command import init
+from fedlr.client.settings import load_settings
 from fedlr.config.schema import compose_experiment
 from fedlr.flower.node_key import create_node_key
 from fedlr.models.network import tiny_random
 from fedlr.runs.directory import read_json
+from fedlr.server.enrol import enrol
 from fedlr.tasks.synthetic import synthetic_text
-from server.enrol import enrol
 from tests.server.live_superlink import BIN, QUIET, ROOT, free_port
 from tests.server.stand_in_systemd import Systemd, Unit
 
@@ -90,7 +90,7 @@ def test_every_command_of_a_line_exists_with_its_options(
 ) -> None:
     line = line.split(" #")[0]
     for house, name, rest in re.findall(r"(?:\bas-|/fedlr |(?:^|& |until )fedlr )(server|client) (\w+)([^&|]*)", line):
-        commands = {"server": server.cli, "client": client.cli}[house]
+        commands = {"server": fedlr.server.cli, "client": fedlr.client.cli}[house]
         assert name in commands.COMMANDS, line
         assert getattr(commands, house)([name, "--help"]) == 0
         said = capsys.readouterr().out

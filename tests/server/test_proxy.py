@@ -19,12 +19,12 @@ import pytest
 from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.control import ControlHttpClient
 
-from client.connection_errors import check_connection
+from fedlr.client.connection_errors import check_connection
 from fedlr.errors import InputError
 from fedlr.flower.node_key import create_node_key, load_node_key
-from server.certificates import write_certificates
-from server.enrol import SuperLink, register, unregister
-from server.proxy import proxy as proxy_command
+from fedlr.server.certificates import write_certificates
+from fedlr.server.enrol import SuperLink, register, unregister
+from fedlr.server.proxy import proxy as proxy_command
 from tests.server.live_superlink import Running, free_port, nginx, proxy, superlink, trusting
 
 MEGABYTE = 2**20

@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.certificates import write_certificates
-from server.fleet_proxy import FleetProxy
-from server.proxy import Door, report, serve
-from server.proxy_limits import Limits, RateLimit
+from fedlr.server.certificates import write_certificates
+from fedlr.server.fleet_proxy import FleetProxy
+from fedlr.server.proxy import Door, report, serve
+from fedlr.server.proxy_limits import Limits, RateLimit
 from tests.server.live_superlink import free_port, trusting
 
 PULL = "http://proxy/v1/fleet/pull-messages"
@@ -109,7 +109,7 @@ def test_a_superlink_that_fails_is_an_answer_that_flower_retries(error: type[htt
 
 
 def test_the_report_is_a_line_of_counts_and_silent_when_nothing_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.proxy.REPORT_S", 0.01)
+    monkeypatch.setattr("fedlr.server.proxy.REPORT_S", 0.01)
     lines: list[str] = []
 
     async def scenario() -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from client.connection_errors import check_connection
+from fedlr.client.connection_errors import check_connection
 from fedlr.flower.node_key import create_node_key, load_node_key
-from server.cli import COMMANDS
-from server.devices import devices
-from server.enrol import enrol
+from fedlr.server.cli import COMMANDS
+from fedlr.server.devices import devices
+from fedlr.server.enrol import enrol
 from tests.server.live_superlink import BIN, ROOT, Running, free_port, running
 
 DEPLOY = ROOT / "deploy"

@@ -16,9 +16,9 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, PullObjectReq
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.superlink.grid import HttpGrid
 
-import server.reply_grid
+import fedlr.server.reply_grid
 from fedlr.flower.records import from_record, to_record
-from server.reply_grid import ReplyGrid
+from fedlr.server.reply_grid import ReplyGrid
 from tests.server.direct_grid import reply_to
 from tests.server.hostile_devices import CHUNK, OBJECTS, Part, array, message_of
 from tests.server.malformed import CANARY
@@ -130,7 +130,7 @@ def test_one_chunk_named_a_thousand_times_does_not_fill_the_servers_memory() -> 
 
     assert peak_of(over(bomb())) < MEGABYTE
     assert peak_of(over(bomb(), HttpGrid)) > 100 * MEGABYTE
-    once = mutant(server.reply_grid, ('sum(chunks[index] for index in body["arraychunk_ids"])', "sum(chunks)"))
+    once = mutant(fedlr.server.reply_grid, ('sum(chunks[index] for index in body["arraychunk_ids"])', "sum(chunks)"))
     assert peak_of(over(bomb(), once.ReplyGrid)) > 100 * MEGABYTE
 
 

@@ -8,13 +8,13 @@ import json
 
 import pytest
 
-import server.reports
+import fedlr.server.reports
 from fedlr.flower.messages import ReplyFacts
 from fedlr.flower.records import RecordDict
 from fedlr.rounds.round import ServerState, run_round
-from server.pool import GridPool
-from server.reports import Reports
-from server.run import Progress
+from fedlr.server.pool import GridPool
+from fedlr.server.reports import Reports
+from fedlr.server.run import Progress
 from tests.server.direct_grid import DirectGrid
 from tests.server.malformed import Honest
 from tests.server.small_federation import FEDIT, TERMS, adapter, reasons
@@ -40,7 +40,7 @@ def hear(reports: Reports, *words: tuple[float, str, str]) -> list[str | None]:
     return [reports.hear(2, said(epsilon, head), task) for epsilon, head, task in words]
 
 
-def a_word_stands(module: object = server.reports) -> None:
+def a_word_stands(module: object = fedlr.server.reports) -> None:
     reports = module.Reports()
     assert hear(reports, (5.0, HEADS[0], "t0"), (1.0, HEADS[1], "t1"), (0.0, HEADS[2], "t2")) == [
         None,
@@ -53,7 +53,7 @@ def a_word_stands(module: object = server.reports) -> None:
     assert (reports.epsilon, reports.last_heads()) == ({2: 5.0}, {2: HEADS[0]})
 
 
-def a_ledger_moves_on(module: object = server.reports) -> None:
+def a_ledger_moves_on(module: object = fedlr.server.reports) -> None:
     reports = module.Reports()
     words = (1.0, HEADS[0], "t0"), (1.0, HEADS[0], "t0"), (2.0, HEADS[1], "t1"), (2.5, HEADS[0], "t2")
     assert hear(reports, *words, (2.5, HEADS[1], "t2")) == [None, None, None, "old_ledger", "old_ledger"]
@@ -83,7 +83,7 @@ def test_a_ledger_that_did_not_move_on_is_refused_and_a_reply_sent_again_is_not(
 )
 def test_a_server_that_lets_a_word_be_taken_back_is_seen(check: object, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        check(mutant(server.reports, change))  # type: ignore[operator]
+        check(mutant(fedlr.server.reports, change))  # type: ignore[operator]
 
 
 def test_a_round_goes_on_without_the_device_that_takes_its_word_back() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fedlr.errors import InputError
 from fedlr.flower.node_key import create_node_key
-from server.roster import Roster, load_roster, save_roster
+from fedlr.server.roster import Roster, load_roster, save_roster
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,19 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-import client.app
-import client.device
-import client.node
-from client.device import Device
+import fedlr.client.app
+import fedlr.client.device
+import fedlr.client.node
 from fedlr.adapters.state import LORA_B
+from fedlr.client.device import Device
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply, ReplyFacts, Request
 from fedlr.flower.records import ARRAYS, FACTS, LAYOUT, RecordDict
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.round import Dropout, RoundRequest
+from fedlr.server.pool import GridPool
 from fedlr.tasks.synthetic import synthetic_text
-from server.pool import GridPool
 from tests.client.device_files import device_settings, enrolled
 from tests.server.direct_grid import DirectGrid, reply_to, through_bytes
 from tests.server.malformed import CANARY
@@ -64,12 +64,12 @@ def fails(error: BaseException) -> Callable[..., Any]:
 
 
 WHERE_IT_FAILS = {
-    "the model": (client.device.Trainee, "prepare"),
-    "the data": (client.device.Trainee, "pool"),
+    "the model": (fedlr.client.device.Trainee, "prepare"),
+    "the data": (fedlr.client.device.Trainee, "pool"),
     "a step": (FusedPool, "train"),
     "the ledger": (PrivacyLedger, "reserve"),
-    "the disk": (client.device.Replies, "write"),
-    "the policy": (client.device, "check_terms"),
+    "the disk": (fedlr.client.device.Replies, "write"),
+    "the policy": (fedlr.client.device, "check_terms"),
 }
 WITH_WORDS = [
     RuntimeError(CANARY),
@@ -110,12 +110,12 @@ def test_no_word_of_what_goes_wrong_on_a_device_leaves_it(
 
 def test_a_device_that_tells_its_error_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = mutant(
-        client.device,
+        fedlr.client.device,
         ('reply = self._refusal(request, "device_error")', "return RecordDict({str(error): ConfigRecord()})"),
     )
     told.__dict__["ConfigRecord"] = ConfigRecord
     device = told.Device(device_settings(tmp_path), say=print)
-    monkeypatch.setattr(client.device.Trainee, "prepare", fails(RuntimeError(CANARY)))
+    monkeypatch.setattr(fedlr.client.device.Trainee, "prepare", fails(RuntimeError(CANARY)))
     assert CANARY.encode() in every_byte(device.answer(request_to()))
 
 
@@ -123,7 +123,7 @@ def test_what_is_no_request_is_answered_without_a_word_of_it(tmp_path: Path, cap
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 100, 1
     asked = reply_to("m1", 1, content=RecordDict({CANARY: ConfigRecord({CANARY: CANARY})}))
     said = list[str]()
-    sent = client.node.answer(device_of(tmp_path / "device"), asked, say=said.append)
+    sent = fedlr.client.node.answer(device_of(tmp_path / "device"), asked, say=said.append)
     assert sent.has_error() and CANARY.encode() not in every_byte(sent) and len(said) == 1
 
 
@@ -134,7 +134,7 @@ def test_a_stock_supernode_sends_no_word_of_a_device_that_cannot_start(
     asked = reply_to("m1", 1, content=request_to())
     monkeypatch.setenv("FEDLR_CLIENT", str(tmp_path / f"{CANARY}.yaml"))  # is not there
     context = Context(run_id=1, node_id=100, node_config={}, state=RecordDict(), run_config={})
-    sent = client.app.train(asked, context)
+    sent = fedlr.client.app.train(asked, context)
     assert sent.has_error() and CANARY.encode() not in every_byte(sent)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from client.doctor import doctor, read_terms
-from server.cli import server
-from server.run import Run
+from fedlr.client.doctor import doctor, read_terms
+from fedlr.server.cli import server
+from fedlr.server.run import Run
 from tests.client.device_files import LABELS, client_yaml, device_settings
 from tests.server.whole_federation import SMALL, experiment
 

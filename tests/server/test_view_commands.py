@@ -19,18 +19,18 @@ import pytest
 
 from fedlr.errors import InputError
 from fedlr.flower.addresses import host_and_port
-from server.view import commands
-from server.view.commands import adapter, view, watch
-from server.view.connection import ViewAddress
-from server.view.download import write_adapter
-from server.view.limits import Limits
-from server.view.operator_pb2 import AdapterHeader, AdapterPart, AskedClient, Round, RunStatus
-from server.view.serving import serve
-from server.view.watching import Patience, round_line, status_line
+from fedlr.server.view import commands
+from fedlr.server.view.commands import adapter, view, watch
+from fedlr.server.view.connection import ViewAddress
+from fedlr.server.view.download import write_adapter
+from fedlr.server.view.limits import Limits
+from fedlr.server.view.operator_pb2 import AdapterHeader, AdapterPart, AskedClient, Round, RunStatus
+from fedlr.server.view.serving import serve
+from fedlr.server.view.watching import Patience, round_line, status_line
 from tests.server.view_on_loopback import Certificates, RunWriter, new_certificates, shown, token_file
 
 ROOT = Path(__file__).parents[2]
-VIEW = "import sys; from server.view.commands import view; sys.exit(view(sys.argv[1:]))"
+VIEW = "import sys; from fedlr.server.view.commands import view; sys.exit(view(sys.argv[1:]))"
 CONTENT = bytes(range(256)) * 9000  # more than two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 

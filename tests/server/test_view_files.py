@@ -19,14 +19,14 @@ from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.runs.directory import append_lines
 from fedlr.runs.verified_folder import write_sealed
-from server.view import operator_pb2
-from server.view.access import read_token, server_credentials
-from server.view.adapter_files import find_adapter, open_adapter
-from server.view.limits import Limits, RequestRate, address_of
-from server.view.operator_pb2 import LAYOUT_CHECKPOINT, LAYOUT_PEFT, LAYOUT_RELEASED
-from server.view.refusals import NotThere, Unreadable
-from server.view.round_feed import SETTLE_S, RoundFeed
-from server.view.whole_lines import BLOCK_BYTES, WholeLines, last_whole_line
+from fedlr.server.view import operator_pb2
+from fedlr.server.view.access import read_token, server_credentials
+from fedlr.server.view.adapter_files import find_adapter, open_adapter
+from fedlr.server.view.limits import Limits, RequestRate, address_of
+from fedlr.server.view.operator_pb2 import LAYOUT_CHECKPOINT, LAYOUT_PEFT, LAYOUT_RELEASED
+from fedlr.server.view.refusals import NotThere, Unreadable
+from fedlr.server.view.round_feed import SETTLE_S, RoundFeed
+from fedlr.server.view.whole_lines import BLOCK_BYTES, WholeLines, last_whole_line
 from tests.server.view_on_loopback import SECRET, RunWriter, new_certificates, token_file
 
 

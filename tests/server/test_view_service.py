@@ -20,9 +20,9 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from server.view.access import Token
-from server.view.connection import ViewAddress, open_channel
-from server.view.operator_pb2 import DESCRIPTOR, GetAdapterRequest, Round, StatusRequest, WatchRequest
+from fedlr.server.view.access import Token
+from fedlr.server.view.connection import ViewAddress, open_channel
+from fedlr.server.view.operator_pb2 import DESCRIPTOR, GetAdapterRequest, Round, StatusRequest, WatchRequest
 from tests.server.view_on_loopback import (
     HASTY,
     SECRET,

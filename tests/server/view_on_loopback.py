@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from fedlr.runs.directory import append_lines, write_json
-from server.certificates import write_certificates
-from server.view.access import Token, server_credentials
-from server.view.connection import ViewAddress
-from server.view.limits import Limits
-from server.view.operator_pb2_grpc import OperatorViewStub
-from server.view.serving import serve
+from fedlr.server.certificates import write_certificates
+from fedlr.server.view.access import Token, server_credentials
+from fedlr.server.view.connection import ViewAddress
+from fedlr.server.view.limits import Limits
+from fedlr.server.view.operator_pb2_grpc import OperatorViewStub
+from fedlr.server.view.serving import serve
 
 SECRET = "0123456789abcdef" * 4
 HASTY = Limits(poll_s=0.01, requests_per_s=1000.0, burst=1000)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.device import Device
-from client.settings import load_settings
+from fedlr.client.device import Device
+from fedlr.client.settings import load_settings
 from fedlr.config.schema import Experiment, compose_experiment
-from server.pool import GridPool
-from server.run import Run
-from simulations.devices import write_devices
+from fedlr.server.pool import GridPool
+from fedlr.server.run import Run
+from fedlr.simulations.devices import write_devices
 from tests.server.direct_grid import DirectGrid
 
 SMALL = (

@@ -1,4 +1,4 @@
-"""Stands for `simulations.sweep_worker`: it runs nothing, and fails or dies where a seed says so.
+"""Stands for `fedlr.simulations.sweep_worker`: it runs nothing, and fails or dies where a seed says so.
 
 `seed=7` fails, `seed=9` kills the process; any other ends in a folder of the seed's name.
 """

@@ -17,14 +17,14 @@ from typing import Any
 import fedlr.rounds.pools.fused
 import fedlr.rounds.pools.local
 import fedlr.runs.verified_folder
-import simulations.checkpoints
-import simulations.resume
-import simulations.simulate
+import fedlr.simulations.checkpoints
+import fedlr.simulations.resume
+import fedlr.simulations.simulate
 from fedlr.config.schema import compose_experiment
 from fedlr.rounds.pools.local import Accounts
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.resume import resume
 from fedlr.training.threads import torch_threads
-from simulations.federation import assemble
-from simulations.resume import resume
 from tests.simulations.small_runs import SMALL
 
 # The moments of a round at which a run can die (reliability, R-F2), and three after the last one.
@@ -63,18 +63,18 @@ def arm_point(point: str, number: int) -> None:
         for pool in (fedlr.rounds.pools.fused.FusedPool, fedlr.rounds.pools.local.LocalPool):
             pool.train = dying(pool.train, number, after=2 if point == "half received" else None)  # type: ignore[method-assign]
     elif point == "aggregated":
-        on_call(simulations.simulate, "metrics_row", number + 1, die, before=True)
+        on_call(fedlr.simulations.simulate, "metrics_row", number + 1, die, before=True)
     elif point == "mid-checkpoint":
         within = lambda: on_call(fedlr.runs.verified_folder, "_write", 1 + number % 2, die, before=bool(number % 2))  # noqa: E731
-        on_call(simulations.checkpoints, "save_checkpoint", number + 1, within, before=True)
+        on_call(fedlr.simulations.checkpoints, "save_checkpoint", number + 1, within, before=True)
     elif point == "after":
-        on_call(simulations.checkpoints, "save_checkpoint", number + 1, die, before=False)
+        on_call(fedlr.simulations.checkpoints, "save_checkpoint", number + 1, die, before=False)
     elif point == "alone":
-        on_call(simulations.simulate, "train_alone", 1, lambda: arm_point("sent", 2), before=True)
+        on_call(fedlr.simulations.simulate, "train_alone", 1, lambda: arm_point("sent", 2), before=True)
     elif point == "exported":
-        on_call(simulations.simulate, "export_adapter", 1, die, before=False)
+        on_call(fedlr.simulations.simulate, "export_adapter", 1, die, before=False)
     elif point == "summarised":
-        on_call(simulations.simulate, "write_report", 1, die, before=True)
+        on_call(fedlr.simulations.simulate, "write_report", 1, die, before=True)
 
 
 def dying(train: Callable[..., Iterator[Any]], number: int, *, after: int | None) -> Callable[..., Iterator[Any]]:
@@ -136,7 +136,7 @@ def main(folder: Path, overrides: Sequence[str], kills: Sequence[tuple[str, int]
         if point is not None:
             arm_point(point, number)
         tracking = composed.tracking.model_copy(update={"output_dir": str(folder / name)})
-        simulations.simulate.simulate(composed.model_copy(update={"tracking": tracking}), say=lambda line: None)
+        fedlr.simulations.simulate.simulate(composed.model_copy(update={"tracking": tracking}), say=lambda line: None)
 
     def finish(name: str) -> None:
         tell_truth(folder / name / "truth.jsonl")
@@ -165,7 +165,7 @@ def no_report(run_dir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    simulations.simulate.write_report = simulations.resume.write_report = no_report
+    fedlr.simulations.simulate.write_report = fedlr.simulations.resume.write_report = no_report
     with torch_threads(1):
         for job, (overrides, kills) in json.loads(sys.argv[2]).items():
             main(Path(sys.argv[1]) / job, overrides, kills)

@@ -10,11 +10,11 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.round import RoundRequest, ServerState
 from fedlr.runs.directory import LEDGER
 from fedlr.runs.selection import Selection
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.progress import Progress
+from fedlr.simulations.simulate import leave_behind, run_rounds
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
-from simulations.progress import Progress
-from simulations.simulate import leave_behind, run_rounds
 
 # What a run without privacy leaves behind; a private one also its ledger.
 RUN_FILES = {

@@ -17,12 +17,12 @@ from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.method import Always, Method, full_adapter, keep
 from fedlr.rounds.round import Dropout, ServerState, request_of
+from fedlr.simulations.attacks.bad_clients import bad_clients
+from fedlr.simulations.attacks.crafted import LittleIsEnough, largest_z
+from fedlr.simulations.attacks.labels import with_flipped_labels
+from fedlr.simulations.attacks.library import ATTACKS
+from fedlr.simulations.attacks.pool import AttackedPool
 from fedlr.tasks.examples import Share
-from simulations.attacks.bad_clients import bad_clients
-from simulations.attacks.crafted import LittleIsEnough, largest_z
-from simulations.attacks.labels import with_flipped_labels
-from simulations.attacks.library import ATTACKS
-from simulations.attacks.pool import AttackedPool
 from tests.server.small_federation import Outcomes
 
 A, B, H = Slot("layer", LORA_A), Slot("layer", LORA_B), Slot("head.weight", HEAD)

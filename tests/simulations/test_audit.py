@@ -15,20 +15,20 @@ import pytest
 
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import epsilon
+from fedlr.simulations.audit import audit as audit_module
+from fedlr.simulations.audit.audit import CONFIGURED, WHOLE_BATCHES, Audit, audit, bound, over_whole_batches
+from fedlr.simulations.audit.canaries import OneRun, guess_canaries, likeliest_noise
+from fedlr.simulations.audit.command import audit as command
+from fedlr.simulations.audit.command import conclusion, table
+from fedlr.simulations.audit.mechanism import gather_noise
+from fedlr.simulations.audit.options import Options, split_options
+from fedlr.simulations.audit.planted import noise_off, noise_reused
+from fedlr.simulations.audit.probe import Unmetered
+from fedlr.simulations.audit.small import auditor_generator, with_rows
+from fedlr.simulations.federation import Federation, prepare
+from fedlr.simulations.simulate import simulate
 from fedlr.streams import SeededRandomness
 from fedlr.training.threads import torch_threads
-from simulations.audit import audit as audit_module
-from simulations.audit.audit import CONFIGURED, WHOLE_BATCHES, Audit, audit, bound, over_whole_batches
-from simulations.audit.canaries import OneRun, guess_canaries, likeliest_noise
-from simulations.audit.command import audit as command
-from simulations.audit.command import conclusion, table
-from simulations.audit.mechanism import gather_noise
-from simulations.audit.options import Options, split_options
-from simulations.audit.planted import noise_off, noise_reused
-from simulations.audit.probe import Unmetered
-from simulations.audit.small import auditor_generator, with_rows
-from simulations.federation import Federation, prepare
-from simulations.simulate import simulate
 from tests.simulations.small_runs import SMALL, experiment, federation
 
 ROOT = Path(__file__).parents[2]

@@ -1,9 +1,9 @@
 """The mechanism audit passes a federation that does what it says, and fails others (R-A1, R-P1, R-P5, R-P6).
 
-Mutants this file kills, each planted in a federation's own parts: the five of `simulations.audit.planted`; noise of
-0.9 of its scale, none in one step of two, none on the last tensor, the same on every tensor, uniform noise; a clip at
-1.1 C; a loss that averages over the batch; batches that are never empty, drawn once for all steps, or of a fixed size.
-Every one is found by the kind of check that is meant for it. All numbers come from fixed seeds.
+Mutants this file kills, each planted in a federation's own parts: the five of `fedlr.simulations.audit.planted`; noise
+of 0.9 of its scale, none in one step of two, none on the last tensor, the same on every tensor, uniform noise; a clip
+at 1.1 C; a loss that averages over the batch; batches that are never empty, drawn once for all steps, or of a fixed
+size. Every one is found by the kind of check that is meant for it. All numbers come from fixed seeds.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlr.privacy.audit.finding import LEVEL
-from fedlr.streams import Randomness
-from fedlr.training.threads import torch_threads
-from simulations.audit.mechanism import (
+from fedlr.simulations.audit.mechanism import (
     draw_findings,
     gather_noise,
     mechanism_audit,
@@ -26,8 +24,10 @@ from simulations.audit.mechanism import (
     sensitivities,
     sensitivity_findings,
 )
-from simulations.audit.planted import PLANTED
-from simulations.federation import Federation
+from fedlr.simulations.audit.planted import PLANTED
+from fedlr.simulations.federation import Federation
+from fedlr.streams import Randomness
+from fedlr.training.threads import torch_threads
 from tests.simulations.small_runs import federation
 
 NUM_DRAWS = 12_000
@@ -206,8 +206,8 @@ def test_other_batches_are_found(name: str) -> None:
 
 def test_a_tensor_that_is_sent_beside_the_noised_steps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mutant: the engine adds a bare number to what it sends."""
-    import simulations.audit.probe as probe
-    from simulations.audit.mechanism import sent_finding
+    import fedlr.simulations.audit.probe as probe
+    from fedlr.simulations.audit.mechanism import sent_finding
 
     f = federation()
     assert sent_finding(f, accounted=f.mechanism).holds

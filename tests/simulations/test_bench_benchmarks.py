@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fedlr.adapters.state import LoraFactors, Slot
+from fedlr.simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
+from fedlr.simulations.bench.flame import flame_svg, sampled, tree
+from fedlr.simulations.bench.outcome import BenchmarkFailed, Outcome
+from fedlr.simulations.bench.rivals.networks import FAMILIES, build_network
+from fedlr.simulations.bench.settings import Settings
 from fedlr.tasks.batch import Batch
 from fedlr.training.fused import FusedGradients
 from fedlr.training.threads import torch_threads
-from simulations.bench import aggregate, gpu, memory_use, overhead, parity, profile, registry, step
-from simulations.bench.flame import flame_svg, sampled, tree
-from simulations.bench.outcome import BenchmarkFailed, Outcome
-from simulations.bench.rivals.networks import FAMILIES, build_network
-from simulations.bench.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_parity_is_relative_and_counts_no_client_that_stood_still() -> None:
 
 
 PEAKS = """
-from simulations.bench.memory_use import peak_mb, reset_peak, resident_mb
+from fedlr.simulations.bench.memory_use import peak_mb, reset_peak, resident_mb
 reset_peak()
 before = peak_mb()
 block = bytearray(60_000_000)

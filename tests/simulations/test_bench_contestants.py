@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from fedlr.adapters.state import Slot
-from simulations.bench.cohort import TOLERANCES, compare
-from simulations.bench.contestants import Contestant, Process, by_slot, in_threads
-from simulations.bench.federations import OPACUS, ours, overrides
-from simulations.bench.outcome import BenchmarkFailed
-from simulations.bench.settings import Settings
-from simulations.bench.worker import Session, by_name, serve
+from fedlr.simulations.bench.cohort import TOLERANCES, compare
+from fedlr.simulations.bench.contestants import Contestant, Process, by_slot, in_threads
+from fedlr.simulations.bench.federations import OPACUS, ours, overrides
+from fedlr.simulations.bench.outcome import BenchmarkFailed
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.worker import Session, by_name, serve
 
 from safetensors.torch import load_file  # isort: skip
 

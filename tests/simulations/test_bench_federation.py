@@ -14,13 +14,21 @@ import torch
 
 from fedlr.adapters.state import num_bytes
 from fedlr.rounds.round import Dropout
-from simulations.bench import federation
-from simulations.bench.federation import Rounds, TimedRehearsal, check_mean, exchanged, line_times, measures, overrides
-from simulations.bench.outcome import BenchmarkFailed
-from simulations.bench.rivals.flower_fedavg import STEP
-from simulations.bench.settings import Settings
-from simulations.bench.timed_device import TOOK, timed
-from simulations.rehearsal import Rehearsal
+from fedlr.simulations.bench import federation
+from fedlr.simulations.bench.federation import (
+    Rounds,
+    TimedRehearsal,
+    check_mean,
+    exchanged,
+    line_times,
+    measures,
+    overrides,
+)
+from fedlr.simulations.bench.outcome import BenchmarkFailed
+from fedlr.simulations.bench.rivals.flower_fedavg import STEP
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timed_device import TOOK, timed
+from fedlr.simulations.rehearsal import Rehearsal
 
 
 def settings(folder: Path) -> Settings:
@@ -61,7 +69,7 @@ def test_only_devices_are_started_as_timed_ones(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Rehearsal, "_launch", lambda self, name, command: started.append(list(command)))
     for command in (["python", "-m", "fedlr", "client", "run", "c.yaml"], ["python", "-m", "fedlr", "server", "run"]):
         TimedRehearsal.__new__(TimedRehearsal)._launch("name", command)
-    assert started == [["python", "-m", "simulations.bench.timed_device", "c.yaml"], command]
+    assert started == [["python", "-m", "fedlr.simulations.bench.timed_device", "c.yaml"], command]
 
 
 def test_lines_are_timed_as_they_come(tmp_path: Path) -> None:

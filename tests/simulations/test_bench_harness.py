@@ -15,15 +15,15 @@ from statistics import median
 import pytest
 import torch
 
-import simulations.bench.outcome as outcome_module
-import simulations.bench.timing as timing_module
+import fedlr.simulations.bench.outcome as outcome_module
+import fedlr.simulations.bench.timing as timing_module
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
-from simulations.bench import report
-from simulations.bench.command import bench, parse
-from simulations.bench.goals import BY_KEY, GOALS
-from simulations.bench.machine import about
-from simulations.bench.outcome import (
+from fedlr.simulations.bench import report
+from fedlr.simulations.bench.command import bench, parse
+from fedlr.simulations.bench.goals import BY_KEY, GOALS
+from fedlr.simulations.bench.machine import about
+from fedlr.simulations.bench.outcome import (
     BenchmarkFailed,
     Check,
     Measure,
@@ -33,10 +33,10 @@ from simulations.bench.outcome import (
     spread,
     write_outcome,
 )
-from simulations.bench.pictures import better
-from simulations.bench.registry import BENCHMARKS
-from simulations.bench.settings import Settings
-from simulations.bench.timing import Times, alternate
+from fedlr.simulations.bench.pictures import better
+from fedlr.simulations.bench.registry import BENCHMARKS
+from fedlr.simulations.bench.settings import Settings
+from fedlr.simulations.bench.timing import Times, alternate
 from tests.training.small_models import mutant
 
 SLOT = Slot("layer", "lora_B")
@@ -249,7 +249,7 @@ def test_the_command_leaves_results_and_replaces_those_of_a_benchmark_that_faile
     def disagrees(settings: Settings) -> Outcome:
         raise BenchmarkFailed("Expected the same numbers")
 
-    monkeypatch.setattr("simulations.bench.registry.benchmark", lambda name: measured)
+    monkeypatch.setattr("fedlr.simulations.bench.registry.benchmark", lambda name: measured)
     assert bench(["cohort", "--quick", "--out", str(tmp_path)]) == 0
     assert told[0].size == "quick" and not told[0].scratch.exists()
     shown = capsys.readouterr().out
@@ -257,7 +257,7 @@ def test_the_command_leaves_results_and_replaces_those_of_a_benchmark_that_faile
     tree = json.loads((tmp_path / "cohort.json").read_text(encoding="utf-8"))
     assert tree["name"] == "cohort" and tree["size"] == "quick" and tree["seconds"] >= 0
 
-    monkeypatch.setattr("simulations.bench.registry.benchmark", lambda name: disagrees)
+    monkeypatch.setattr("fedlr.simulations.bench.registry.benchmark", lambda name: disagrees)
     assert bench(["cohort", "--out", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "Expected the same numbers" in printed.out and "cohort failed" in printed.err

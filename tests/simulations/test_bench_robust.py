@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-import simulations.bench.report as report
+import fedlr.simulations.bench.report as report
 from fedlr.adapters.state import ClientUpdate
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.multi_krum import MultiKrum
 from fedlr.methods.method import Always, Method, keep, trained_block
 from fedlr.rounds.round import ServerState, run_round
-from simulations.attacks.pool import AttackedPool
-from simulations.bench.outcome import Outcome, write_outcome
-from simulations.bench.report import draw, fill_document, marks
-from simulations.bench.robust import left_out, rules, run
-from simulations.bench.robust_table import CLEAN, IID, Played, read_played, robust_picture, setting_rows, table
-from simulations.bench.settings import Settings
+from fedlr.simulations.attacks.pool import AttackedPool
+from fedlr.simulations.bench.outcome import Outcome, write_outcome
+from fedlr.simulations.bench.report import draw, fill_document, marks
+from fedlr.simulations.bench.robust import left_out, rules, run
+from fedlr.simulations.bench.robust_table import CLEAN, IID, Played, read_played, robust_picture, setting_rows, table
+from fedlr.simulations.bench.settings import Settings
 from tests.server.small_federation import Outcomes
 from tests.test_outlying import STATE, B, honest
 

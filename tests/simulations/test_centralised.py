@@ -10,9 +10,9 @@ import pytest
 
 from fedlr.errors import InputError
 from fedlr.runs.directory import METRICS
-from simulations.cli import simulate
-from simulations.federation import Federation
-from simulations.simulate import run_rounds
+from fedlr.simulations.cli import simulate
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.simulate import run_rounds
 from tests.server.whole_federation import lines
 from tests.simulations.small_runs import experiment, federation, quiet
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fedlr.config.schema import CONFIGS
+from fedlr.simulations import cli
 from fedlr.streams import Purpose, stream
-from simulations import cli
 from tests.painted import drawn_by, inline_svg
 from tests.simulations.small_runs import RUN_FILES
 

@@ -11,8 +11,8 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.privacy.statement import recompute
 from fedlr.runs.tables import load_examples
-from simulations.client_accuracy import ClientTests, client_tests, score_clients
-from simulations.simulate import simulate
+from fedlr.simulations.client_accuracy import ClientTests, client_tests, score_clients
+from fedlr.simulations.simulate import simulate
 
 WORDS = ("river", "stone", "garden", "winter", "letter", "music")
 TABLE = (

@@ -29,14 +29,14 @@ from fedlr.rounds.client_unit import ClientUnit
 from fedlr.rounds.cohorts import poisson_cohort
 from fedlr.rounds.round import Dropout, RoundRequest, ServerState, run_round
 from fedlr.runs.directory import CLIENTS, METRICS, SERVER_LEDGER, SUMMARY
+from fedlr.simulations.client_unit import client_unit, cohort_draws
+from fedlr.simulations.federation import Federation
+from fedlr.simulations.ledgers import create_server_ledger
+from fedlr.simulations.plan import make_plan
+from fedlr.simulations.resume import resume
+from fedlr.simulations.simulate import run_rounds, simulate
 from fedlr.streams import SeededRandomness
 from fedlr.training.threads import torch_threads
-from simulations.client_unit import client_unit, cohort_draws
-from simulations.federation import Federation
-from simulations.ledgers import create_server_ledger
-from simulations.plan import make_plan
-from simulations.resume import resume
-from simulations.simulate import run_rounds, simulate
 from tests.simulations.small_runs import experiment, federation, quiet
 from tests.training.small_models import mutant
 

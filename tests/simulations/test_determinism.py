@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-import simulations.simulate as simulation
+import fedlr.simulations.simulate as simulation
 from fedlr.rounds.round import Dropout, run_round
+from fedlr.simulations.simulate import make_pool, simulate, with_other_noise
 from fedlr.streams import OsRandomness
 from fedlr.training.threads import torch_threads
-from simulations.simulate import make_pool, simulate, with_other_noise
 from tests.simulations.small_runs import experiment, federation, lines, quiet, rounds
 
 WHOLE = ("config.yaml", "partition.json", "privacy.json", "ledger.jsonl", "adapter/adapter_model.safetensors")

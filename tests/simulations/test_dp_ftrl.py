@@ -14,12 +14,12 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
 from fedlr.runs.directory import METRICS, SERVER_LEDGER
 from fedlr.runs.units import client_mechanism
-from simulations.choosing import charge_the_rest
-from simulations.federation import assemble
-from simulations.ledgers import create_ledger
-from simulations.plan import client_unit_lines
-from simulations.resume import resume
-from simulations.simulate import simulate
+from fedlr.simulations.choosing import charge_the_rest
+from fedlr.simulations.federation import assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.plan import client_unit_lines
+from fedlr.simulations.resume import resume
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation
 
 FTRL = (

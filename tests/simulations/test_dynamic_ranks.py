@@ -31,13 +31,13 @@ from fedlr.rounds.round import RoundDiagnostics, ServerState, request_of, run_ro
 from fedlr.runs.checkpoint import checkpoint_path
 from fedlr.runs.directory import CHECKPOINTS, LEDGER, METRICS
 from fedlr.runs.verified_folder import remove_sealed
+from fedlr.simulations.choosing import evaluator_of
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
+from fedlr.simulations.simulate import run_rounds
 from fedlr.tasks.text_classification import TextClassification
 from fedlr.training.threads import torch_threads
-from simulations.choosing import evaluator_of
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
-from simulations.simulate import run_rounds
 from tests.simulations.small_runs import experiment, federation, lines, open_ledger, quiet, rounds
 from tests.training.small_models import mutant
 

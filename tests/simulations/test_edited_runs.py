@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import fedlr.runs.report.picture
-import simulations.resume
-import simulations.simulate
+import fedlr.simulations.resume
+import fedlr.simulations.simulate
 from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
 from fedlr.privacy.statement import recompute
@@ -26,9 +26,9 @@ from fedlr.runs.report import comparison_table
 from fedlr.runs.report.page import report_page
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.verified_folder import read_sealed, write_sealed
-from server.run import Run
-from simulations.resume import resume
-from simulations.simulate import simulate
+from fedlr.server.run import Run
+from fedlr.simulations.resume import resume
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation
 
 OVERRIDES = ("data.num_examples=80", "cohort_size=2", "num_rounds=2", "num_clients=2", "trainer.num_steps=1")
@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two runs of the same federation: `finished`, and `killed` after its first round."""
     folder, f = tmp_path_factory.mktemp("runs"), federation(*OVERRIDES)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (simulations.simulate, simulations.resume):
+        for module in (fedlr.simulations.simulate, fedlr.simulations.resume):
             patch.setattr(module, "assemble", lambda e, **options: replace(f, experiment=e))
             patch.setattr(module, "write_report", read_run)
         patch.setattr(fedlr.runs.report.picture, "inline_svg", lambda name, title, paint, **size: "<svg/>")
@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         clients = [{"client_id": client, "accuracy": 0.5, "epsilon": 1.0} for client in range(2)]
         write_json(folder / "finished" / "baselines" / "alone.json", {"privacy": "dp", "clients": clients})
         with patch.context() as dying, pytest.raises(Cut):
-            dying.setattr(simulations.simulate, "metrics_row", dies_at(3, simulations.simulate.metrics_row))
+            dying.setattr(fedlr.simulations.simulate, "metrics_row", dies_at(3, fedlr.simulations.simulate.metrics_row))
             simulate(begun, say=lambda line: None)
         (killed,) = (folder / "x").glob("*/*/")
         killed.rename(folder / "killed")

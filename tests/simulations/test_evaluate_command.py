@@ -15,9 +15,9 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.models import released
 from fedlr.runs.evaluations import EvaluationEntry, add_evaluations
-from simulations.evaluate import Asked, evaluate_run
-from simulations.evaluate_command import evaluate
-from simulations.simulate import simulate
+from fedlr.simulations.evaluate import Asked, evaluate_run
+from fedlr.simulations.evaluate_command import evaluate
+from fedlr.simulations.simulate import simulate
 
 FEW = ("num_rounds=2", "num_clients=3", "cohort_size=2", "tracking.run_alone=false", "tracking.run_no_privacy=false")
 

@@ -9,8 +9,8 @@ from fedlr.runs.report import write_report
 from fedlr.runs.report.comparison import comparison_table, write_comparison
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.trackers import numbers
-from server.view.round_feed import _event
-from simulations.simulate import simulate
+from fedlr.server.view.round_feed import _event
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, lines
 
 SCORES = ("balanced_accuracy", "macro_f1", "mcc", "auc", "ece", "confusion")

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 import fedlr.files as files
-import simulations.resume
-import simulations.simulate
+import fedlr.simulations.resume
+import fedlr.simulations.simulate
 from fedlr.errors import InputError
 from fedlr.files import NotWritten, write_whole
 from fedlr.privacy.charges import read_ledger
 from fedlr.runs.directory import FINISHED, LEDGER
-from simulations import cli
-from simulations.resume import resume
-from simulations.simulate import simulate
+from fedlr.simulations import cli
+from fedlr.simulations.resume import resume
+from fedlr.simulations.simulate import simulate
 from tests.simulations.killed_runs import only_run
 from tests.simulations.small_runs import experiment, federation, lines
 
@@ -103,7 +103,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return replace(f, experiment=e)
 
-    for module in (simulations.simulate, simulations.resume):
+    for module in (fedlr.simulations.simulate, fedlr.simulations.resume):
         monkeypatch.setattr(module, "assemble", assembled)
         monkeypatch.setattr(module, "write_report", drawn)
 
@@ -176,8 +176,16 @@ def in_place(run_dir: Path) -> None:
 
 
 MUTANTS: dict[str, tuple[str, Any, tuple[str, int]]] = {
-    "finished before its report is drawn": ("simulations.simulate.finish_run", finished_first, ("report.html", 0)),
-    "a report that is drawn where it is read": ("simulations.simulate.write_report", in_place, ("report.html", 0)),
+    "finished before its report is drawn": (
+        "fedlr.simulations.simulate.finish_run",
+        finished_first,
+        ("report.html", 0),
+    ),
+    "a report that is drawn where it is read": (
+        "fedlr.simulations.simulate.write_report",
+        in_place,
+        ("report.html", 0),
+    ),
 }
 
 
@@ -207,7 +215,7 @@ def test_a_run_of_before_is_finished_when_it_has_a_report(tmp_path: Path, quick:
 def test_the_command_says_it_in_one_line(
     tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simulations.cli.ready", lambda overrides: experiment(*overrides))
+    monkeypatch.setattr("fedlr.simulations.cli.ready", lambda overrides: experiment(*overrides))
     words = [*OVERRIDES, f"tracking.output_dir={tmp_path}", "seed=0"]
     with full_at("clients.jsonl", 0):
         assert cli.simulate(words) == 75  # it goes on once there is room

@@ -7,10 +7,10 @@ import pytest
 
 from fedlr.adapters.state import HEAD, LORA_B
 from fedlr.errors import InputError
+from fedlr.simulations.costs import measure, num_states, state_places
+from fedlr.simulations.federation import Federation, assemble, prepare
+from fedlr.simulations.plan import make_plan
 from fedlr.training.threads import torch_threads
-from simulations.costs import measure, num_states, state_places
-from simulations.federation import Federation, assemble, prepare
-from simulations.plan import make_plan
 from tests.families import save_family
 from tests.simulations.small_runs import experiment, rounds
 

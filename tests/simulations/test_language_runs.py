@@ -12,10 +12,10 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.models.causal import pretrained_causal, tiny_random_causal
 from fedlr.models.usage import code_of_card
+from fedlr.simulations.federation import prepare
+from fedlr.simulations.plan import make_plan
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.causal_lm import CausalLM
-from simulations.federation import prepare
-from simulations.plan import make_plan
-from simulations.simulate import simulate
 from tests.causal_families import save_causal
 
 FEW = ("num_rounds=2", "num_clients=3", "cohort_size=2")

@@ -22,10 +22,10 @@ from fedlr.models.tuners.layer_means import Folded
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.runs.checkpoint import latest_checkpoint
 from fedlr.runs.directory import CHECKPOINTS
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.runtime import make_pool
+from fedlr.simulations.simulate import simulate
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation, assemble
-from simulations.runtime import make_pool
-from simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation, lines, rounds
 from tests.simulations.test_tuners_run import logits_of, opened
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulations.memorisation import (
+from fedlr.simulations.memorisation import (
     COPIES,
     NUM_SECRETS,
     Remembered,

@@ -17,7 +17,7 @@ from torch import Tensor
 import fedlr.rounds.pools.client_state as kept_module
 import fedlr.rounds.pools.fused as fused_pool
 import fedlr.rounds.pools.local as local_pool
-import simulations.runtime as runtime
+import fedlr.simulations.runtime as runtime
 from fedlr.adapters.client_ranks import CLIENT_RANKS, within
 from fedlr.adapters.state import LORA_A, LORA_B, ClientUpdate, LoraFactors, Slot
 from fedlr.config.build import build_method
@@ -27,11 +27,11 @@ from fedlr.rounds.pools.fused import FusedPool
 from fedlr.rounds.pools.local import LocalPool
 from fedlr.rounds.round import ClientPool, Dropout, RoundRequest, ServerState, run_round
 from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
+from fedlr.simulations.alone import train_alone
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 from fedlr.training.threads import torch_threads
-from simulations.alone import train_alone
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
 from tests.simulations.small_runs import experiment, federation, leave_state_behind
 from tests.training.small_models import mutant
 

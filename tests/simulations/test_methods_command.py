@@ -17,8 +17,8 @@ from fedlr.errors import InputError
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.methods.method import Always, full_adapter
-from simulations import methods_command
-from simulations.method_properties import (
+from fedlr.simulations import methods_command
+from fedlr.simulations.method_properties import (
     LAYERS,
     NUM_CLIENTS,
     RANK,
@@ -29,7 +29,7 @@ from simulations.method_properties import (
     named_method,
     properties_of,
 )
-from simulations.methods_command import HEADER, fitted, methods, names, row
+from fedlr.simulations.methods_command import HEADER, fitted, methods, names, row
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

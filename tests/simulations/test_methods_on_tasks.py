@@ -12,8 +12,8 @@ import pytest
 
 from fedlr.config.schema import CONFIGS, compose_experiment
 from fedlr.errors import InputError
-from simulations.federation import prepare
-from simulations.simulate import simulate
+from fedlr.simulations.federation import prepare
+from fedlr.simulations.simulate import simulate
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 FORMS = ("flora", "scaffold", "rank_budget", "layer_mean")

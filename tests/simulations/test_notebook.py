@@ -18,8 +18,8 @@ import fedlr
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.privacy.statement import privacy_statement
-from simulations.methods_command import names
-from simulations.notebook import words_of
+from fedlr.simulations.methods_command import names
+from fedlr.simulations.notebook import words_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations import cli
+from fedlr.simulations import cli
 
 PAGE = (Path(__file__).parents[2] / "docs" / "papers.md").read_text(encoding="utf-8")
 LINES = re.search(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL).group(1).splitlines()  # type: ignore[union-attr]

@@ -17,8 +17,8 @@ from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
-from simulations.plan import make_plan
-from simulations.simulate import simulate
+from fedlr.simulations.plan import make_plan
+from fedlr.simulations.simulate import simulate
 
 
 def of_person(rate: float, noise: float, rows: int, steps: int, delta: float = 1e-5) -> float:

@@ -18,10 +18,10 @@ from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.report.wording import epsilon_text
-from simulations import cli
-from simulations.costs import MOST_MEASURED, cohort_bytes, num_evaluations, num_passes, num_steps
-from simulations.federation import assemble, prepare
-from simulations.plan import make_plan, size
+from fedlr.simulations import cli
+from fedlr.simulations.costs import MOST_MEASURED, cohort_bytes, num_evaluations, num_passes, num_steps
+from fedlr.simulations.federation import assemble, prepare
+from fedlr.simulations.plan import make_plan, size
 
 TINY = ("experiment=tiny", "num_rounds=4", "num_clients=6", "runtime.num_workers=1")
 

@@ -20,10 +20,10 @@ from fedlr.methods.rate_schedule import DECAYS, RateSchedule, scheduled_accumula
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.rounds.round import ServerState
 from fedlr.runs.prepare import local_training
+from fedlr.simulations.federation import Federation, prepare
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 from fedlr.training.rates import ACCUMULATED_NOISE
-from simulations.federation import Federation, prepare
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
 from tests.simulations.small_runs import experiment, federation
 
 SLOT = Slot("layer", LORA_B)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from fedlr.errors import InputError
 from fedlr.rounds.round import ServerState, scored
+from fedlr.simulations.federation import prepare
+from fedlr.simulations.simulate import simulate
 from fedlr.training.rates import RATE_WITHOUT_NOISE
-from simulations.federation import prepare
-from simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation, lines
 
 AUTO = ("trainer.optimizer.lr=auto", "trainer.divisor=auto")

@@ -11,9 +11,9 @@ from fedlr.adapters.state import Slot
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.rounds.round import ClientPool, Dropout, RoundRequest
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 
 # Groups of two clients, so that two processes have work at the same time.
 TINY = ("experiment=tiny", "cohort_size=6", "runtime.memory_gb=0.00003")

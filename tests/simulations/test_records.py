@@ -14,9 +14,9 @@ from fedlr.flower.records import num_bytes, to_record
 from fedlr.rounds.round import Dropout, RoundDiagnostics
 from fedlr.runs.directory import append_lines, create_run_dir, json_text, read_json, write_json
 from fedlr.runs.recorder import client_rows, metrics_row
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.simulate import summary
 from fedlr.tasks.evaluation import Evaluation
-from simulations.ledgers import create_ledger
-from simulations.simulate import summary
 from tests.simulations.small_runs import experiment, federation, rounds
 
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 
-import simulations.checkpoints
-import simulations.simulate
+import fedlr.simulations.checkpoints
+import fedlr.simulations.simulate
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.privacy.charges import read_ledger
 from fedlr.rounds.pools.client_state import Kept
 from fedlr.runs.directory import CHECKPOINTS, LEDGER, cut_lines, sole_writer
-from simulations.cli import resume as resume_command
-from simulations.resume import resume
-from simulations.simulate import simulate
+from fedlr.simulations.cli import resume as resume_command
+from fedlr.simulations.resume import resume
+from fedlr.simulations.simulate import simulate
 from tests.painted import drawn_by, inline_svg
 from tests.simulations.killed_runs import LATE, POINTS, no_report, only_run, run_name
 from tests.simulations.small_runs import SMALL, experiment, lines
@@ -160,7 +160,7 @@ class Cut(BaseException):
 
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("simulations.simulate", "simulations.resume"):
+    for module in ("fedlr.simulations.simulate", "fedlr.simulations.resume"):
         monkeypatch.setattr(f"{module}.write_report", no_report)
 
 
@@ -181,8 +181,8 @@ def cut_off(folder: Path, *overrides: str, words: Sequence[str] = SMALL) -> Path
         return real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        real = simulations.simulate.metrics_row
-        patch.setattr(simulations.simulate, "metrics_row", dies)
+        real = fedlr.simulations.simulate.metrics_row
+        patch.setattr(fedlr.simulations.simulate, "metrics_row", dies)
         with pytest.raises(Cut):
             e = compose_experiment([*words, f"tracking.output_dir={folder}", *overrides])
             simulate(e, say=lambda line: None)
@@ -217,8 +217,8 @@ def test_a_run_goes_on_only_with_what_it_began_with(
         refused("Expected git .* got another")
     for name, what in (("data_sha256", "examples"), ("seed", "seed"), ("start_sha256", "adapter that the run began")):
         with monkeypatch.context() as patch:
-            real = simulations.checkpoints.about_federation
-            patch.setattr("simulations.resume.about_federation", lambda f: {**real(f), name: "x"})  # noqa: B023
+            real = fedlr.simulations.checkpoints.about_federation
+            patch.setattr("fedlr.simulations.resume.about_federation", lambda f: {**real(f), name: "x"})  # noqa: B023
             refused(f"Expected the {what}")
     with sole_writer(cut_run):
         refused("no process is writing")
@@ -253,14 +253,14 @@ def test_one_letter_of_one_row_makes_other_data(tmp_path: Path) -> None:
 def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
     """Its lost rows were spent; the head in the checkpoint tells."""
     copies: list[bytes] = []
-    real = simulations.simulate.metrics_row
+    real = fedlr.simulations.simulate.metrics_row
 
     def copying(*args: Any, **options: Any) -> Any:
         copies.append(next(tmp_path.rglob(LEDGER)).read_bytes())
         return real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulations.simulate, "metrics_row", copying)
+        patch.setattr(fedlr.simulations.simulate, "metrics_row", copying)
         run_dir = cut_off(tmp_path / "runs")
     newest = (run_dir / LEDGER).read_bytes()
     assert copies[0] != newest and newest.startswith(copies[0])
@@ -323,7 +323,7 @@ def test_clients_alone_that_were_cut_off_are_left_out_if_their_noise_cannot_be_d
 
     e = experiment(f"tracking.output_dir={tmp_path}", "tracking.run_alone=true", "privacy.randomness=os", "seed=null")
     with monkeypatch.context() as patch:
-        patch.setattr(simulations.simulate, "train_alone", dies)
+        patch.setattr(fedlr.simulations.simulate, "train_alone", dies)
         with pytest.raises(Cut):
             simulate(e, say=lambda line: None)
     monkeypatch.undo()  # the report is drawn
@@ -362,8 +362,11 @@ def no_memory(kept: Kept) -> dict[str, dict[Any, Any]]:
 
 MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "without what the clients keep": ("fedlr.rounds.pools.client_state.Kept.tensors", no_memory),
-    "with lines of later rounds": ("simulations.checkpoints.cut_lines", lambda path, stays: cut_lines(path, bool)),
-    "without who took part": ("simulations.simulate.Counter", lambda rows: Counter()),
+    "with lines of later rounds": (
+        "fedlr.simulations.checkpoints.cut_lines",
+        lambda path, stays: cut_lines(path, bool),
+    ),
+    "without who took part": ("fedlr.simulations.simulate.Counter", lambda rows: Counter()),
 }
 
 

@@ -18,9 +18,9 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.models.usage import code_of_card
 from fedlr.runs.tables import load_examples
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.reading import _ending, num_positions
 from fedlr.tasks.tokenise import TokenisedText
-from simulations.simulate import simulate
 from tests.families import FAMILIES, NUM_TOKENS, end_tokenizer, save_family
 
 FAST = (

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlr.simulations.federation import Federation, describe
 from fedlr.tasks.examples import Share
-from simulations.federation import Federation, describe
 from tests.simulations.small_runs import federation, open_ledger, rounds
 
 MANY = ("num_clients=1000", "data.num_examples=3024")

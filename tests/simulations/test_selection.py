@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import simulations.simulate
+import fedlr.simulations.simulate
 from fedlr.errors import InputError
 from fedlr.privacy.statement import recompute
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.selection import Selection, told
+from fedlr.simulations.federation import prepare
+from fedlr.simulations.simulate import run_rounds, simulate
 from fedlr.tasks.evaluation import ACCURACY, Metric
-from simulations.federation import prepare
-from simulations.simulate import run_rounds, simulate
 from tests.simulations.small_runs import experiment, federation, lines, quiet
 
 PERPLEXITY = Metric("perplexity", higher_is_better=False, is_share=False)
@@ -83,7 +83,7 @@ def test_a_run_that_stops_early_states_the_epsilon_of_all_announced_rounds(
     assert released["stopped_early"] and released["num_rounds"] < 6
     assert stopped == whole
     assert "all 6 rounds" in str(statement["choices"]) and "declared public" in str(statement["choices"])
-    monkeypatch.setattr(simulations.simulate, "charge_the_rest", lambda *args, **options: None)
+    monkeypatch.setattr(fedlr.simulations.simulate, "charge_the_rest", lambda *args, **options: None)
     mutant, *_ = epsilon_of(tmp_path / "mutant", *STOPPING)
     assert mutant < whole
 

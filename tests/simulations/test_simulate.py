@@ -19,8 +19,8 @@ from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.directory import LEDGER
-from simulations.ledgers import create_ledger
-from simulations.simulate import simulate
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.simulate import simulate
 from tests.simulations import small_runs
 from tests.simulations.small_runs import (
     RUN_FILES,
@@ -156,8 +156,8 @@ KILLER = """
     from pathlib import Path
     from fedlr.training.threads import torch_threads
     from fedlr.runs.directory import LEDGER
-    from simulations.ledgers import create_ledger
-    from simulations.simulate import run
+    from fedlr.simulations.ledgers import create_ledger
+    from fedlr.simulations.simulate import run
     from tests.simulations.small_runs import SMALL, federation, quiet
 
     def lines(path):

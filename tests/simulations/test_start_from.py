@@ -14,9 +14,9 @@ from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
 from fedlr.models.adapter_config import AdapterConfig
 from fedlr.privacy.statement import recompute
+from fedlr.simulations.federation import Federation, prepare
+from fedlr.simulations.simulate import simulate
 from fedlr.streams import SeededRandomness
-from simulations.federation import Federation, prepare
-from simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, lines
 
 WORDS = ("method=ffa_lora", "adapter.train_head=true", "trainer.optimizer.lr=8")

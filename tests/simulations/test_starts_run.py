@@ -31,13 +31,13 @@ from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import ServerState, request_of
 from fedlr.runs.checkpoint import latest_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.resume import resume
+from fedlr.simulations.runtime import make_pool
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.probe import probe_inputs
 from fedlr.tasks.synthetic import VOCABULARY
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation, assemble
-from simulations.resume import resume
-from simulations.runtime import make_pool
-from simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation, leave_state_behind, lines, rounds
 
 XS = ("adapter=lora_xs", "method=fedavg", "trainer.engine=opacus")

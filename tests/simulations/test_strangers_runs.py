@@ -19,10 +19,10 @@ from fedlr.errors import InputError
 from fedlr.models.network import pretrained
 from fedlr.runs.checkpoint import read_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS
-from server.app import experiment_of
-from simulations import cli
-from simulations.checkpoints import about_experiment
-from simulations.simulate import simulate
+from fedlr.server.app import experiment_of
+from fedlr.simulations import cli
+from fedlr.simulations.checkpoints import about_experiment
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import SMALL
 
 CANARY = "canary_of_a_stranger"
@@ -89,7 +89,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulations.rounds.federated_rounds", dies)
+        patch.setattr("fedlr.simulations.rounds.federated_rounds", dies)
         with pytest.raises(Cut):
             simulate(compose_experiment([*SMALL, f"tracking.output_dir={folder}"]), say=lambda line: None)
     (run_dir,) = folder.glob("*/*/")
@@ -170,7 +170,7 @@ def test_a_part_of_ones_own_is_resumed_by_whoever_names_it(
         assert f"--own-part {name}" in told
         assert not mark.exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulations.simulate.write_report", lambda run_dir: None)
+        patch.setattr("fedlr.simulations.simulate.write_report", lambda run_dir: None)
         assert cli.resume([str(sent), "--own-part", "x", "--own-part", name]) == 0
     assert mark.exists() and (sent / "summary.json").exists()
 

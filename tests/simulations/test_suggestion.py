@@ -4,8 +4,8 @@ from fedlr.config.auto_rates import learning_rate_of, noise_multiplier_of
 from fedlr.config.build import check_sections
 from fedlr.config.schema import compose_experiment
 from fedlr.runs.prepare import with_found_rates
-from simulations.federation import prepare
-from simulations.suggestion import rate_lines, suggestion_lines
+from fedlr.simulations.federation import prepare
+from fedlr.simulations.suggestion import rate_lines, suggestion_lines
 from tests.simulations.small_runs import SMALL, experiment
 
 AUTO = ("trainer.optimizer.lr=auto", "trainer.divisor=auto")

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import simulations.simulate
+import fedlr.simulations.simulate
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.runs.asked import ASKED, earlier_run, write_asked
 from fedlr.runs.directory import FINISHED, SUMMARY, create_run_dir, sole_writer, write_json, write_origin
-from simulations import cli
-from simulations.sweep import run_job, run_sweep
-from simulations.sweep_worker import serve
+from fedlr.simulations import cli
+from fedlr.simulations.sweep import run_job, run_sweep
+from fedlr.simulations.sweep_worker import serve
 from tests.simulations.small_runs import SMALL, lines
 
 FAST = (*SMALL, "num_rounds=1", "trainer.num_steps=1", "model.hidden_size=8", "adapter.rank=2", "privacy=none")
@@ -130,7 +130,7 @@ def test_a_run_that_learned_nothing_is_not_repeated_and_still_failed(capsys: pyt
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = sweep("num_rounds=3", "-m", "seed=1", skip_done=False)
-    real: Callable[..., int] = simulations.simulate.append_lines
+    real: Callable[..., int] = fedlr.simulations.simulate.append_lines
     calls: list[object] = []
 
     def interrupted(path: Path, values: object) -> None:
@@ -140,8 +140,8 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_stood(monkeypatch: pytest.Mon
         real(path, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulations.simulate, "append_lines", interrupted)
-        patch.setattr("simulations.sweep.earlier_run", lambda e: None)
+        patch.setattr(fedlr.simulations.simulate, "append_lines", interrupted)
+        patch.setattr("fedlr.simulations.sweep.earlier_run", lambda e: None)
         with pytest.raises(KeyboardInterrupt):
             sweep("num_rounds=3", "-m", "seed=1,2")
     shutil.rmtree(whole[0])
@@ -167,14 +167,14 @@ def test_a_run_that_another_process_writes_is_left_to_it() -> None:
 def test_a_crash_of_one_run_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = simulations.simulate.simulate
+    real = fedlr.simulations.simulate.simulate
 
     def crashing(experiment, **options):
         if experiment.seed == 1:
             raise RuntimeError("the ceiling fell")
         return real(experiment, **options)
 
-    monkeypatch.setattr(simulations.simulate, "simulate", crashing)
+    monkeypatch.setattr(fedlr.simulations.simulate, "simulate", crashing)
     assert cli.simulate([*FAST, "-m", "seed=1,2"]) == 2
     told = capsys.readouterr()
     assert "seed=1: RuntimeError: the ceiling fell" in told.err and "1 of 2 runs failed" in told.err
@@ -192,7 +192,7 @@ def test_a_process_of_a_sweep_answers_each_run_with_what_came_of_it() -> None:
 def test_processes_share_the_runs_and_one_that_dies_is_replaced(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("simulations.sweep.WORKER", "tests.simulations.echo_worker")
+    monkeypatch.setattr("fedlr.simulations.sweep.WORKER", "tests.simulations.echo_worker")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     jobs = cli.expand([*FAST, "-m", "seed=9,1,7,9,2,3"])
     said: list[str] = []

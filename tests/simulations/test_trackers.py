@@ -15,7 +15,7 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.runs import trackers
 from fedlr.runs.trackers import check_tracker, numbers, tracked
-from simulations.simulate import simulate
+from fedlr.simulations.simulate import simulate
 from tests.simulations.small_runs import SMALL, experiment
 
 
@@ -39,7 +39,7 @@ class Heard:
 def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     tracker = Heard()
     monkeypatch.setattr(trackers, "OPENERS", {"tensorboard": lambda run_dir, is_offline: tracker})
-    monkeypatch.setattr("simulations.simulate.check_tracker", lambda name, is_offline: None)
+    monkeypatch.setattr("fedlr.simulations.simulate.check_tracker", lambda name, is_offline: None)
     return tracker
 
 

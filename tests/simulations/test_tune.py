@@ -22,8 +22,8 @@ from fedlr.runs.report.chosen import how_chosen
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.tables import load_examples
 from fedlr.runs.tuned import Tuned, TunedArm, read_tuned, write_tuned
-from simulations import cli
-from simulations.tune import Grid, chosen, grid_of
+from fedlr.simulations import cli
+from fedlr.simulations.tune import Grid, chosen, grid_of
 from tests.report.run_directory import write_run
 from tests.simulations.small_runs import SMALL
 

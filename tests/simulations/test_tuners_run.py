@@ -27,13 +27,13 @@ from fedlr.models.tuners import TUNERS
 from fedlr.models.tuners.attach import NOT_IN_RUNS
 from fedlr.models.tuners.blocks import ExactBlocks, RotatingBlocks
 from fedlr.rounds.pools.local import Worker, sharing_base
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.runtime import make_pool
+from fedlr.simulations.simulate import simulate
 from fedlr.tasks.probe import probe_inputs
 from fedlr.training.gradients import clipped_row_sums
 from fedlr.training.local import sum_over
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation, assemble
-from simulations.runtime import make_pool
-from simulations.simulate import simulate
 from tests.simulations.small_runs import experiment, federation, leave_state_behind, lines, rounds
 
 FEDAVG = ("method=fedavg", "trainer.engine=opacus")

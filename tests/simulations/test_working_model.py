@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedlr.models.peft_state import adapter_parameters
+from fedlr.simulations.federation import Federation, assemble
 from fedlr.training.threads import torch_threads
-from simulations.federation import Federation, assemble
 from tests.simulations.small_runs import experiment, rounds
 
 CACHED = ("runtime.cache_prefix=true", "adapter.layers=[1]")

@@ -17,6 +17,9 @@ from fedlr.errors import InputError
 from fedlr.flower.terms import Terms
 from fedlr.models.peft_state import train_only
 from fedlr.models.tuners import TUNERS
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
+from fedlr.simulations.tuner_measure.measure import subject
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import (
     LabelWeighted,
@@ -29,9 +32,6 @@ from fedlr.tasks.losses import (
 from fedlr.training.functorch import FunctorchGradients
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, Gradients, HookGradients, LoopGradients, SumGradients
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
-from simulations.tuner_measure.measure import subject
 from tests.client.device_files import terms_tree
 from tests.simulations.small_runs import experiment, federation
 from tests.training.small_models import B_AND_HEAD, batch, difference, joint_norm, random_rows, small_model

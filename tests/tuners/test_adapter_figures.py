@@ -19,11 +19,11 @@ from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.models.tuners import REFUSED, TUNERS, Tuner, tuner
 from fedlr.models.tuners.build import build
+from fedlr.simulations.tuner_measure import measure
+from fedlr.simulations.tuner_measure.measure import ALL_BLOCKS, BIASED, EXACT, disagreements, subject
+from fedlr.simulations.tuner_measure.networks import LinearNetwork
 from fedlr.training import tuner_gradients as gradients
 from fedlr.training.gradients import LoopGradients
-from simulations.tuner_measure import measure
-from simulations.tuner_measure.measure import ALL_BLOCKS, BIASED, EXACT, disagreements, subject
-from simulations.tuner_measure.networks import LinearNetwork
 
 Rows = dict[Slot, Tensor]
 

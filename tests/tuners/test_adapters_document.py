@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlr.models.tuners import REFUSED, TUNERS, registry
-from simulations.adapters_command import COLUMNS, MEASURED, REFUSED_PART, adapters, marks
+from fedlr.simulations.adapters_command import COLUMNS, MEASURED, REFUSED_PART, adapters, marks
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 

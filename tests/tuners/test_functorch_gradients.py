@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedlr.adapters.state import Slot
 from fedlr.errors import InputError
 from fedlr.models.tuners import TUNERS
+from fedlr.simulations.tuner_measure.measure import subject
 from fedlr.tasks.batch import Batch
 from fedlr.tasks.losses import class_losses
 from fedlr.training.functorch import FunctorchGradients, hook_rows, loop_rows
 from fedlr.training.gradients import LoopGradients
-from simulations.tuner_measure.measure import subject
 
 
 def engines(name: str) -> tuple[FunctorchGradients, LoopGradients, dict[str, Tensor], Tensor]:

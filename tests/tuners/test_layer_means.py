@@ -30,9 +30,9 @@ from fedlr.models.tuners.attach import Layout
 from fedlr.models.tuners.blocks import AllBlocks
 from fedlr.models.tuners.layer_means import Folded, layers_of
 from fedlr.models.tuners.own_forms import equal_diagonal, row_norms
+from fedlr.simulations.tuner_measure import measure
+from fedlr.simulations.tuner_measure.networks import LinearNetwork
 from fedlr.training.float64 import float32_as_float64
-from simulations.tuner_measure import measure
-from simulations.tuner_measure.networks import LinearNetwork
 from tests.training.small_models import mutant
 
 SYSTEMS = sorted(name for name, entry in TUNERS.items() if entry.layer_mean)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlr.models.tuners import TUNERS
 from fedlr.models.tuners.build import frozen_parts, load_parts, shipped_parts
-from simulations.tuner_measure.measure import Subject, client_error, subject
+from fedlr.simulations.tuner_measure.measure import Subject, client_error, subject
 
 RIGHT, WRONG = 1e-6, 1e-3
 MADE_FROM_SVD = ("mica", "lora_xs", "psoft", "tinylora", "frod")

@@ -173,7 +173,7 @@ def test_an_empty_micro_batch_gives_zeros() -> None:
 
 
 def test_a_layer_that_reads_a_second_tensor_is_refused() -> None:
-    from simulations.tuner_measure.measure import subject
+    from fedlr.simulations.tuner_measure.measure import subject
 
     made = subject(TUNERS["mhr"])
     with pytest.raises(InputError, match="use gradients by a loop"):

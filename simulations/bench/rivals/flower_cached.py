@@ -18,9 +18,9 @@ from torch import Tensor
 from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.config.schema import compose_experiment
 from fedlr.rounds.round import RoundRequest
-from simulations.federation import Federation, assemble
-from simulations.ledgers import create_ledger
-from simulations.runtime import make_pool
+from fedlr.simulations.federation import Federation, assemble
+from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.runtime import make_pool
 
 app = ClientApp()
 

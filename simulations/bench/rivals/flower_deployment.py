@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlr.flower.node_key import create_node_key
-from simulations.bench.outcome import BenchmarkFailed
-from simulations.bench.rivals import flower_fedavg
-from simulations.rehearsal import QUIET, SUPERLINK_FILES, Watched, fedlr, free_port, wait_for_port
+from fedlr.simulations.bench.outcome import BenchmarkFailed
+from fedlr.simulations.bench.rivals import flower_fedavg
+from fedlr.simulations.rehearsal import QUIET, SUPERLINK_FILES, Watched, fedlr, free_port, wait_for_port
 
 BIN = Path(sys.executable).parent
 LONGEST_S = 600.0

@@ -31,13 +31,13 @@ from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.runs.prepare import private_mechanism
 from fedlr.runs.tables import load_examples
+from fedlr.simulations.bench.rivals.flower_cached import content, reply
 from fedlr.streams import SeededRandomness
 from fedlr.tasks.examples import Share
 from fedlr.tasks.losses import class_losses
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.training.gradients import HookGradients
 from fedlr.training.local import LocalTraining, train_client
-from simulations.bench.rivals.flower_cached import content, reply
 
 BLOCK = frozenset({LORA_B})
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -1,6 +1,6 @@
 """One round of Flower's Ray simulation, in a fresh process: two actors of one core each.
 
-`python -m simulations.bench.rivals.flower_round cached|example OUT.safetensors OVERRIDE ...`
+`python -m fedlr.simulations.bench.rivals.flower_round cached|example OUT.safetensors OVERRIDE ...`
 """
 
 import sys
@@ -20,9 +20,9 @@ from fedlr.config.build import build
 from fedlr.config.schema import Experiment, compose_experiment
 from fedlr.models.network import AdaptedModel, attach_lora
 from fedlr.models.peft_state import read_adapter
-from simulations.bench.rivals import flower_cached, flower_example
-from simulations.bench.settings import scratch_root
-from simulations.bench.worker import by_name
+from fedlr.simulations.bench.rivals import flower_cached, flower_example
+from fedlr.simulations.bench.settings import scratch_root
+from fedlr.simulations.bench.worker import by_name
 
 INIT: dict[str, Any] = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 200_000_000}
 RESOURCES: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0}
