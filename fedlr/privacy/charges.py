@@ -172,7 +172,8 @@ class Charges:
         else:
             if not (self.is_seeded and charge.task and charge.steps == charge.reserved_steps):
                 raise InputError(
-                    f"Expected a repeat of steps that have a task, noise of a seed and their full charge, got {charge}"
+                    "Expected a repeat of steps that have a task, noise of a seed and their full charge, got "
+                    f"{charge.steps} of {charge.reserved_steps} steps of task {charge.task}"
                 )
             charge = replace(charge, is_repeated=True)
         self.by_client[client][round_index] = charge

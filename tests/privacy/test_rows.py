@@ -44,6 +44,9 @@ FIELDS: list[dict[str, Any]] = [
     *(constants(sample_rate=bad) for bad in [0.0, -1.0, 1.5, "1", None]),
     *(constants(max_grad_norm=bad) for bad in [0.0, -1.0, 1e-45, 1e300, None]),
     *(constants(divisor=bad) for bad in [0.0, -8.0, 1e-300, 1e300, None]),
+    *(constants(separation=bad) for bad in [0, -1, 1.5, None, True]),
+    *(constants(bands=bad) for bad in [0, 2, 1.5, None]),
+    *(constants(release_noise=bad) for bad in ["lattice", None, 1]),
     *(
         {key: value for key, value in row.items() if key != lost}
         for row in (RESERVE, SETTLE, REPEAT)
