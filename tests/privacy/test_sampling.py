@@ -1,6 +1,6 @@
 """Poisson sampling is Bernoulli for each example alone, and the sampler names the event it is (R-P6, R-A5).
 
-Mutants this file kills, all through `check_poisson`: a capped batch, an empty batch drawn again, a shuffled batch of
+Mutants this file kills, all through `check_poisson`: a batch capped near or at twice its expected size, an empty batch drawn again, a shuffled batch of
 fixed size, one uniform number for a pair of examples, a rate 2 % off, indices with repetitions.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import dp_accounting
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import epsilon
@@ -36,6 +37,12 @@ def check_poisson(draw: Draw, *, rate: float = RATE) -> None:
     empty = (1 - rate) ** NUM_EXAMPLES
     found = np.mean(joins.sum(axis=1) == 0)
     within(found, empty, np.sqrt(empty * (1 - empty) / NUM_BATCHES), "frequency of empty batches")
+    for size in range(NUM_EXAMPLES):
+        larger = binom.sf(size, NUM_EXAMPLES, rate)
+        if larger * NUM_BATCHES < 100:
+            break
+        sigma = np.sqrt(larger * (1 - larger) / NUM_BATCHES)
+        within(np.mean(joins.sum(axis=1) > size), larger, sigma, f"frequency of batches above {size}")
 
 
 def within(values: np.ndarray, expected: float, sigma: float, name: str) -> None:
@@ -45,6 +52,10 @@ def within(values: np.ndarray, expected: float, sigma: float, name: str) -> None
 
 def capped(num_examples: int, generator: np.random.Generator) -> np.ndarray:
     return PoissonSampler(RATE).draw(num_examples, generator)[:8]
+
+
+def capped_at_twice_its_expectation(num_examples: int, generator: np.random.Generator) -> np.ndarray:
+    return PoissonSampler(RATE).draw(num_examples, generator)[: round(2 * RATE * num_examples)]
 
 
 def never_empty(num_examples: int, generator: np.random.Generator) -> np.ndarray:
@@ -73,7 +84,13 @@ def test_poisson_batches_are_independent_bernoulli_draws() -> None:
     check_poisson(PoissonSampler(RATE).draw)
 
 
-@pytest.mark.parametrize("mutant", [capped, never_empty, shuffled, one_number_for_a_pair, higher_rate, with_repetition])
+MUTANTS = (
+    *(capped, capped_at_twice_its_expectation, never_empty, shuffled),
+    *(one_number_for_a_pair, higher_rate, with_repetition),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_poisson_check_kills_every_other_way_to_sample(mutant: Draw) -> None:
     with pytest.raises(AssertionError):
         check_poisson(mutant)
