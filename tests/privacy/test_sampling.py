@@ -1,7 +1,8 @@
 """Poisson sampling is Bernoulli for each example alone, and the sampler names the event it is (R-P6, R-A5).
 
-Mutants this file kills, all through `check_poisson`: a batch capped near or at twice its expected size, an empty batch drawn again, a shuffled batch of
-fixed size, one uniform number for a pair of examples, a rate 2 % off, indices with repetitions.
+Mutants this file kills, all through `check_poisson`: a batch capped near its expected size and at twice of it, an empty
+batch drawn again, a shuffled batch of fixed size, one uniform number for a pair of examples, a rate 2 % off, indices
+with repetitions.
 """
 
 from collections.abc import Callable
