@@ -44,7 +44,7 @@ def answer(device: Device, asked: RecordDict, settings: Settings) -> tuple[Any, 
     if reply.facts.refused:
         assert not charged, f"{reply.facts.refused} after a charge"
     lengths = sorted(len(part.deflate()) for part in get_all_nested_objects(sent).values())
-    facts = reply.facts.model_dump(exclude={"ledger_head"})
+    facts = reply.facts.model_dump(exclude={"ledger_head", "signature"})  # of a device's own ledger and key
     return facts, {slot: (t.shape, t.dtype) for slot, t in reply.tensors.items()}, lengths, charged
 
 
