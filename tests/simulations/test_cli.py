@@ -199,7 +199,7 @@ def test_the_statement_finds_a_changed_privacy_json(copied: Path, capsys) -> Non
     ("old", "new"),
     [
         (b'"num_steps":2', b'"num_steps":1'),
-        (b'"kind":"reserve"', b'"kind":"ignored"'),
+        (b'"kind":"reserve_cohort"', b'"kind":"ignored_cohort"'),
         (b'"epsilon":6', b'"epsilon":9'),
     ],
     ids=["fewer steps", "another kind", "a larger budget"],

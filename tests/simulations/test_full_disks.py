@@ -118,7 +118,9 @@ def outcome(run_dir: Path) -> Mapping[str, Any]:
         found[name] = lines(run_dir / name)
     for name in ("summary.json", "privacy.json", "partition.json"):
         content = json.loads((run_dir / name).read_text(encoding="utf-8"))
-        found[name] = {key: value for key, value in content.items() if key not in ("seconds", "ledger_head")}
+        found[name] = {
+            key: value for key, value in content.items() if key not in ("seconds", "ledger_head", "num_torn_rows")
+        }
     found["adapter"] = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
     found["files"] = sorted(path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*"))
     charges = read_ledger(run_dir / LEDGER)[1].by_client
