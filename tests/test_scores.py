@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fedlr.tasks.scores import Scores, area_under_curves, calibration_error, mean_scores, scores
+from fedlr.tasks.class_scores import Scores, area_under_curves, calibration_error, mean_scores, scores
 
 
 def scores_of(labels: list[int], shares: np.ndarray) -> Scores:

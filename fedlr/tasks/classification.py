@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.tasks.batch import Batch
+from fedlr.tasks.class_scores import MOST_CLASSES, Scores, scores
 from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 from fedlr.tasks.losses import LossOfLogits, PerExampleLoss, cross_entropy, weighted_cross_entropy
 from fedlr.tasks.probe import in_training, probe_inputs
-from fedlr.tasks.scores import MOST_CLASSES, Scores, scores
 from fedlr.tasks.task import Task
 
 

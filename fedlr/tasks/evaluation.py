@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from fedlr.tasks.scores import Scores, mean_scores
+from fedlr.tasks.class_scores import Scores, mean_scores
 
 
 @dataclass(frozen=True)

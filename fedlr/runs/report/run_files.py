@@ -26,8 +26,8 @@ from fedlr.runs.report.records import (
     read_text,
 )
 from fedlr.runs.verdict import Verdict
+from fedlr.tasks.class_scores import MOST_CLASSES
 from fedlr.tasks.evaluation import ACCURACY, Metric
-from fedlr.tasks.scores import MOST_CLASSES
 
 SCORES = ("balanced_accuracy", "macro_f1", "mcc", "auc", "ece")  # of a state, beside accuracy and loss
 
