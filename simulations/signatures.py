@@ -64,8 +64,11 @@ def verify(run_dir: Path, roster: Path | None) -> list[str]:
 def _require_what_follows(told: Mapping[str, Any], path: Path) -> None:
     """Raise InputError unless a statement is what its clients, delta, mechanism and randomness make it."""
     try:
-        steps = {key: value for key, value in told["mechanism"].items() if key != "name"}
-        noise = {"release_noise": "grid"} if told.get("floating_point") == ON_A_GRID else {}
+        if not isinstance(told["delta"], float):
+            raise TypeError(f"delta={told['delta']!r:.40}")
+        steps: dict[str, Any] = {key: value for key, value in told["mechanism"].items() if key != "name"}
+        if told.get("floating_point") == ON_A_GRID:
+            steps["release_noise"] = "grid"
         clients = {client["client_id"]: client for client in told["clients"]}
         found = reported_statement(
             told["delta"],
@@ -73,7 +76,7 @@ def _require_what_follows(told: Mapping[str, Any], path: Path) -> None:
             {number: client["head"] for number, client in clients.items() if client["head"] is not None},
             num_clients=told["num_clients"],
             randomness=told["randomness"]["kind"],
-            mechanism=Mechanism(**steps, **noise),
+            mechanism=Mechanism(**steps),
             signed={number: client["signed"] for number, client in clients.items() if client.get("signed") is not None},
         )
         found = with_earlier(found, told.get("started_from"))
@@ -113,9 +116,7 @@ def _why_not(
         return "a signature that is not its key's, or of another word"
     if word["client_id"] != number or word["epsilon"] != client["epsilon"]:
         return "a signed word of another client, or of another epsilon than is stated"
-    if not (
-        isinstance(delta, float) and isinstance(word["delta"], float) and word["delta"] <= delta
-    ):  # a device's own may be smaller than the server asked for
+    if not isinstance(word["delta"], float) or not word["delta"] <= delta:  # a device's own may be the smaller one
         return "a signed word of a larger delta than is stated"
     if word["experiment_id"] not in experiments:
         return "a signed word of another run"

@@ -218,6 +218,7 @@ def statement_follows(run_dir: Path, told: dict[str, Any], module: object = fedl
     for key, value in (("delta", 1e-6), ("for_release", False), ("num_clients", 5), ("signatures", "all")):
         is_refused({**told, key: value}, "follows from its clients")
     is_refused({**told, "statement": told["statement"].replace("<= 2.0", "<= 0.1")}, "statement")
+    is_refused({**told, "delta": "1e-5"}, "what devices report")
     for value in ({}, [{}], "none", [{**told["clients"][0], "epsilon": "a"}]):
         is_refused({**told, "clients": value}, "Expected")
     (run_dir / "identity.json").write_text(json.dumps({"experiment_id": "f" * 32, "seed": 0}))
