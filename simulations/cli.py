@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -185,9 +186,11 @@ def statement(arguments: list[str]) -> None:
 
     roster, is_checked = option(arguments, "--roster", "the server's roster"), flag(arguments, "--verify")
     run_dir = existing_run(only_one(arguments))
-    found = stated(run_dir) if is_reported(run_dir) else recompute(run_dir)
     if roster is not None and not is_checked:
         raise InputError(f"Expected --verify beside --roster {shown(roster)}, got none")
+    found = (
+        stated(run_dir) if is_reported(run_dir) else recompute(run_dir, say=lambda line: print(line, file=sys.stderr))
+    )
     if not is_checked:
         print(json.dumps(found, indent=2))
         return

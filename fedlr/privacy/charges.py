@@ -258,21 +258,30 @@ def _torn_cohort(fragment: bytes) -> chain.Row | None:
     return chain.decoded(told + separator + named + b"]}") if separator else None
 
 
-def read_ledger(path: str | os.PathLike[str]) -> tuple[Header, Charges, str]:
+def read_ledger(path: str | os.PathLike[str], *, until: str | None = None) -> tuple[Header, Charges, str]:
     """Read a ledger without changing it: its header, its charges and the hash of its last row.
 
+    Args:
+        path: the file.
+        until: the hash of the row that is read last, as the ledger was then; None: all rows.
+
     Raises:
-        InputError: the file is missing, is no ledger, or was changed.
+        InputError: the file is missing, is no ledger, was changed, or has no such row.
     """
     path = Path(path)
     with chain.locked(path, shared=True) as file:
         data = chain.read_from(file, 0, name=path.name)
     rows, tail, fragment = chain.parse(data, chain.Tail(), name=path.name)
-    header, charges = parse_header(rows, name=path.name), Charges()
+    header, charges, head = parse_header(rows, name=path.name), Charges(), tail.head
+    if until is not None and until != head:
+        count = next((number for number, row in enumerate(rows, 1) if row["hash"] == until), 0)
+        if not count:
+            raise InputError(f"Expected a row with the hash {until:.64} in {path}, got none: another file, or an older")
+        rows, fragment, head = rows[:count], b"", until
     charges.take_in(rows)
     if fragment:
         charges.take_in(recovered(fragment, charges))
-    return header, charges, tail.head
+    return header, charges, head
 
 
 def _charge(row: chain.Row) -> Charge:

@@ -49,6 +49,7 @@ INFINITE = "epsilon is infinite"
 PARTIAL = (
     "epsilon at every delta from delta_at_least on is at most that of a Gaussian mechanism with this mu; not mu-GDP"
 )
+BOUNDS = ("epsilon", "mu", "rho")  # of which the last digits depend on how a processor rounds
 Totals = tuple[tuple[Event, int], ...]
 
 
@@ -91,6 +92,28 @@ def profile_of(steps: Steps | None, delta: float, *, known: float) -> dict[str, 
     if not math.isfinite(known):
         return {"not_stated": INFINITE}
     return profile(totals, delta, known=known) if steps.is_announced else {"not_stated": NOT_FIXED}
+
+
+def is_same_profile(told: Any, found: Any) -> bool:
+    """Return whether a stated curve is the computed one, but for what another processor or library rounds otherwise.
+
+    Guarantees: no bound is told that is more than 1e-6 and a ten-thousandth below the computed one.
+    """
+    if isinstance(found, dict):
+        if not isinstance(told, dict) or told.keys() != found.keys():
+            return False
+        return all(
+            _is_near(told[key], value) if key in BOUNDS and type(value) is float else is_same_profile(told[key], value)
+            for key, value in found.items()
+        )
+    if isinstance(found, list):
+        same = isinstance(told, list) and len(told) == len(found)
+        return same and all(is_same_profile(*pair) for pair in zip(told, found, strict=True))
+    return type(told) is type(found) and bool(told == found)
+
+
+def _is_near(told: Any, found: float) -> bool:
+    return type(told) in (int, float) and abs(told - found) <= 1e-6 + 1e-4 * abs(found)
 
 
 def gaussian_mu(totals: Totals, *, shift: float = 1.0) -> float:

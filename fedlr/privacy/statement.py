@@ -8,17 +8,17 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fedlr.errors import InputError
-from fedlr.privacy.all_runs import with_all_runs
+from fedlr.privacy.all_runs import checked_all_runs, with_all_runs
 from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.mechanism import Mechanism
-from fedlr.privacy.profile import profile_of
+from fedlr.privacy.profile import is_same_profile, profile_of
 from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS, rounded_up
 
 PROTECTS_AGAINST = [
@@ -188,15 +188,18 @@ def with_choices(statement: dict[str, Any], choices: Sequence[str]) -> dict[str,
     return {**statement, "choices": list(choices)} if choices else statement
 
 
-def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def recompute(run_dir: str | os.PathLike[str], *, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """State the privacy of a finished run again, from its ledger, and compare with its privacy.json.
 
     Only the number of enrolled clients, numbered from 0, what placed the rows, what was taken as public, what was
     decided on the way, where the start is from (an earlier run's statement too), and which generator an earlier version
-    drew from are taken from privacy.json: the ledger has none of them.
+    drew from are taken from privacy.json: the ledger has none of them. What all runs on the data spent (`all_runs`) is
+    computed again from the ledger that config.yaml names, as it was when the run ended; where that file is not found it
+    is taken from privacy.json too, and said. The curve may differ in the last digits, as another processor rounds.
 
     Args:
         run_dir: holds privacy.json and, for a private run, ledger.jsonl.
+        say: takes a line on what could not be checked.
 
     Returns:
         The recomputed statement.
@@ -217,7 +220,10 @@ def recompute(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
     found = _without_newer(_as_earlier(found, stated), stated)
-    found = with_all_runs(found, stated.get("all_runs"))  # which other runs have added to since
+    others, unchecked = checked_all_runs(stated.get("all_runs"), Path(run_dir))
+    found = _with_told_curve(with_all_runs(found, others), stated)
+    if unchecked is not None:
+        say(unchecked)
     different = sorted(key for key in {*found, *stated} if found.get(key) != stated.get(key))
     if different:
         raise InputError(f"Expected {path} to say what the ledger says, got other values of {', '.join(different)}")
@@ -255,6 +261,18 @@ def _without_newer(found: dict[str, Any], stated: dict[str, Any]) -> dict[str, A
     if isinstance(told := stated.get("client_unit"), dict) and "client_unit" in kept:
         kept["client_unit"] = _without_newer(kept["client_unit"], told)
     return kept
+
+
+def _with_told_curve(found: dict[str, Any], stated: Any) -> dict[str, Any]:
+    """Return a statement with the curve that is stated, where it is the found one but for rounding."""
+    found = dict(found)
+    if not isinstance(stated, dict):
+        return found
+    if "profile" in found and is_same_profile(stated.get("profile"), found["profile"]):
+        found["profile"] = stated["profile"]
+    if "client_unit" in found:
+        found["client_unit"] = _with_told_curve(found["client_unit"], stated.get("client_unit"))
+    return found
 
 
 def _as_earlier(found: dict[str, Any], stated: Any) -> dict[str, Any]:

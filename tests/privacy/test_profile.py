@@ -27,7 +27,7 @@ from fedlr.privacy import mixtures
 from fedlr.privacy.filter import Event
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.mixtures import Mixture, loss_of_mixtures
-from fedlr.privacy.profile import LEAST_DELTA, gaussian_delta, gaussian_epsilon, gaussian_mu, profile
+from fedlr.privacy.profile import LEAST_DELTA, gaussian_delta, gaussian_epsilon, gaussian_mu, is_same_profile, profile
 from fedlr.privacy.statement import privacy_statement, recompute
 from tests.privacy.ledger_rows import MECHANISM, new_ledger
 
@@ -200,3 +200,15 @@ def test_a_statement_of_before_is_checked_without_the_curve_and_a_wrong_curve_is
     path.write_text(json.dumps(stated))
     with pytest.raises(ValueError, match="other values of profile"):
         recompute(tmp_path)
+    stated["profile"]["replace"]["mu"] *= 2
+    for factor, is_taken in ((1 - 1e-5, True), (1 + 1e-5, True), (1 - 2e-4, False), (math.nan, False)):
+        rounded = json.loads(json.dumps(stated))
+        rounded["profile"]["several"][0]["epsilon"] *= factor  # as another processor may round
+        path.write_text(json.dumps(rounded))
+        if is_taken:
+            assert recompute(tmp_path) == rounded
+        else:
+            with pytest.raises(ValueError, match="other values of profile"):
+                recompute(tmp_path)
+    for other in ({**stated["profile"], "several": None}, {**stated["profile"], "more": 1}, [], {}):
+        assert not is_same_profile(other, stated["profile"])

@@ -7,6 +7,7 @@ checks.py finds nothing; an aggregation error that is NaN counts as exact.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from html import escape
@@ -16,7 +17,9 @@ from xml.etree import ElementTree
 import pytest
 
 from fedlr.errors import InputError
+from fedlr.privacy.units import CLIENT, EXAMPLE
 from fedlr.runs.report import write_report
+from fedlr.runs.report.privacy_text import privacy_parts
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.report.wording import bytes_text, epsilon_text, percent
 from tests.report.run_directory import write_json, write_run
@@ -185,6 +188,30 @@ def test_statement_is_told_with_what_it_does_not_cover(run_dir: Path, page: str)
     assert statement["unit"] in page and statement["neighbouring_relation"] in page
     for gap in statement["not_covered"]:
         assert f"<li>{escape(gap)}</li>" in page
+
+
+def test_the_curve_is_rounded_up_names_its_units_and_is_refused_where_it_was_changed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "private")
+    stated = json.loads((folder / "privacy.json").read_text())
+    points = [{"delta": 1e-5, "epsilon": 7.0}, {"delta": 1e-8, "epsilon": None}]
+    curve = {
+        "add_or_remove": {"mu": 2.5, "partly": {"mu": 1.23444, "delta_at_least": 1e-10}},
+        "replace": {"epsilon": points},
+        "several": [{"count": 2, "delta": 1e-5, "epsilon": 12.0}],
+    }
+    words = {EXAMPLE: "such as the rows of one person", CLIENT: "such as clients of one owner"}
+    for unit, whom in words.items():
+        write_json(folder / "privacy.json", {**stated, "unit": unit.text, "profile": curve})
+        told = privacy_parts(read_run(folder))
+        assert any(f"several at once, {whom}, it is 12.000 for 2" in part and "μ = 1.235;" in part for part in told)
+        assert not any(other in part for part in told for name, other in words.items() if name is not unit)
+    write_json(folder / "privacy.json", {**stated, "profile": {**curve, "replace": {"epsilon": points[1:]}}})
+    assert any("nothing bounds ε" in part for part in privacy_parts(read_run(folder)))
+    changed = [{"replace": 1}, {**curve, "several": 1}, {**curve, "add_or_remove": {"mu": "x"}}, {"replace": {}}]
+    for wrong in (*changed, {**curve, "add_or_remove": {"mu": math.inf}}, {**curve, "replace": {"epsilon": [1]}}):
+        write_json(folder / "privacy.json", {**stated, "profile": wrong})
+        with pytest.raises(InputError, match=r"profile|JSON|number"):
+            privacy_parts(read_run(folder))
 
 
 def test_statement_without_gaps_is_called_incomplete(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from fedlr.server.view.adapter_files import find_adapter
 from fedlr.server.view.refusals import NotThere
 from fedlr.simulations.federation import assemble
 from fedlr.simulations.ledgers import create_ledger
+from fedlr.simulations.signatures import is_reported, verify
 from fedlr.simulations.simulate import run_rounds
 from fedlr.training.threads import torch_threads
 from tests.server.whole_federation import SMALL, Federation, close_all, difference, experiment, lines
@@ -350,6 +351,7 @@ def test_an_update_that_does_not_say_what_was_spent_is_not_used(tmp_path: Path) 
     done.leave_behind()
     stated = json.loads((done.run_dir / "privacy.json").read_text())
     assert stated["num_clients_that_reported"] == 4 and stated["reported_by_clients"] and not stated["for_release"]
+    assert is_reported(done.run_dir) and len(verify(done.run_dir, None)) == 5, "four unsigned, no roster"
 
 
 def test_of_nobody_nothing_is_stated() -> None:

@@ -1,11 +1,13 @@
 """What a device said stands over all runs of a server, is told back to it, and is signed (R-L5, R-L6, R-L8).
 
 Mutants killed: memory that ends with a run, that a later run lowers, or that takes a reply sent again for an old one;
-an echo of nothing, or of an older head than is known; a signature of anything, of another word, or of any key.
+an echo of nothing, or of an older head than is known; a signature of anything, of another word, or of any key;
+a verify that lets less be stated than was signed, a smaller delta, words of another run, or any sentence.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,8 +143,9 @@ def test_a_server_that_takes_any_signature_is_seen(tmp_path: Path, change: tuple
         signatures_hold(tmp_path, mutant(fedlr.server.reports, change))
 
 
-def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path: Path) -> None:
-    path, line = keys(tmp_path, "own")
+def a_signed_statement(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what two of four devices report, of which one signed, and its public key."""
+    path, line = keys(folder, "own")
     facts = said(2.0, HEADS[0])
     own = facts.model_copy(update={"signature": sign(facts.model_dump(), load_node_key(path))})
     reports = Reports()
@@ -157,6 +160,11 @@ def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path:
         mechanism=Mechanism(1.0, 1.0, 0.1, 8.0),
         signed=reports.signed,
     )
+    return told, line
+
+
+def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path: Path) -> None:
+    told, line = a_signed_statement(tmp_path)
     assert told["signatures"].startswith("1 of 4 clients signed")
     stated, roster = tmp_path / "privacy.json", tmp_path / "roster.json"
     stated.write_text(json.dumps(told))
@@ -176,11 +184,62 @@ def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path:
         stated.write_text(json.dumps(changed))
         with pytest.raises(InputError, match="client 2"):
             fedlr.simulations.signatures.verify(tmp_path, None)
-    changed = json.loads(json.dumps(told))
-    changed["clients"][1]["epsilon"] = 2.5  # more than was signed
-    stated.write_text(json.dumps(changed))
-    with pytest.raises(InputError, match="smaller epsilon"):
-        fedlr.simulations.signatures.verify(tmp_path, None)
+    statement_follows(tmp_path, told)
+    stated.write_text(json.dumps(told))
+    other_key = {**entry, "public_key": keys(tmp_path, "newer")[1]}
+    roster.write_text(json.dumps({"clients": [other_key], "revoked": [entry]}))
+    assert fedlr.simulations.signatures.verify(tmp_path, roster), "of before enrol --replace"
+    (tmp_path / "ledger.jsonl").touch()
+    assert not fedlr.simulations.signatures.is_reported(tmp_path), "a ledger that is here is computed"
+
+
+def statement_follows(run_dir: Path, told: dict[str, Any], module: object = fedlr.simulations.signatures) -> None:
+    """Raise AssertionError unless verify refuses each change of what is stated, upwards and downwards."""
+
+    def is_refused(changed: dict[str, Any], says: str) -> None:
+        (run_dir / "privacy.json").write_text(json.dumps(changed))
+        try:
+            module.verify(run_dir, None)  # type: ignore[attr-defined]
+        except InputError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"passed: {says}")
+
+    def again(epsilon: float = 2.0, delta: float = 1e-5) -> dict[str, Any]:
+        """Return the statement as whoever changed it would write it: whole, but with the words that there are."""
+        signed = {2: told["clients"][1]["signed"]}
+        numbers = {"num_clients": 4, "randomness": "os", "mechanism": Mechanism(1.0, 1.0, 0.1, 8.0), "signed": signed}
+        return reported_statement(delta, {1: 1.5, 2: epsilon}, {1: HEADS[1], 2: HEADS[0]}, **numbers)  # type: ignore[arg-type]
+
+    assert again() == told
+    for epsilon in (1.0, 2.5):
+        is_refused(again(epsilon), "another epsilon")
+    is_refused(again(delta=1e-9), "larger delta")
+    for key, value in (("delta", 1e-6), ("for_release", False), ("num_clients", 5), ("signatures", "all")):
+        is_refused({**told, key: value}, "follows from its clients")
+    is_refused({**told, "statement": told["statement"].replace("<= 2.0", "<= 0.1")}, "statement")
+    is_refused({**told, "delta": "1e-5"}, "what devices report")
+    for value in ({}, [{}], "none", [{**told["clients"][0], "epsilon": "a"}]):
+        is_refused({**told, "clients": value}, "Expected")
+    (run_dir / "identity.json").write_text(json.dumps({"experiment_id": "f" * 32, "seed": 0}))
+    is_refused(told, "another run")
+    (run_dir / "identity.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('word["epsilon"] != client["epsilon"]', 'word["epsilon"] < client["epsilon"]'),
+        ('word["delta"] <= delta', "True"),
+        ('if word["experiment_id"] not in experiments:', "if False:"),
+        ("    if different:", "    if False:"),
+    ],
+    ids=["less than was signed", "any delta", "any run", "any sentence"],
+)
+def test_a_verify_that_lets_less_be_stated_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
+    told, _ = a_signed_statement(tmp_path)
+    with pytest.raises(AssertionError):
+        statement_follows(tmp_path, told, mutant(fedlr.simulations.signatures, change))
 
 
 def test_a_signature_is_of_one_length_and_the_same_again(tmp_path: Path) -> None:

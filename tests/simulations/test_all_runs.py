@@ -5,14 +5,19 @@ after a refusal.
 """
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fedlr.simulations.all_runs
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import epsilon, longest_lasting_order, renyi_epsilon
-from fedlr.privacy.all_runs import ANY_ROW, all_runs
+from fedlr.privacy.all_runs import ANY_ROW, all_runs, with_all_runs
+from fedlr.privacy.charges import read_ledger
+from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
@@ -81,13 +86,45 @@ def test_a_run_says_what_all_of_them_spent_and_the_next_is_refused_before_it_has
     run_dir = simulate(e, say=said.append)
     assert any("all 1 runs on these data" in line for line in said)
     stated = json.loads((run_dir / "privacy.json").read_text())
-    assert stated["all_runs"] == all_runs(path) and "With the other runs" in stated["statement"]
+    assert (
+        stated["all_runs"] == all_runs(path) and "other runs on these data (1 run with this one)" in stated["statement"]
+    )
     assert stated["epsilon"]["maximum"] <= stated["all_runs"]["epsilon"], "of one client; of any, by the looser filter"
     with pytest.raises(InputError, match="nothing was charged or trained"):
         simulate(e, say=said.append)
     assert len(list((tmp_path / "out").rglob("config.yaml"))) == 1
     assert recompute(run_dir) == stated and all_runs(path)["num_runs"] == 1
     assert all_runs(path)["epsilon"] > 0 and ANY_ROW == 0
+    what_all_runs_spent_is_computed_again(run_dir, stated, path)
+
+
+def what_all_runs_spent_is_computed_again(run_dir: Path, stated: dict[str, Any], path: Path) -> None:
+    """Raise AssertionError unless what a statement says of all runs is what the ledger said when the run ended."""
+    header, charges, head = read_ledger(path)
+    (charge,) = charges.of(ANY_ROW).values()
+    ledger = PrivacyLedger.open(
+        path, header.budget, dataset_id=header.dataset_id, randomness=header.randomness, accountant="rdp"
+    )
+    little = replace(charge.mechanism, noise_multiplier=50.0)
+    assert ledger.reserve(1, little, 1, [ANY_ROW]) == {ANY_ROW: None}, "another run, after this one"
+    unchecked = list[str]()
+    assert all_runs(path)["num_runs"] == 2 and all_runs(path, until=head) == stated["all_runs"]
+    assert recompute(run_dir, say=unchecked.append) == stated and not unchecked
+    file, told = run_dir / "privacy.json", stated["all_runs"]
+    wrong = [{**told, "epsilon": 1.0}, {**told, "num_runs": 2}, {**told, "ledger_head": "0" * 64}, {}, "none", [], None]
+    wrong += [{**told, "epsilon": "inf"}, {**told, "epsilon": math.inf}, {**told, "num_runs": True}]
+    plain = stated["statement"].partition(" Together with")[0]
+    for other in wrong:
+        changed = {**stated, "all_runs": other, "statement": plain}
+        if isinstance(other, dict) and other.get("epsilon") == 1.0:
+            changed = with_all_runs(changed, other)
+        file.write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=r"all_runs|a row with the hash"):
+            recompute(run_dir)
+    file.write_text(json.dumps(stated))
+    path.rename(path.with_name("elsewhere.jsonl"))
+    assert recompute(run_dir, say=unchecked.append) == stated
+    assert len(unchecked) == 1 and "not checked" in unchecked[0]
 
 
 def test_another_budget_is_another_ledger(tmp_path: Path) -> None:

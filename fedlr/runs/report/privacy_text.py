@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
+from fedlr.errors import InputError
 from fedlr.privacy.units import CLIENT
 from fedlr.runs.report.layout import bullets, details, paragraph, table
 from fedlr.runs.report.run_files import Run
-from fedlr.runs.report.wording import epsilon_text, short
+from fedlr.runs.report.wording import digits_up, epsilon_text, short
 
 NOT_COVERED = ("not_covered", "what_is_not_covered", "excluded")
 
@@ -96,7 +98,7 @@ def meaning(run: Run) -> list[str]:
             f"{epsilon_text(last.epsilon_min)} for the one that spent least. The first number is the one to "
             "quote: it is neither a mean nor a sum over clients, and each client vouches for its own."
         )
-    sentences += _told_otherwise(run.statement.get("profile"))
+    sentences += _told_otherwise(run.statement.get("profile"), is_of_clients=is_of_clients)
     of_clients = run.statement.get("client_unit")
     if isinstance(of_clients, Mapping) and isinstance(of_clients.get("statement"), str):
         sentences.append(
@@ -110,24 +112,44 @@ def meaning(run: Run) -> list[str]:
     return sentences
 
 
-def _told_otherwise(curve: object) -> list[str]:
-    """Return the same steps by another relation and by several at once, where the statement has them."""
+def _told_otherwise(curve: object, *, is_of_clients: bool) -> list[str]:
+    """Return the same steps by another relation and by several at once, where the statement has them.
+
+    Raises:
+        InputError: the curve was changed to something else.
+    """
     if not isinstance(curve, Mapping) or "replace" not in curve:
         return []
-    replaced, mu = curve["replace"]["epsilon"], curve["add_or_remove"]
-    told = ", ".join(f"{epsilon_text(p['epsilon'])} at delta = {short(p['delta'])}" for p in replaced if p["epsilon"])
-    words = [f"That is for one that is added or removed. For one that is replaced by another, ε is {told}."]
-    several = [f"{epsilon_text(p['epsilon'])} for {p['count']}" for p in curve.get("several", ()) if p["epsilon"]]
-    if several:
-        words.append(f"For several at once, such as the rows of one person, it is {', '.join(several)}.")
-    partly = mu.get("partly")
-    words.append(
-        f"The steps are together a Gaussian mechanism with μ = {mu['mu']:.4g}."
-        if partly is None
-        else f"At every delta of {short(partly['delta_at_least'])} or more, ε is at most that of a Gaussian mechanism "
-        f"with μ = {partly['mu']:.4g}; only μ = {mu['mu']:.4g} bounds the whole curve."
+    try:
+        return [" ".join([*_relations(curve, is_of_clients=is_of_clients), _gaussian(curve["add_or_remove"])])]
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"Expected the curve of a statement in profile of privacy.json, got {error!r:.200}") from None
+
+
+def _relations(curve: Mapping[str, Any], *, is_of_clients: bool) -> list[str]:
+    replaced, several = (
+        [point for point in points if point["epsilon"] is not None]
+        for points in (curve["replace"]["epsilon"], curve.get("several", ()))
     )
-    return [" ".join(words)]
+    other = "whose updates are replaced by others'" if is_of_clients else "that is replaced by another"
+    told = ", ".join(f"{epsilon_text(p['epsilon'])} at delta = {short(p['delta'])}" for p in replaced)
+    added = "whose updates count or count as zero" if is_of_clients else "that is added or removed"
+    words = [f"That is for one {added}. For one {other}, " + (f"ε is {told}." if told else "nothing bounds ε.")]
+    if several:
+        whom = "such as clients of one owner" if is_of_clients else "such as the rows of one person"
+        told = ", ".join(f"{epsilon_text(point['epsilon'])} for {point['count']}" for point in several)
+        words.append(f"For several at once, {whom}, it is {told}.")
+    return words
+
+
+def _gaussian(bounds: Mapping[str, Any]) -> str:
+    mu, partly = digits_up(bounds["mu"]), bounds.get("partly")
+    if partly is None:
+        return f"The steps are together a Gaussian mechanism with μ = {mu}."
+    return (
+        f"At every delta of {short(partly['delta_at_least'])} or more, ε is at most that of a Gaussian mechanism "
+        f"with μ = {digits_up(partly['mu'])}; only μ = {mu} bounds the whole curve."
+    )
 
 
 def _odds(epsilon: float) -> str:

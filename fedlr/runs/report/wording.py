@@ -103,6 +103,17 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if mark else mantissa
 
 
+def digits_up(value: float) -> str:
+    """Return an upper bound with four significant digits, rounded up.
+
+    >>> digits_up(1.23444), digits_up(0.353554), digits_up(12345.6)
+    ('1.235', '0.3536', '12350')
+    """
+    number = Decimal(repr(float(value)))
+    last = Decimal(1).scaleb(number.adjusted() - 3)
+    return f"{number.quantize(last, rounding=ROUND_CEILING):f}"
+
+
 def bytes_text(num_bytes: float) -> str:
     """Return a number of bytes in decimal units.
 
