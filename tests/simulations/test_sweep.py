@@ -21,6 +21,7 @@ from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.runs.asked import ADDED, ASKED, earlier_run, write_asked
 from fedlr.runs.directory import FINISHED, SUMMARY, create_run_dir, sole_writer, write_json, write_origin
+from fedlr.runs.prepare import with_library
 from fedlr.simulations import cli
 from fedlr.simulations.sweep import run_job, run_sweep
 from fedlr.simulations.sweep_worker import serve
@@ -42,7 +43,7 @@ def written(*overrides: str, finished: bool = True, problem: str | None = None) 
     experiment = compose_experiment([*FAST, *overrides])
     run_dir = create_run_dir(experiment)
     write_asked(run_dir, experiment)
-    write_origin(run_dir, experiment)
+    write_origin(run_dir, with_library(experiment))
     if finished:
         write_json(run_dir / SUMMARY, {"problem": problem, FINISHED: True})
     return run_dir
