@@ -23,6 +23,7 @@ from fedlr.rounds.pools.client_state import Kept
 from fedlr.rounds.round import ServerState
 from fedlr.runs.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fedlr.runs.directory import CHECKPOINTS, CLIENTS, METRICS, cut_lines, versions
+from fedlr.simulations.all_runs import open_all_runs, require_charge
 from fedlr.simulations.choosing import Chooser
 from fedlr.simulations.federation import Federation
 
@@ -38,6 +39,7 @@ class Checkpoints:
         server_ledger: PrivacyLedger | None = None,
     ) -> None:
         self._folder, self._ledger, self._server_ledger = folder, ledger, server_ledger
+        self._all_runs = open_all_runs(federation)
         self._start = federation.start.adapter
         self._is_fixed = not federation.method.dynamic_ranks
         self._every, self._num_rounds = (
@@ -67,6 +69,7 @@ class Checkpoints:
                 self._ledger.require(found.facts["ledger_head"])
             if self._server_ledger:
                 self._server_ledger.require(found.facts["server_ledger_head"])
+            require_charge(self._all_runs, found.facts.get("all_runs_head"))
             self.seconds_before = found.facts["seconds"]
         before = num_rounds + 1 if found else 0
         self.metrics = cut_lines(self._folder / METRICS, lambda row: row["rounds_completed"] < before)
@@ -102,6 +105,8 @@ class Checkpoints:
         }
         if self._server_ledger:
             facts["server_ledger_head"] = self._server_ledger.head()
+        if self._all_runs:
+            facts["all_runs_head"] = self._all_runs.head()
         more = {**kept.tensors(), **chooser.tensors()}
         save_checkpoint(self._folder / CHECKPOINTS, state, facts, more=more)
 
@@ -131,6 +136,7 @@ class _Facts(Section):
     ledger_head: str | None
     client_unit: bool = False
     server_ledger_head: str | None = None
+    all_runs_head: str | None = None
     num_lines: dict[str, int]
     seconds: float
     best: _Best | None = None

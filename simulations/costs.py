@@ -1,7 +1,9 @@
 """What a run will cost in time and memory: an estimate from a few texts that are measured on this machine.
 
 Only held-out texts are measured, at most `MOST_MEASURED` of them, spread evenly over their lengths. What the run does
-with more of them is taken to cost as much a token. No file is written, and no state of a frozen layer is kept.
+with more of them, or with clients' rows of another mean length, is taken to cost as much a token. That mean is of
+private rows, and no epsilon covers an estimate that is passed on. No file is written, and no state of a frozen layer is
+kept.
 """
 
 import os
@@ -97,7 +99,11 @@ def measure(prepared: Federation) -> Costs:
 
 
 def measure_step(probe: Federation) -> Measured:
-    """Measure a step of an average client on one thread, on held-out text: no client's data are read."""
+    """Measure a step of an average client on one thread, on held-out text.
+
+    Of the clients' rows their number and mean length count (`longer_rows`), so the estimate depends on both: it is
+    printed here and sent nowhere.
+    """
     e = probe.experiment
     expected = max(1.0, statistics.fmean(len(client) for client in probe.clients) * e.trainer.sample_rate)
     rows = min(MOST_MEASURED, round(expected))

@@ -19,6 +19,7 @@ from fedlr.data.choices import ChoiceFormat, load_questions
 from fedlr.data.conversations import Conversations
 from fedlr.errors import InputError
 from fedlr.models.network import AdaptedModel, BaseModel
+from fedlr.models.products import has_onednn
 from fedlr.models.released import open_released
 from fedlr.rounds.evaluate import evaluate
 from fedlr.runs.directory import FINISHED, SUMMARY, read_json, recorded_experiment
@@ -120,12 +121,17 @@ def chose_by(experiment: Experiment, table: str | None) -> bool:
 
 
 def on_this_machine(experiment: Experiment, *, say: Callable[[str], None]) -> Experiment:
-    """Return the experiment with a processor that is here: what trained on a GPU can be scored without one."""
-    runtime = experiment.runtime
-    if not runtime.device.startswith("cuda") or torch.cuda.is_available():
-        return experiment
-    say(f"note: the run computed on {runtime.device}, which is not here: it is scored on the cpu, and rounds otherwise")
-    return experiment.model_copy(update={"runtime": runtime.model_copy(update={"device": "cpu"})})
+    """Return the experiment with a processor and a library that are here: what trained on a GPU, or by oneDNN, can be
+    scored without.
+    """
+    runtime, other = experiment.runtime, dict[str, str]()
+    if runtime.device.startswith("cuda") and not torch.cuda.is_available():
+        say(f"note: the run computed on {runtime.device}, which is not here: scored on the cpu, it rounds otherwise")
+        other["device"] = "cpu"
+    if runtime.matmul == "onednn" and not has_onednn():
+        say("note: the run multiplied by oneDNN, which this PyTorch lacks: scored without, it rounds otherwise")
+        other["matmul"] = "auto"
+    return experiment.model_copy(update={"runtime": runtime.model_copy(update=other)}) if other else experiment
 
 
 def check_asked(asked: Asked, experiment: Experiment) -> None:

@@ -31,6 +31,7 @@ from fedlr.runs.prepare import (
     private_mechanism,
     with_clients_of,
     with_library,
+    with_whole_path,
     working_model,
 )
 from fedlr.runs.tables import load_tables, num_rows_of
@@ -189,7 +190,7 @@ def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None =
         InputError: for anything that could not run as configured.
     """
     method = check_parts(experiment)
-    experiment = with_library(experiment)
+    experiment = with_whole_path(with_library(experiment))
     data, held_out, validation = load_tables(experiment, seed=seed)
     validated = () if validation is None else (validation,)
     partition: Partition = build(

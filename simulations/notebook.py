@@ -145,7 +145,8 @@ def train(
         server_ledger: likewise, for what the server spends where whole clients are hidden (`privacy.unit=client`).
 
     Raises:
-        InputError: with privacy and without its ledger.
+        InputError: with privacy and without its ledger; a ledger that is there already; or all runs of
+            `privacy.ledger` together would exceed its budget.
 
     >>> import fedlr
     >>> small = ("num_clients=3", "cohort_size=3", "data.num_examples=60", "data.num_test=20", "runtime.num_workers=1")
@@ -169,9 +170,14 @@ def train(
                 f"Expected a {name} with privacy, got none: name a new file, such as {name}='{name}.jsonl', or set "
                 "privacy=none"
             )
-    charge_run(federation)
     clients = None if ledger is None else create_ledger(federation, Path(ledger))
     servers = None if server_ledger is None else create_server_ledger(federation, Path(server_ledger))
+    try:
+        charge_run(federation)
+    except InputError:
+        for created in filter(None, (clients, servers)):
+            created.path.unlink()  # nothing was trained, and the next call makes it anew
+        raise
     with torch_threads(1), closing(make_pool(federation, clients)) as pool:
         done = 0
         try:

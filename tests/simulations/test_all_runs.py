@@ -1,7 +1,7 @@
 """One ledger for all runs on the same rows: they add up, the one too many is refused before it trains (R-L2).
 
 Mutants killed: a run that is charged one round in place of all, to an account of its own, or never; one that goes on
-after a refusal.
+after a refusal; a charge before what can still fail; a run that goes on without the charge it was given.
 """
 
 import json
@@ -21,8 +21,10 @@ from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
+from fedlr.simulations.notebook import train
 from fedlr.simulations.simulate import simulate
-from tests.simulations.small_runs import experiment, federation
+from tests.simulations.small_runs import SMALL, experiment, federation
+from tests.simulations.test_resume import cut_off, quietly
 from tests.training.small_models import mutant
 
 TOTAL = 5.0
@@ -92,7 +94,7 @@ def test_a_run_says_what_all_of_them_spent_and_the_next_is_refused_before_it_has
     assert stated["epsilon"]["maximum"] <= stated["all_runs"]["epsilon"], "of one client; of any, by the looser filter"
     with pytest.raises(InputError, match="nothing was charged or trained"):
         simulate(e, say=said.append)
-    assert len(list((tmp_path / "out").rglob("config.yaml"))) == 1
+    assert len(list((tmp_path / "out").rglob("*.yaml"))) == 2, "asked.yaml and config.yaml of the first"
     assert recompute(run_dir) == stated and all_runs(path)["num_runs"] == 1
     assert all_runs(path)["epsilon"] > 0 and ANY_ROW == 0
     what_all_runs_spent_is_computed_again(run_dir, stated, path)
@@ -146,3 +148,63 @@ def test_another_budget_is_another_ledger(tmp_path: Path) -> None:
 def test_what_it_does_not_cover_is_refused_by_name(words: tuple[str, ...], match: str) -> None:
     with pytest.raises(InputError, match=match):
         experiment(*words)
+
+
+def test_nothing_is_charged_before_what_can_still_be_refused(tmp_path: Path) -> None:
+    path, ledger = tmp_path / "all.jsonl", tmp_path / "clients.jsonl"
+    f = federation("privacy.epsilon=3", f"privacy.ledger={path}", "privacy.ledger_epsilon=3.5")
+    ledger.touch()
+    with pytest.raises(InputError, match="Expected no ledger"):
+        next(train(f, ledger=ledger))
+    assert not path.exists()
+    ledger.unlink()
+    fedlr.simulations.all_runs.charge_run(f)
+    with pytest.raises(InputError, match="nothing was charged or trained"):
+        next(train(f, ledger=ledger))
+    assert not ledger.exists(), "or the next call would find it in its way"
+    (tmp_path / "file").touch()
+    new = tmp_path / "new.jsonl"
+    words = ("privacy.epsilon=3", f"privacy.ledger={new}", "privacy.ledger_epsilon=3.5")
+    with pytest.raises(InputError):
+        simulate(experiment(*words, f"tracking.output_dir={tmp_path / 'file'}"), say=print)
+    assert not new.exists()
+
+
+def test_a_run_goes_on_from_any_folder_and_only_with_its_charge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("privacy.ledger=all.jsonl", "privacy.ledger_epsilon=9", "privacy.epsilon=3")
+    run_dir = cut_off(tmp_path / "runs", *words, words=SMALL)
+    path, whole = tmp_path / "all.jsonl", (tmp_path / "all.jsonl").read_bytes()
+    assert f"ledger: {path}" in (run_dir / "config.yaml").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    path.write_bytes(whole.splitlines(keepends=True)[0])  # put back as it was before the run
+    with pytest.raises(InputError, match="older copy of the ledger"):
+        quietly(run_dir)
+    path.unlink()
+    with pytest.raises(InputError, match="Expected a ledger at"):
+        quietly(run_dir)
+    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
+    path.write_bytes(whole)
+    quietly(run_dir)
+    assert path.read_bytes() == whole and "all_runs" in json.loads((run_dir / "privacy.json").read_text())
+
+
+def test_runs_that_begin_together_make_one_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "all.jsonl"
+    f = federation("privacy.epsilon=1", f"privacy.ledger={path}", "privacy.ledger_epsilon=9")
+    create, others = PrivacyLedger.create, list[Any]()
+
+    def overtaken(*args: Any, **about: Any) -> PrivacyLedger:
+        """Create a ledger while another run does so too, and is charged."""
+        monkeypatch.setattr(PrivacyLedger, "create", create)
+        others.append(fedlr.simulations.all_runs.charge_run(f))
+        return create(*args, **about)
+
+    monkeypatch.setattr(PrivacyLedger, "create", overtaken)
+    told = fedlr.simulations.all_runs.charge_run(f)
+    assert told is not None and (others[0]["num_runs"], told["num_runs"]) == (1, 2)
+    assert list(tmp_path.iterdir()) == [path]

@@ -200,3 +200,8 @@ def test_a_conclusion_names_what_fails() -> None:
     assert "FAILS" in table(found)[1]
     with pytest.raises(InputError):
         split_options(["audit.guesses=0"])
+
+
+def test_an_audit_does_not_pass_by_a_ledger_of_all_runs() -> None:
+    with pytest.raises(InputError, match="Expected privacy.ledger=null for an audit, got 'all.jsonl'"):
+        audit_module.check_auditable(experiment("privacy.ledger=all.jsonl", "privacy.ledger_epsilon=9"))

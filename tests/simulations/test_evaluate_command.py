@@ -5,6 +5,7 @@ clients trained on under another name.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -303,9 +304,13 @@ def test_a_run_of_another_machine_and_of_personal_parts_says_so(
     run_dir = run_of(tmp_path, "experiment=tiny_lm", "data.num_examples=60", "method=fedsa_lora")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path, told = run_dir / "config.yaml", list[str]()
-    path.write_text(path.read_text().replace("device: cpu", "device: cuda"))
+    monkeypatch.setattr("fedlr.models.products.has_onednn", lambda: False)
+    monkeypatch.setattr("fedlr.simulations.evaluate.has_onednn", lambda: False)
+    text = path.read_text().replace("device: cpu", "device: cuda")
+    path.write_text(re.sub("matmul: .*", "matmul: onednn", text))
     (rows,), _ = evaluate_run(run_dir, Asked(on="held-out"), say=told.append)
-    assert rows.base is not None and "which is not here" in told[0] and "each client kept its own lora_B" in told[1]
+    assert rows.base is not None and "which is not here" in told[0]
+    assert "by oneDNN, which this PyTorch lacks" in told[1] and "each client kept its own lora_B" in told[2]
 
 
 def test_a_table_in_the_terminal_has_a_column_for_the_base_only_where_it_answers() -> None:

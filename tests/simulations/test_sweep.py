@@ -14,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fedlr.simulations.simulate
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
-from fedlr.runs.asked import ASKED, earlier_run, write_asked
+from fedlr.runs.asked import ADDED, ASKED, earlier_run, write_asked
 from fedlr.runs.directory import FINISHED, SUMMARY, create_run_dir, sole_writer, write_json, write_origin
+from fedlr.runs.prepare import with_library
 from fedlr.simulations import cli
 from fedlr.simulations.sweep import run_job, run_sweep
 from fedlr.simulations.sweep_worker import serve
@@ -41,7 +43,7 @@ def written(*overrides: str, finished: bool = True, problem: str | None = None) 
     experiment = compose_experiment([*FAST, *overrides])
     run_dir = create_run_dir(experiment)
     write_asked(run_dir, experiment)
-    write_origin(run_dir, experiment)
+    write_origin(run_dir, with_library(experiment))
     if finished:
         write_json(run_dir / SUMMARY, {"problem": problem, FINISHED: True})
     return run_dir
@@ -59,6 +61,25 @@ def test_a_run_is_found_by_what_was_asked_for() -> None:
     assert found("seed=1", *auto, "runtime.num_workers=7", "tracking.checkpoint_every=null") == run_dir
     for other in (("seed=2", *auto), ("seed=1",), ("seed=1", *auto, "num_rounds=2"), ("seed=1", *auto, "name=other")):
         assert found(*other) is None, other
+
+
+def test_a_run_from_before_a_key_was_added_is_found_and_its_library_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.simulations.test_sweep.FAST", FAST[:-1])  # with privacy
+    run_dir = written()
+    tree = yaml.safe_load((run_dir / ASKED).read_text())
+    for section, key in [*(("privacy", key) for key in ADDED["privacy"]), ("runtime", "matmul")]:
+        tree[section].pop(key, None)
+    for section in ("data", "model"):
+        tree[section]["fetched_by"] = "python -m assets"
+    (run_dir / ASKED).write_text(yaml.safe_dump(tree))
+    versions = json.loads((run_dir / "versions.json").read_text())
+    del versions["matmul"]
+    write_json(run_dir / "versions.json", versions)
+    monkeypatch.setattr("fedlr.runs.asked.library_of", lambda asked: "onednn")
+    earlier = earlier_run(compose_experiment(list(FAST)))
+    assert earlier is not None and (earlier.run_dir, earlier.changed) == (run_dir, "matmul mkl, now onednn")
+    assert found("privacy.release_noise=grid") is None
+    assert found("privacy.ledger=a.jsonl", "privacy.ledger_epsilon=9") is None
 
 
 def test_a_run_without_a_seed_is_never_the_same() -> None:
