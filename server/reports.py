@@ -5,9 +5,9 @@ that says otherwise has lost its ledger, put an older copy back, or does not tel
 name, and the server's statement keeps the highest epsilon that the device ever reported. That a word stands is all that
 this can show: whoever reports too little from the first round on is not found out (`fedlr.privacy.reported`).
 
-A device sends an update again with its ledger's row of now, which it may have reported in another run meanwhile. So the
-newest row that is known of a client passes once in a run that has not heard it, where epsilon did not fall. This gives up
-one update in each run (and at each start that lost what was heard): of a device that charged nothing for it.
+A device sends an update again with its ledger's row of now, which it may have reported in another run meanwhile. So
+the newest row that is known of a client passes once in a run that has not heard it, where epsilon did not fall. This
+gives up one update in each run (and at each start that lost what was heard): of a device that charged nothing for it.
 """
 
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ class Reports:
         return LedgerEcho(epsilon, newest[-1]) if newest else None
 
     def remember(self) -> None:
-        """Write what was heard beside what other runs heard: the heads that are new, and all where the file has none."""
+        """Write what was heard beside what other runs heard: the heads that are new, all where the file has none."""
         heads = {
             client: self._unwritten.get(client, []) if self.remembered.of(client).heads else self.heads.get(client, [])
             for client in self.epsilon
