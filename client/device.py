@@ -88,7 +88,9 @@ class Device:
         except Refused as refusal:
             self._say(f"{where}: refused ({refusal.reason}): {refusal}")
             reply = self._refusal(request, refusal.reason)
-        except Exception as error:  # what went wrong with private data stays here
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # what went wrong with private data stays here, a panic of a library too
             self._say(f"{where}: failed: {type(error).__name__}: {error}")
             reply = self._refusal(request, "device_error")
         return reply.record()

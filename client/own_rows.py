@@ -91,7 +91,9 @@ def encode_readable(
         nonlocal problem
         try:
             return task.encode(base, table, max_length=max_length)
-        except Exception as error:  # whatever a template, a tokenizer or the memory makes of a row
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a template, a tokenizer (a panic too) or the memory makes of a row
             problem = problem or f"{type(error).__name__}: {first_line(error)}"
             return None
 
@@ -156,7 +158,9 @@ class LateRows:
         try:
             with self._one_by_one:
                 return self.past(few).batch(range(len(few)))
-        except Exception as error:  # the memory, an operation that does not take a value
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the memory, an operation that does not take a value, a library's panic
             self.rehearsal.failed(error, len(few))
         constant = self.rehearsal.share.table.batch([0])
         nothing = {n: t.fill_(math.nan) if t.is_floating_point() else t for n, t in constant.inputs.items()}

@@ -46,7 +46,9 @@ def serve(run: Run, grid: Grid) -> None:
         nodes = enrolled = RosterNodes(grid, Path(e.deployment.roster))
         members, grace_s = enrolled.members, e.deployment.grace_s
         public_keys = enrolled.public_keys
-        run.progress.reports.remembered = Remembered.beside(Path(e.deployment.roster))
+        run.progress.reports.remembered = remembered = Remembered.of_server(e.deployment)
+        if terms.mechanism is not None:
+            remembered.require_writable()
     else:
         nodes = PartitionNodes(grid, num_clients=e.num_clients)
     pool = GridPool(

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from fedlr.config.schema import AUTO, Experiment
 from fedlr.errors import InputError
 from fedlr.runs.directory import recorded_tree
@@ -71,15 +73,32 @@ def check_same(experiment: Experiment, run_dir: Path) -> None:
         raise InputError(f"Expected the whole configuration of a run in {run_dir}/config.yaml, got none of {absent[0]}")
     since = here.keys() - there.keys()  # keys that the program which began it did not have yet
     for key in sorted({*there, *here} - since - {"deployment", "runtime", "tracking"}):  # which change no result
-        if there.get(key) != _without_new(here.get(key), there.get(key)):
+        if _without_hints(there.get(key)) != _without_hints(
+            _without_new(here.get(key), there.get(key), _defaults(key))
+        ):
             raise InputError(
                 f"Expected the configuration of {run_dir}/config.yaml to go on with its run, got another {key}: choose "
                 "another directory, or the same configuration"
             )
 
 
-def _without_new(here: Any, there: Any) -> Any:
-    """Return a section without the unset keys that the program which began the run did not have yet."""
+def _defaults(section: str) -> dict[str, Any]:
+    """Return what a section's keys are where a file has none of them: what every run did before there was the key."""
+    kind = Experiment.model_fields[section].annotation if section in Experiment.model_fields else None
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return {key: field.default for key, field in fields.items() if not field.is_required()}
+
+
+def _without_new(here: Any, there: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return a section without the keys that the program which began the run did not have yet, where they are unset or
+    as every run was before."""
     if not isinstance(here, dict) or not isinstance(there, dict):
         return here
-    return {key: value for key, value in here.items() if key in there or value is not None}
+    return {key: value for key, value in here.items() if key in there or value not in (None, defaults.get(key))}
+
+
+def _without_hints(section: Any) -> Any:
+    """Return a section without the command that fetches what is missing, which changes no result."""
+    return (
+        {key: value for key, value in section.items() if key != "fetched_by"} if isinstance(section, dict) else section
+    )

@@ -1,6 +1,7 @@
-"""What devices said of their ledgers in any run of this server: a file beside the roster, which outlives runs.
+"""What devices said of their ledgers in any run of this server: a file that outlives runs, beside the roster or where
+`deployment.ledgers` says.
 
-    {"clients": {"3": {"epsilon": 2.5, "heads": ["...", "..."], "task": "..."}}}
+    {"clients": {"3": {"epsilon": 2.5, "heads": ["...", "..."]}}}
 
 A run compares what it hears with this, and tells each device the last of it (`fedlr.flower.messages.LedgerEcho`), so
 that a ledger which was put back is found by both sides, whichever run it happens in. A device whose data are new, with
@@ -8,6 +9,7 @@ a new ledger, is let in again when its entry is taken out by hand: that is the o
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedlr.errors import InputError
-from fedlr.files import write_whole
+from fedlr.config.schema import DeploymentSection
+from fedlr.errors import InputError, PassingError
+from fedlr.files import NotWritten, write_whole
 from fedlr.flower.messages import LARGEST_EPSILON
 from fedlr.flower.task_terms import Sha256
 from fedlr.server.roster import locked
@@ -26,20 +29,17 @@ MOST_HEADS = 1000  # of a client, the newest
 
 
 class Known(BaseModel):
-    """What a client said: its highest epsilon, its ledger's last row at each update, and the last update's task."""
+    """What a client said: its highest epsilon, and its ledger's last row at each update, the newest last."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     epsilon: Annotated[float, Field(ge=0, le=LARGEST_EPSILON)] = 0.0
     heads: tuple[Sha256, ...] = Field(default=(), strict=False)
-    task: Sha256 | None = None
 
     def joined(self, later: "Known") -> "Known":
-        """Return what both say, `later` the newer."""
-        heads = (*(head for head in self.heads if head not in later.heads), *later.heads)
-        is_last = heads[-1:] == self.heads[-1:]
-        task = later.task or (self.task if is_last else None)
-        return Known(epsilon=max(self.epsilon, later.epsilon), heads=heads[-MOST_HEADS:], task=task)
+        """Return what both say, `later` the newer; a head that is known keeps its place."""
+        heads = (*self.heads, *(head for head in later.heads if head not in self.heads))
+        return Known(epsilon=max(self.epsilon, later.epsilon), heads=heads[-MOST_HEADS:])
 
 
 class _File(BaseModel):
@@ -62,8 +62,46 @@ class Remembered:
         Raises:
             InputError: it is there and is not what was written: whoever lost it would not notice a ledger put back.
         """
-        path = roster.with_name(NAME)
+        return cls.at(roster.with_name(NAME))
+
+    @classmethod
+    def at(cls, path: Path) -> "Remembered":
+        """Return what a file holds; nothing where there is none yet.
+
+        Raises:
+            InputError: as of `beside`.
+        """
         return cls(path, _read(path))
+
+    @classmethod
+    def of_server(cls, deployment: DeploymentSection) -> "Remembered":
+        """Return what the file of `deployment.ledgers` holds, or the one beside the roster.
+
+        Raises:
+            InputError: as of `beside`.
+        """
+        return cls.at(Path(deployment.ledgers)) if deployment.ledgers else cls.beside(Path(deployment.roster))
+
+    def require_writable(self) -> None:
+        """Try whether what a run hears could be kept, before anybody is asked and has spent for it.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        if self.path is None:
+            return
+        try:
+            with locked(self.path):
+                is_writable, why = os.access(self.path.parent, os.W_OK), "it is not writable"
+        except NotWritten as error:
+            if error.exit_code == PassingError.exit_code:  # a full disk
+                raise
+            is_writable, why = False, str(error.__cause__ or error)
+        if not is_writable:
+            raise InputError(
+                f"Expected a folder that can be written for {self.path}, which keeps what devices say of their privacy "
+                f"ledgers, got {self.path.parent}: {why}; set deployment.ledgers to a file in one that can"
+            )
 
     def keep(self, heard: Mapping[int, Known]) -> None:
         """Add what a run heard, beside what other runs wrote meanwhile; whole or not at all."""

@@ -4,6 +4,10 @@ A ledger only grows: epsilon over its life never falls, and after another round 
 that says otherwise has lost its ledger, put an older copy back, or does not tell the truth. Its update is refused by
 name, and the server's statement keeps the highest epsilon that the device ever reported. That a word stands is all that
 this can show: whoever reports too little from the first round on is not found out (`fedlr.privacy.reported`).
+
+A device sends an update again with its ledger's row of now, which it may have reported in another run meanwhile. So
+the newest row that is known of a client passes once in a run that has not heard it, where epsilon did not fall. This
+gives up one update in each run (and at each start that lost what was heard): of a device that charged nothing for it.
 """
 
 from collections.abc import Mapping
@@ -30,14 +34,16 @@ class Reports:
     epsilon: dict[int, float] = field(default_factory=dict)
     heads: dict[int, list[str]] = field(default_factory=dict)
     _tasks: dict[int, str] = field(default_factory=dict)  # which the newest head was reported for, since this start
+    _unwritten: dict[int, list[str]] = field(default_factory=dict, compare=False)  # heads since the last `remember`
     signed: dict[int, dict[str, Any]] = field(default_factory=dict)
     remembered: Remembered = field(default_factory=Remembered, compare=False)
 
     def hear(self, client: int, facts: ReplyFacts, task_sha256: str, *, public_key: str | None = None) -> str | None:
         """Take in what a reply with a statement says; return why an update that comes with it is refused, or None.
 
-        The same reply may come again for the same task: a device sends what it had released as it was. With the
-        client's key, a signature that is another's is refused; that there is none is only said (`missing`).
+        The same reply may come again for the same task: a device sends what it had released as it was. The newest head
+        of other runs passes once, whatever its task (above). With the client's key, a signature that is another's is
+        refused; that there is none is only said (`missing`).
         """
         assert facts.epsilon is not None and facts.ledger_head is not None
         word = facts.model_dump()
@@ -57,12 +63,12 @@ class Reports:
             return None
         heads = self.heads.setdefault(client, [])
         was_last_here = heads[-1:] == [facts.ledger_head] and self._tasks.get(client) == task_sha256
-        was_last = known.heads[-1:] == (facts.ledger_head,) and known.task == task_sha256
         if facts.ledger_head in heads:
             return None if was_last_here else OLD
-        if facts.ledger_head in known.heads and not was_last:
+        if facts.ledger_head in known.heads[:-1]:
             return OLD
         heads.append(facts.ledger_head)
+        self._unwritten.setdefault(client, []).append(facts.ledger_head)
         self._tasks[client] = task_sha256
         return None
 
@@ -70,18 +76,20 @@ class Reports:
         """Return what a client last said, here or in another run, to tell it back; None where it said nothing."""
         known = self.remembered.of(client)
         epsilon = max(self.epsilon.get(client, 0.0), known.epsilon)
-        newer = [head for head in self.heads.get(client, []) if head not in known.heads]
-        head = next(reversed([*known.heads, *newer]), None)
-        return None if head is None else LedgerEcho(epsilon, head)
+        own = self.heads.get(client, [])
+        newest = self._unwritten.get(client) or known.heads or own  # a file keeps the newest alone, and of all runs
+        return LedgerEcho(epsilon, newest[-1]) if newest else None
 
     def remember(self) -> None:
-        """Write what was heard beside what other runs heard."""
+        """Write what was heard beside what other runs heard: the heads that are new, all where the file has none."""
+        heads = {
+            client: self._unwritten.get(client, []) if self.remembered.of(client).heads else self.heads.get(client, [])
+            for client in self.epsilon
+        }
         self.remembered.keep(
-            {
-                client: Known(epsilon=epsilon, heads=tuple(self.heads.get(client, ())), task=self._tasks.get(client))
-                for client, epsilon in self.epsilon.items()
-            }
+            {client: Known(epsilon=epsilon, heads=tuple(heads[client])) for client, epsilon in self.epsilon.items()}
         )
+        self._unwritten.clear()
 
     def last_heads(self) -> dict[int, str]:
         """Return each client's newest head."""

@@ -39,6 +39,11 @@ def check_language(experiment: "Experiment") -> None:
         raise InputError(
             "Expected adapter.train_head=false with task=causal_lm, got true: a language model's head stays frozen"
         )
+    if e.runtime.cache_prefix and e.runtime.kind != "local":
+        raise InputError(
+            f"Expected runtime.cache_prefix=false with task=causal_lm and runtime={e.runtime.kind}, got true: devices "
+            "keep no states of a decoder"
+        )
     if e.data.label_weights:
         raise InputError("Expected data.label_weights=null with task=causal_lm, got some: conversations have no label")
     if e.partition.target in BY_LABEL:

@@ -209,6 +209,7 @@ class DeploymentSection(Section):
     root_certificates: str
     superexec_secret: str
     roster: str
+    ledgers: Annotated[str, Field(min_length=1)] | None = None  # beside the roster
     min_updates: PositiveInt
     round_deadline_s: PositiveFloat
     grace_s: PositiveFloat | None = 60.0

@@ -112,7 +112,7 @@ STATES: Mapping[str, Sequence[Case]] = {
 TRAINEES: dict[str, Trainee] = {}
 
 
-class Killed(BaseException):
+class Killed(SystemExit):
     pass
 
 

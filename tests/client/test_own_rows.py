@@ -20,7 +20,7 @@ import fedlr.client.trainee
 from fedlr.adapters.state import HEAD, LORA_B
 from fedlr.client.device import Device
 from fedlr.client.device_checks import round_text
-from fedlr.client.own_rows import encode_readable
+from fedlr.client.own_rows import LateRows, encode_readable
 from fedlr.client.settings import Settings
 from fedlr.data.conversations import ASSISTANT, USER, Conversations, Turn
 from fedlr.errors import InputError
@@ -29,8 +29,9 @@ from fedlr.flower.task_terms import reading_sha256
 from fedlr.flower.terms import Terms
 from fedlr.models.causal import pretrained_causal, tiny_random_causal
 from fedlr.models.network import BaseModel
+from fedlr.rounds.pools.rehearsal import Rehearsal
 from fedlr.tasks.causal_lm import CausalLM
-from fedlr.tasks.examples import Examples
+from fedlr.tasks.examples import Examples, Share
 from tests.client.blind import answer
 from tests.client.device_files import LANGUAGE, LANGUAGE_PATH, SMALL, device_settings, enrolled, language_terms
 from tests.client.hostile_server import sane_request
@@ -134,13 +135,18 @@ def test_the_owner_is_told_before_a_device_connects(picky: Path, tmp_path: Path)
     assert round_text(settings, sane_request(terms=terms_of(base, "chatml")).terms).startswith("8 rows are read")
 
 
-def test_the_rows_that_cannot_be_read_are_left_out_and_no_others() -> None:
+class Panic(BaseException):
+    """Stands for what a tokenizer in Rust raises, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, Panic])
+def test_the_rows_that_cannot_be_read_are_left_out_and_no_others(error: type[BaseException]) -> None:
     base, bad = tiny_random_causal(seed=0, **SMALL), {0, 5, 6, 12}
 
     class Fails(CausalLM):
         def encode(self, base: Any, table: Any, *, max_length: int) -> Any:
             if bad & set(table.numbers.tolist()):
-                raise MemoryError
+                raise error
             return super().encode(base, table, max_length=max_length)
 
     texts = ["red " * (number + 1) for number in range(13)]
@@ -149,9 +155,21 @@ def test_the_rows_that_cannot_be_read_are_left_out_and_no_others() -> None:
     found = encode_readable(Fails(), base, table, max_length=64, say=said.append)
     wanted = CausalLM().encode(base, table.subset([n for n in range(13) if n not in bad]), max_length=64)
     assert found is not None and np.array_equal(found.lengths, wanted.lengths)  # type: ignore[attr-defined]
-    assert len(said) == 1 and said[0].startswith("4 of 13 rows") and "MemoryError" in said[0]
+    assert len(said) == 1 and said[0].startswith("4 of 13 rows") and error.__name__ in said[0]
     none = encode_readable(Fails(), base, table.subset([0, 5]), max_length=64, say=said.append)
     assert none is None and said[1].startswith("2 of 2 rows")
+
+
+def test_rows_whose_layers_panic_count_as_zero() -> None:
+    base, said = tiny_random_causal(seed=0, **SMALL), list[str]()
+    turns = (Turn(USER, "red"), Turn(ASSISTANT, "blue"))
+    rows = CausalLM().encode(base, Conversations((turns,), np.arange(1), None, "rows"), max_length=64)
+
+    def past(few: Examples) -> Examples:
+        raise Panic
+
+    made = LateRows(rows, past, Rehearsal(Share.whole(rows), said.append)).batch([0])
+    assert len(made.targets) == 1 and len(said) == 1 and "Panic" in said[0]
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def no_thread_stays() -> Iterator[None]:
     close_all()
 
 
-class Killed(BaseException):
+class Killed(SystemExit):
     """Stands for SIGKILL: nothing that handles errors sees it."""
 
 

@@ -85,6 +85,20 @@ def test_a_run_of_before_there_were_test_tables_goes_on_and_one_with_a_new_choic
         check_same(experiment("num_rounds=1", "data.num_test=null", "data.test_path=held-out.csv"), tmp_path)
 
 
+def test_a_run_of_before_there_was_noise_on_a_grid_goes_on_and_one_with_that_does_not(tmp_path: Path) -> None:
+    began = experiment("num_rounds=1").resolved()
+    for key in ("release_noise", "mechanism", "bands", "ledger", "ledger_epsilon"):
+        began["privacy"].pop(key, None)
+    began["data"]["fetched_by"] = "python -m another.name"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(began))
+    now = experiment("num_rounds=1")
+    check_same(now, tmp_path)
+    for key, value in (("release_noise", "grid"), ("mechanism", "dp_ftrl"), ("bands", 2), ("ledger", "all.jsonl")):
+        changed = now.model_copy(update={"privacy": now.privacy.model_copy(update={key: value})})
+        with pytest.raises(InputError, match="another privacy"):
+            check_same(changed, tmp_path)
+
+
 def test_a_server_holds_the_directory_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[Path] = []
 

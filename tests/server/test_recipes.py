@@ -101,6 +101,12 @@ def test_the_command_of_a_unit_exists(unit: Path) -> None:
         assert words[1] in COMMANDS
 
 
+def test_the_rounds_keep_what_devices_say_in_a_folder_that_they_may_write() -> None:
+    keys = service(named("fedlr-server@"))
+    (ledgers,) = re.findall(r"deployment\.ledgers=(\S+)", keys["ExecStart"])
+    assert Path(ledgers).parent == Path("/var/lib") / keys["StateDirectory"]
+
+
 def test_the_superlink_and_the_rounds_speak_to_loopback_alone() -> None:
     for unit in map(named, ("fedlr-superlink", "fedlr-server@", "fedlr-watchdog")):
         assert (service(unit)["IPAddressDeny"], service(unit)["IPAddressAllow"]) == ("any", "localhost")

@@ -5,7 +5,9 @@ an echo of nothing, or of an older head than is known; a signature of anything, 
 a verify that lets less be stated than was signed, a smaller delta, words of another run, or any sentence.
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from fedlr.privacy.reported import reported_statement
 from fedlr.server.remembered import Remembered
 from fedlr.server.reports import Reports
 from tests.server.small_federation import TERMS
+from tests.server.whole_federation import experiment
 from tests.training.small_models import mutant
 
 HEADS = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
@@ -47,7 +50,9 @@ def a_word_outlives_its_run(roster: Path, module: object = fedlr.server.reports)
     assert a_run(roster, (1.0, HEADS[2], "3" * 64), module=module) == ["epsilon_fell"], "the ledger is new"
     assert a_run(roster, (5.0, HEADS[0], "3" * 64), module=module) == ["old_ledger"], "it was put back"
     assert a_run(roster, (5.0, HEADS[1], "2" * 64), module=module) == [None], "sent again to a server that was killed"
-    assert a_run(roster, (5.0, HEADS[1], "3" * 64), module=module) == ["old_ledger"]
+    for_another = (5.0, HEADS[1], "3" * 64), (5.0, HEADS[1], "4" * 64)
+    assert a_run(roster, *for_another, module=module) == [None, "old_ledger"], "sent again after another run, once"
+    assert a_run(roster, (4.0, HEADS[1], "3" * 64), module=module) == ["epsilon_fell"]
     assert a_run(roster, (6.0, HEADS[3], "4" * 64), module=module) == [None]
     echo = module.Reports(remembered=Remembered.beside(roster)).echo(2)  # type: ignore[attr-defined]
     assert echo == LedgerEcho(6.0, HEADS[3])
@@ -64,14 +69,14 @@ def test_a_word_outlives_the_run_that_heard_it(tmp_path: Path) -> None:
             "max(self.epsilon.get(client, 0.0), known.epsilon)\n        if facts",
             "self.epsilon.get(client, 0.0)\n        if facts",
         ),
-        ("if facts.ledger_head in known.heads and not was_last:", "if False:"),
-        ("if facts.ledger_head in known.heads and not was_last:", "if facts.ledger_head in known.heads:"),
-        ("and known.task == task_sha256", ""),
-        ("head = next(reversed([*known.heads, *newer]), None)", "head = next(iter([*known.heads, *newer]), None)"),
-        ("return None if head is None else LedgerEcho(epsilon, head)", "return None"),
+        ("if facts.ledger_head in known.heads[:-1]:", "if False:"),
+        ("if facts.ledger_head in known.heads[:-1]:", "if facts.ledger_head in known.heads:"),
+        ("heads.append(facts.ledger_head)\n        self", "self"),
+        ("LedgerEcho(epsilon, newest[-1])", "LedgerEcho(epsilon, newest[0])"),
+        ("return LedgerEcho(epsilon, newest[-1]) if newest else None", "return None"),
         ("self.remembered.keep(", "dict("),
     ],
-    ids=["own words", "any head", "nothing twice", "any task", "the oldest head", "no echo", "nothing kept"],
+    ids=["own words", "any head", "nothing twice", "any number of times", "the oldest head", "no echo", "nothing kept"],
 )
 def test_a_memory_that_forgets_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
@@ -85,12 +90,51 @@ def test_two_runs_beside_each_other_lower_nothing(tmp_path: Path) -> None:
         reports.remember()
     known = Remembered.beside(tmp_path / "roster.json").of(2)
     assert (known.epsilon, known.heads) == (5.0, (HEADS[0], HEADS[1]))
+    one.remember()  # with nothing new, it puts no head of its own behind the other's
+    assert Remembered.beside(tmp_path / "roster.json").of(2).heads == (HEADS[0], HEADS[1])
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_newest_head_is_told_back_where_the_file_keeps_fewer_than_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    monkeypatch.setattr(fedlr.server.remembered, "MOST_HEADS", 2)
+    reports = Reports(remembered=Remembered.beside(tmp_path / "roster.json"))
+    for epsilon, head in enumerate(HEADS, 1):
+        assert reports.hear(2, said(float(epsilon), head), head) is None
+        assert reports.echo(2) == LedgerEcho(float(epsilon), head)
+        reports.remember()
+        if is_killed:
+            reports = Reports.of(reports.facts())
+            reports.remembered = Remembered.beside(tmp_path / "roster.json")
+        assert reports.echo(2) == LedgerEcho(float(epsilon), head)
+    assert Remembered.beside(tmp_path / "roster.json").of(2).heads == tuple(HEADS[2:])
 
 
 def test_a_memory_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
     (tmp_path / fedlr.server.remembered.NAME).write_text('{"clients": {"2": {"epsilon": -1.0}}}')
     with pytest.raises(InputError, match=r"ledgers\.json"):
         Remembered.beside(tmp_path / "roster.json")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anybody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = experiment(f"deployment.roster={tmp_path}/roster.json").deployment
+    Remembered.of_server(beside).require_writable()
+    assert not (tmp_path / fedlr.server.remembered.NAME).exists(), "an empty one would be taken for a kept one"
+    told = Remembered.of_server(beside.model_copy(update={"ledgers": f"{tmp_path}/state/known.json"}))
+    assert told.path == tmp_path / "state" / "known.json"
+
+    def is_read_only(*args: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=rf"got {tmp_path}: .*set deployment\.ledgers"):
+        patch.setattr(os, "open", is_read_only)
+        Remembered.of_server(beside).require_writable()
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(InputError, match=rf"got {tmp_path}: it is not writable; set deployment\.ledgers"):
+        Remembered.of_server(beside).require_writable()
 
 
 def test_nothing_is_kept_of_a_simulation(tmp_path: Path) -> None:

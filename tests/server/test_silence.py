@@ -71,7 +71,14 @@ WHERE_IT_FAILS = {
     "the disk": (fedlr.client.device.Replies, "write"),
     "the policy": (fedlr.client.device, "check_terms"),
 }
+
+
+class Panic(BaseException):
+    """Stands for what a library in Rust raises, which is no Exception."""
+
+
 WITH_WORDS = [
+    Panic(CANARY),
     RuntimeError(CANARY),
     InputError(CANARY),
     OSError(28, "No space left", f"/home/{CANARY}"),

@@ -132,11 +132,13 @@ REFUSED: Sequence[tuple[str, str]] = [
     ("task.max_response=0", "task.max_response in"),
     ("data.max_length=65", "data.max_length <= model.max_length=64"),
     ("adapter.target_modules=[lm_head]", "lm_head"),
+    ("runtime=flower runtime.cache_prefix=true", "runtime.cache_prefix=false with task=causal_lm and runtime=flower"),
+    ("runtime=superlink runtime.cache_prefix=true", "cache_prefix=false with task=causal_lm and runtime=superlink"),
 ]
 
 
 @pytest.mark.parametrize(("word", "told"), REFUSED, ids=[word for word, _ in REFUSED])
 def test_what_does_not_fit_is_one_sentence_before_any_work(word: str, told: str) -> None:
     with pytest.raises(InputError) as error:
-        prepare(compose_experiment([*SMALL, word]), seed=0)
+        prepare(compose_experiment([*SMALL, *word.split()]), seed=0)
     assert told in str(error.value)

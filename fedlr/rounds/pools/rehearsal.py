@@ -56,7 +56,7 @@ class Rehearsal:
         """Return the mechanism of these steps; what it noises is thrown away."""
         return None if mechanism is None else replace(mechanism, sample_rate=1.0)
 
-    def failed(self, error: Exception, num_rows: int) -> None:
+    def failed(self, error: BaseException, num_rows: int) -> None:
         """Tell once of each kind of error that a row counts as zero.
 
         Raises:
