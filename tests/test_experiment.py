@@ -28,6 +28,8 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 OWN_DATA = {  # by experiment
     "text": ["data.path=reviews.csv"],
     "chat": ["data.path=chats.jsonl", "model.name_or_path=./model"],
+    "lora_fair_domainnet": ["data.path=domainnet"],
+    "lora_fair_nico": ["data.path=nico"],
 }
 NEEDED = {
     "runtime=superlink": ["deployment.rehearsal=true"],

@@ -26,7 +26,6 @@ from fedlr.errors.messages import dotted_keys, first_problem, one_line, unknown_
 from fedlr.errors.ranges import LARGEST_GRAD_NORM, LEAST_GRAD_NORM, MAX_UPDATE_RATIO, MOST_ROWS, UnitName
 from fedlr.methods.rate_schedule import CONSTANT
 from fedlr.models.adapter_config import AdapterConfig
-from fedlr.privacy.grid import ReleaseNoise
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 AUTO = "auto"  # of a number that is found from public ones when a run is prepared (`fedlr.config.auto_rates`)
@@ -143,7 +142,7 @@ class PrivacySection(Section):
     client_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     client_max_norm: Annotated[float, Field(ge=LEAST_GRAD_NORM, le=LARGEST_GRAD_NORM)] = 1.0
     client_noise_multiplier: PositiveFloat | None = None
-    release_noise: ReleaseNoise = "float"
+    release_noise: Literal["float", "grid"] = "float"
     mechanism: Literal["dp_sgd", "dp_ftrl"] = "dp_sgd"
     bands: Count | None = None
     ledger: Annotated[str, Field(min_length=1, exclude_if=lambda path: path is None)] | None = None  # of all runs

@@ -120,7 +120,8 @@ def test_an_accumulator_that_survives_is_caught(micro_batch: int, bench: CohortB
 def test_a_failure_that_is_swallowed_is_caught(bench: CohortBench) -> None:
     quiet = mutant(
         shipped,
-        ("            yield waiting.popleft().result()\n", "            yield from survivors(waiting.popleft())\n"),
+        ("            found = waiting.popleft().result()\n", "            found = waiting.popleft()\n"),
+        ("            yield found\n", "            yield from survivors(found)\n"),
         (
             "def check_elementwise",
             "def survivors(f):\n    if f.exception() is None: yield f.result()\n\n\ndef check_elementwise",
