@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-import fedlr.simulations.loopback
+from fedlr.simulations import loopback
 from tests.server.live_superlink import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def watched(folder: Path, command: Sequence[str], *, ends_with: int | None = 0) 
     told, calls = folder / "told.jsonl", folder / "calls.txt"
     environment = {key: value for key, value in os.environ.items() if not TOLD_TO_BE_QUIET.fullmatch(key)}
     environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "WITNESS": str(told)}
-    environment["QUIETENED"] = " ".join(fedlr.simulations.loopback.QUIET)
+    environment["QUIETENED"] = " ".join(loopback.QUIET)
     environment |= {"OMP_NUM_THREADS": "1", "HOME": str(folder), "FLWR_HOME": str(folder / "flwr")}
     trace = [str(STRACE), "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(calls)]
     done = subprocess.run(
