@@ -28,7 +28,7 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
     --help prints its docstring; an InputError is one line and its exit code (2: bad input, 75: passes by itself, 77:
     shut out), a full disk is one line and 75, an interrupt is 130, with the line `interrupted` if there is one.
     """
-    house = function.__module__.split(".")[1]
+    house = function.__module__.removeprefix("fedlr.").partition(".")[0]
     name = f"fedlr {function.__name__}" if house == "simulations" else f"fedlr {house} {function.__name__}"
 
     @wraps(function)
