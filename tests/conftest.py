@@ -18,11 +18,9 @@ import pytest
 # and a sum rounds as it does alone.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-
 import fedlr.config.schema
 from tests.painted import drawn_by, inline_svg, painted
-from tests.remembered import RememberedComposition, RememberedFiles
+from tests.remembered import RememberedComposition, RememberedFiles, file_source
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -35,7 +33,7 @@ def _remembered_composition() -> Iterator[None]:
     """Compose what was composed before from memory; `tests/test_remembered.py` holds it to Hydra."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedlr.config.schema.compose", RememberedComposition(fedlr.config.schema.compose))
-        patch.setattr(FileConfigSource, "load_config", RememberedFiles(FileConfigSource.load_config))
+        patch.setattr(file_source(), "load_config", RememberedFiles(file_source().load_config))
         yield
 
 

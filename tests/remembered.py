@@ -8,6 +8,7 @@ choice is parsed once (`RememberedFiles`).
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
@@ -22,6 +24,12 @@ import fedlr.config.schema
 from fedlr.config.folders import folders
 
 Compose = Callable[..., DictConfig]
+
+
+def file_source() -> type[FileConfigSource]:
+    """Return the class that Hydra reads files by: its first look for plugins makes another one of the same name."""
+    Plugins.instance()
+    return vars(sys.modules[FileConfigSource.__module__])["FileConfigSource"]  # type: ignore[no-any-return]
 
 
 class RememberedComposition:

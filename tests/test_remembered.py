@@ -12,7 +12,6 @@ from types import ModuleType
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import OmegaConf
@@ -22,6 +21,7 @@ from fedlr.config.schema import CONFIGS
 from tests import remembered
 from tests.training.small_models import mutant
 
+FileConfigSource = remembered.file_source()
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 VALUES = [
     "++num_rounds=7",
