@@ -33,6 +33,7 @@ from tests.simulations.killed_runs import LATE, POINTS, no_report, only_run, run
 from tests.simulations.small_runs import SMALL, experiment, lines
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(600)  # its runs are made in one go, in front of the first test
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
