@@ -6,7 +6,6 @@ The states of a ViT-S at 224 pixels are 303 kB a picture in float32: `runtime.ba
 `runtime.cache_dir` keeps them on disk. Legend: N pictures, T states of one, H their size, F features of a head.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fedlr.data.store import Put, TableStore
 from fedlr.errors import InputError
+from fedlr.models.copies import sharing_tensors
 from fedlr.models.prefix import (
     _digest,
     _encoder_owner,
@@ -111,8 +111,7 @@ def without_picture_prefix(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if the model has no prefix that can be cut off, or is another model without it.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    short = sharing_tensors(model)
     layers, first = prefix(short)
     for index in range(first):
         layers[index] = _Skipped(layers[index])

@@ -18,10 +18,9 @@ Notable choices:
 Legend: N examples, T tokens, H hidden size, F features of a text (H + 1).
 """
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from fedlr.adapters.state import HEAD
 from fedlr.data.store import Put, TableStore
 from fedlr.errors import InputError
+from fedlr.models.copies import sharing_tensors
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.models.pooling import PooledClassifier
 from fedlr.models.products import library_in
@@ -136,8 +136,7 @@ def without_encoder(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if the model's features are not pooled by us.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    short = sharing_tensors(model)
     _pooled_network(short).reads_features = True
     return short
 
@@ -150,8 +149,7 @@ def without_prefix(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if the model has no prefix that can be cut off, or is another model without it.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    short = sharing_tensors(model)
     layers, first = prefix(short)
     for index in range(first):
         layers[index] = _Skipped(layers[index])
@@ -249,14 +247,25 @@ def _one_thread_each(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _put_states(model: nn.Module, data: TokenisedText, rows: NDArray[np.int64], put: Put) -> None:
+    _put_rows(_states(model, _inputs(model, data, rows)), data.offsets, rows, put)
+
+
+def _states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return what enters the layer that `_stopping_at` watches, (N, T, H)."""
     try:
         with torch.inference_mode():
-            model(**_inputs(model, data, rows))
+            model(**inputs)
     except _Reached as reached:
-        states = reached.states.cpu()
+        return reached.states
+    raise AssertionError("a forward pass goes through every layer")
+
+
+def _put_rows(states: Tensor, offsets: NDArray[np.int64], rows: NDArray[np.int64], put: Put) -> None:
+    """Put the states of some rows, (N, T, H), where their tokens lie, without the padding."""
+    states = states.cpu()
     flat = (states.view(torch.uint16) if states.dtype == torch.bfloat16 else states).numpy()
     for row, state in zip(rows, flat, strict=True):
-        start, end = data.offsets[row], data.offsets[row + 1]
+        start, end = offsets[row], offsets[row + 1]
         put(int(start), state[: end - start])
 
 

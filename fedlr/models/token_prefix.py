@@ -7,18 +7,18 @@ two models, and such a model is refused by name. It pays where a row is read mor
 `runtime.cache_dir`, by several seeds or methods. Legend: N examples, T tokens, H hidden size.
 """
 
-import copy
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fedlr.adapters.state import HEAD
 from fedlr.data.store import Put, TableStore
 from fedlr.errors import InputError
+from fedlr.models.copies import sharing_tensors
 from fedlr.models.peft_state import adapter_parameters
 from fedlr.models.prefix import (
     _computed_by,
@@ -26,8 +26,9 @@ from fedlr.models.prefix import (
     _evaluating,
     _model_type,
     _one_thread_each,
-    _Reached,
+    _put_rows,
     _Skipped,
+    _states,
     _stopping_at,
 )
 from fedlr.tasks.examples import micro_batches
@@ -71,11 +72,8 @@ def encode_token_prefix(
         return {**_identity(model), "texts": _digest(data.ids, data.offsets), "token_budget": token_budget}
 
     def put_states(rows: NDArray[np.int64], put: Put) -> None:
-        states = _states(model, dict(data.batch(rows).to(next(model.parameters()).device).inputs)).cpu()
-        flat = (states.view(torch.uint16) if states.dtype == torch.bfloat16 else states).numpy()
-        for row, state in zip(rows, flat, strict=True):
-            start, end = data.offsets[row], data.offsets[row + 1]
-            put(int(start), state[: end - start])
+        inputs = data.batch(rows).to(next(model.parameters()).device).inputs
+        _put_rows(_states(model, inputs), data.offsets, rows, put)
 
     def fill(put: Put) -> None:
         with _stopping_at(model, owner.layers[first]), _one_thread_each(num_threads) as threads:
@@ -94,8 +92,7 @@ def without_token_prefix(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if the model has no prefix that can be cut off, or is another model without it.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    short = sharing_tensors(model)
     owner, first = _prefix(short)
     for index in range(first):
         owner.layers[index] = _Skipped(owner.layers[index])
@@ -134,16 +131,6 @@ def _prefix(model: nn.Module) -> tuple[Any, int]:
             "below, or none in any; set adapter.layers, or runtime.cache_prefix=false"
         )
     return body, first
-
-
-def _states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what enters the layer that `_stopping_at` watches, (N, T, H)."""
-    try:
-        with torch.inference_mode():
-            model(**inputs)
-    except _Reached as reached:
-        return reached.states
-    raise AssertionError("a forward pass goes through every layer")
 
 
 def _identity(model: nn.Module) -> dict[str, str | int]:

@@ -10,13 +10,13 @@ of the whole model. Any other model stays as it is: nothing but time depends on 
 Legend: N examples, T tokens, H hidden size.
 """
 
-import copy
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlr.models.copies import sharing_tensors
 from fedlr.models.picture_prefix import GIVEN_STATES
 from fedlr.models.zero_head import awake
 from fedlr.tasks.probe import PROBE_EXAMPLES, PROBE_TOKENS, probe_inputs
@@ -30,8 +30,7 @@ def first_token_only(model: nn.Module) -> nn.Module:
 
     All names of adapted layers stay. A model for which that is not known to be the same is copied as it is.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    short = sharing_tensors(model)
     for layers in short.modules():
         if isinstance(layers, nn.ModuleList) and len(layers) and (kind := _kind(layers[-1])) is not None:
             last = layers[-1]
