@@ -35,11 +35,11 @@ def audit(arguments: list[str]) -> None:
         experiment, seed = ready(words), None
     else:
         experiment, seed = of_run(run_dir)
+    from fedlr.simulations.audit.audit import OF_AN_AUDIT
     from fedlr.simulations.audit.audit import audit as measure
-    from fedlr.simulations.audit.audit import check_auditable
     from fedlr.training.threads import torch_threads
 
-    check_auditable(experiment)
+    OF_AN_AUDIT.check(experiment)
     seed = next(seed for seed in (seed, experiment.seed, randbits(32)) if seed is not None)
     with torch_threads(1):
         found = measure(experiment, options, seed=seed, say=say)
