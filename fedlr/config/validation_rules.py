@@ -56,7 +56,7 @@ def rows_to_score(e: "Experiment") -> Iterator[str]:
 @rule("release", "patience", "runtime", "data.validation_path")
 def rows_to_choose_by(e: "Experiment") -> Iterator[str]:
     """A model, or when to stop, is chosen on validation rows, in a simulation; test rows are only reported on."""
-    asked = {"release": ("last", e.release)} if e.release != "last" else {}
+    asked: dict[str, tuple[str, str]] = {"release": ("last", e.release)} if e.release != "last" else {}
     asked |= {"patience": ("null", str(e.patience))} if e.patience is not None else {}
     for key, (without, value) in asked.items():
         if e.runtime.kind != "local":
