@@ -3,7 +3,7 @@
 Nobody's training examples are here: of the data that a configuration names, the server keeps the held-out part.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from fedlr.adapters.state import num_values
 from fedlr.config.auto_rates import resolved_rates
-from fedlr.config.rules import BASELINES
+from fedlr.config.ledger_rules import BASELINES
+from fedlr.config.rule import Rules, rule
 from fedlr.config.schema import Experiment
-from fedlr.errors import InputError
 from fedlr.flower.task_terms import TASKS, terms_of_task
 from fedlr.flower.terms import Terms
 from fedlr.methods.method import Method
@@ -68,7 +68,7 @@ def assemble(
     Raises:
         InputError: for anything that could not run as configured.
     """
-    check_served(experiment)
+    OF_DEVICES.check(experiment)
     with torch_threads(1):
         method = check_parts(experiment)
         experiment = with_library(experiment)
@@ -114,30 +114,46 @@ def assemble(
     )
 
 
-def check_served(experiment: Experiment) -> None:
-    """Refuse what a server cannot do for devices.
-
-    Raises:
-        InputError: which names the key.
-    """
-    e = experiment
+@rule("task", "runtime")
+def task_of_devices(e: Experiment) -> Iterator[str]:
+    """Devices have the code of the tasks that come with fedlr, and no other."""
     if e.task.target not in TASKS:
-        raise InputError(
+        yield (
             f"Expected task to be one of {', '.join(TASKS)} with runtime={e.runtime.kind}, got {e.task.target}: "
             "devices have no other code; set runtime=local"
         )
+
+
+@rule("weighting", "runtime")
+def weights_of_devices(e: Experiment) -> Iterator[str]:
+    """A server knows no sizes of devices, and does not take their word: they have equal weights."""
     if e.weighting != "uniform":
-        raise InputError(
+        yield (
             f"Expected weighting=uniform with runtime={e.runtime.kind}, got {e.weighting}: the server knows no sizes, "
             "and does not take a client's word"
         )
+
+
+@rule(*(f"tracking.{key}" for key in BASELINES), "runtime")
+def no_baselines(e: Experiment) -> Iterator[str]:
+    """Baselines are a simulation's."""
     for key in BASELINES:
         if getattr(e.tracking, key):
-            raise InputError(
-                f"Expected tracking.{key}=false with runtime={e.runtime.kind}, got true: baselines are a simulation's"
-            )
+            yield f"Expected tracking.{key}=false with runtime={e.runtime.kind}, got true: baselines are a simulation's"
+
+
+@rule("runtime.base_dtype", "runtime")
+def base_of_devices(e: Experiment) -> Iterator[str]:
+    """Devices compute in float32."""
     if e.runtime.base_dtype != "float32":
-        raise InputError(
+        yield (
             f"Expected runtime.base_dtype=float32 with runtime={e.runtime.kind}, got {e.runtime.base_dtype}: devices "
             "compute in float32"
         )
+
+
+OF_DEVICES: Rules[Experiment] = Rules(
+    "A server of devices",
+    "Asked by `fedlr server run`, and where a simulation passes its messages through Flower.",
+    (task_of_devices, weights_of_devices, no_baselines, base_of_devices),
+)

@@ -3,11 +3,18 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedlr.config.auto_rates import alone_rounds
 from fedlr.methods.client_rules.rule import CONTROL
 from fedlr.methods.method import full_adapter
-from fedlr.rounds.round import ClientPool, ServerState, remembering, run_round
+from fedlr.rounds.evaluate import Evaluator
+from fedlr.rounds.round import ClientPool, ServerState, remembering, run_round, scored
+from fedlr.simulations.choosing import evaluator_of
+from fedlr.simulations.contact_sheet import named, shown_rows
 from fedlr.simulations.federation import Federation
 
 AT_ONCE = 64  # clients whose states are held: they train, then the caller looks at them, and no thread is at work
@@ -56,3 +63,22 @@ def train_alone(federation: Federation, pool: ClientPool, *, client_done: Callab
     with ThreadPoolExecutor(num_threads) as threads:
         for first in range(0, e.num_clients, AT_ONCE):
             yield from list(threads.map(train, range(first, min(first + AT_ONCE, e.num_clients))))
+
+
+def of_own_rows(federation: Federation, evaluator: Evaluator, client_id: int, arm: Arm) -> dict[str, Any]:
+    """Return how good a client alone is on held-out rows of its own, where that is told of clients at all, and what it
+    takes the pictures of the contact sheet for."""
+    tests, shown = federation.client_tests, shown_rows(federation)
+    if tests is None or not len(tests.rows[client_id]):
+        return {}
+    state = scored(arm.state)
+    own = {"own_accuracy": accuracy_on(federation, state, tests.rows[client_id])}
+    if client_id >= len(shown):
+        return own
+    return {**own, "named": named(evaluator, state, shown[client_id])}
+
+
+def accuracy_on(federation: Federation, state: ServerState, rows: NDArray[np.int64]) -> float:
+    """Return the accuracy of a state on some of the held-out rows."""
+    evaluator = evaluator_of(replace(federation, test=federation.test.subset(rows)))
+    return evaluator.score(state)[0].accuracy

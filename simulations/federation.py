@@ -192,17 +192,8 @@ def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None =
     method = check_parts(experiment)
     experiment = with_whole_path(with_library(experiment))
     data, held_out, validation = load_tables(experiment, seed=seed)
-    validated = () if validation is None else (validation,)
-    partition: Partition = build(
-        experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
-    )
-    experiment = with_clients_of(experiment, partition)
-    has_persons = experiment.privacy.unit == "person"  # equal texts of two persons may lie apart
-    if has_persons:
-        assert experiment.privacy.rows_per_person is not None
-        most = experiment.privacy.rows_per_person
-        partition = replace(partition, indices=capped(data, partition.indices, most=most, seed=seed))
-    num_shared = 0 if has_persons else num_shared_texts(data, partition.indices)
+    tables = (data, held_out) if validation is None else (data, held_out, validation)
+    experiment, partition, num_shared = dealt(experiment, data, seed=seed)
     placed_by = placement(experiment, partition, num_shared=num_shared)
     num_rows = num_rows_of(experiment, data, held_out)
     experiment = resolved_rates(experiment, num_rows=num_rows, server_step=method.server_step)
@@ -211,15 +202,14 @@ def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None =
     client_budget, of_clients = client_mechanism(experiment)
     if budget is not None:
         check_delta(budget.delta, max(len(indices) for indices in partition.indices))
-    by_size = experiment.weighting == "examples"
-    weights = tuple(float(len(indices)) if by_size else 1.0 for indices in partition.indices)
+    weights = weights_of(experiment, partition)
     parts = assemble_parts(
         experiment,
-        (data, held_out, *validated),
+        tables,
         seed=seed,
         mechanism=mechanism,
         weights=weights,
-        private_texts=frozenset().union(*map(all_texts, (data, held_out, *validated))),
+        private_texts=frozenset().union(*map(all_texts, tables)),
     )
     encoded, test, *rest = parts.examples
     sizes = num_rows_and_columns(parts.start.adapter)
@@ -241,7 +231,7 @@ def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None =
         label_names=data.label_names,
         has_pairs=getattr(data, "pairs", None) is not None,
         source=data.source,
-        data_sha256=fingerprint(data, held_out, *validated),
+        data_sha256=fingerprint(*tables),
         budget=budget,
         mechanism=mechanism,
         training=parts.training,
@@ -261,6 +251,29 @@ def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None =
         client_budget=client_budget,
         client_mechanism=of_clients,
     )
+
+
+def dealt(experiment: Experiment, data: Table, *, seed: int) -> tuple[Experiment, Partition, int]:
+    """Deal the training rows out to clients.
+
+    Returns:
+        The experiment with as many clients as there are, who holds which rows, and how many texts lie at several.
+    """
+    partition: Partition = build(
+        experiment.partition.section(), "partition", data=data, num_clients=experiment.num_clients, seed=seed
+    )
+    experiment = with_clients_of(experiment, partition)
+    if experiment.privacy.unit != "person":
+        return experiment, partition, num_shared_texts(data, partition.indices)
+    assert (most := experiment.privacy.rows_per_person) is not None
+    capped_rows = capped(data, partition.indices, most=most, seed=seed)
+    return experiment, replace(partition, indices=capped_rows), 0  # equal texts of two persons may lie apart
+
+
+def weights_of(experiment: Experiment, partition: Partition) -> tuple[float, ...]:
+    """Return the weight of each client in the aggregate: its number of rows, or one."""
+    by_size = experiment.weighting == "examples"
+    return tuple(float(len(rows)) if by_size else 1.0 for rows in partition.indices)
 
 
 def randomness_of(experiment: Experiment, earlier: Mapping[str, Any] | None, *, seed: int) -> Randomness:

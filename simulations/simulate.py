@@ -11,8 +11,6 @@ from pathlib import Path
 from secrets import randbits
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlr.adapters.state import Slot
@@ -28,7 +26,7 @@ from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
 from fedlr.privacy.units import rounded_up
-from fedlr.rounds.evaluate import MOST_SCORED, Evaluator
+from fedlr.rounds.evaluate import MOST_SCORED
 from fedlr.rounds.pools.local import sharing_base
 from fedlr.rounds.round import RoundDiagnostics, ServerState, scored
 from fedlr.runs.asked import write_asked
@@ -52,7 +50,7 @@ from fedlr.runs.report import write_report
 from fedlr.runs.selection import told
 from fedlr.runs.trackers import check_tracker, nowhere, tracked
 from fedlr.simulations.all_runs import charge_run
-from fedlr.simulations.alone import Arm, train_alone
+from fedlr.simulations.alone import accuracy_on, of_own_rows, train_alone
 from fedlr.simulations.checkpoints import Checkpoints
 from fedlr.simulations.choosing import Chooser, charge_the_rest, evaluator_of
 from fedlr.simulations.client_accuracy import score_clients
@@ -62,12 +60,12 @@ from fedlr.simulations.client_unit import (
     noise_of_update,
     spent_on_clients,
 )
-from fedlr.simulations.contact_sheet import contact_sheet, named, shown_rows
+from fedlr.simulations.contact_sheet import contact_sheet
 from fedlr.simulations.federation import Federation, assemble, describe
 from fedlr.simulations.ledgers import create_ledger, create_server_ledger, open_ledger, spent_in_rounds
 from fedlr.simulations.progress import Progress
 from fedlr.simulations.rounds import rounds_of
-from fedlr.simulations.runtime import make_pool, pool_here
+from fedlr.simulations.runtime import SimulatedPool, make_pool, pool_here
 from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.threads import torch_threads
 
@@ -197,82 +195,113 @@ def run_rounds(
     """Train the federation, from its latest checkpoint if there is one; return the state that is released, metrics and
     seconds.
 
-    It writes one line of metrics a round, which `track` gets too, and one line for each client asked; with the client
+    It writes one line of metrics per round, which `track` gets too, and one line for each client asked; with the client
     unit (`server_ledger`) none, as who took part is told to nobody.
     """
     e = federation.experiment
     checkpoints = Checkpoints(federation, folder, ledger, server_ledger)
     found = checkpoints.take_up(say=progress.say)
-    state, rows, num_asked = found.state if found else federation.start, checkpoints.metrics, len(checkpoints.clients)
-    for row in rows:
+    state = found.state if found else federation.start
+    for row in checkpoints.metrics:
         track(row)
-    chooser = Chooser(federation, rows)
+    chooser = Chooser(federation, checkpoints.metrics)
     if found:
         chooser.take_back(found, where=folder)
-    if found and chooser.is_over:
         progress.taken_up(state.round_index)
-        return chooser.released(state), rows, checkpoints.seconds_before
-    # A round changes what its cohort has spent, and nobody else's: enrolled clients cost nothing.
-    spent = spent_in_rounds(ledger, range(e.num_clients), state.round_index)
-    participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
-    personal: list[Mapping[Slot, Tensor]] = []
-    noise_sd = noise_of_update(federation)
-
-    def record(state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
-        found = chooser.score(state, personal=personal)
-        if found.is_over and state.round_index < e.num_rounds:
-            charge_the_rest(federation, ledger, num_rounds=state.round_index)
-            spent.update(spent_in_rounds(ledger, range(e.num_clients), e.num_rounds))
-        rows.append(
-            metrics_row(
-                state,
-                found.evaluation,
-                spent=spent.values(),
-                spent_on_clients=spent_on_clients(server_ledger, state.round_index),
-                diagnostics=diagnostics,
-                evaluate_s=found.seconds,
-                noise_sd=noise_sd,
-                is_last=found.is_over or found.is_best,
-                validation=found.validation,
-                rates=rates_after(e, state.round_index),
-            )
-        )
-        append_lines(folder / METRICS, rows[-1:])
-        track(rows[-1])
-        return rows[-1]
-
+        if chooser.is_over:
+            return chooser.released(state), checkpoints.metrics, checkpoints.seconds_before
+    records = RoundRecords(federation, folder, checkpoints, chooser, state, ledger, server_ledger, track)
     with closing(make_pool(federation, ledger)) as pool:
         if found:
-            progress.taken_up(state.round_index)
             pool.kept.take_back(found.more)
         else:
-            progress.arm(f"{name}, {'private' if ledger or server_ledger else 'no privacy'}", e, record(state))
-            checkpoints.save(state, pool.kept, chooser, num_lines={METRICS: 1, CLIENTS: 0})
+            progress.arm(f"{name}, {'private' if ledger or server_ledger else 'no privacy'}", e, records.state(state))
+            checkpoints.save(state, pool.kept, chooser, num_lines=records.num_lines)
         rounds = rounds_of(federation, state, pool, server_ledger=server_ledger)
         for state, diagnostics in rounds:
-            if federation.method.personal:
-                keepers = (pool.kept.personal.get(client) for client in range(e.num_clients))
-                personal[:] = islice(filter(None, keepers), MOST_SCORED)
-            asked_now = range(e.num_clients) if diagnostics.is_secret else diagnostics.cohort
-            spent.update(spent_in_rounds(ledger, asked_now, state.round_index))
-            row = record(state, diagnostics)
-            participations.update(diagnostics.trained)
-            asked = client_rows(
-                diagnostics,
-                spent=spent,
-                round_index=state.round_index - 1,
-                num_steps=e.trainer.num_steps,
-                participations=participations,
-                seconds=pool.seconds if e.data.public else None,
-            )
-            append_lines(folder / CLIENTS, asked)
-            num_asked += len(diagnostics.cohort)
-            checkpoints.save(state, pool.kept, chooser, num_lines={METRICS: len(rows), CLIENTS: num_asked})
+            row = records.round(state, diagnostics, pool)
+            checkpoints.save(state, pool.kept, chooser, num_lines=records.num_lines)
             progress.round_done(row, num_clients=e.cohort_size if diagnostics.is_secret else len(diagnostics.cohort))
             if chooser.is_over:
                 break
     progress.arm_done(e, num_rounds=state.round_index, is_private=ledger is not None)
-    return chooser.released(state), rows, checkpoints.seconds()
+    return chooser.released(state), checkpoints.metrics, checkpoints.seconds()
+
+
+class RoundRecords:
+    """The lines that a run writes about its states and clients, and the counts that go on from round to round."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        folder: Path,
+        checkpoints: Checkpoints,
+        chooser: Chooser,
+        state: ServerState,
+        ledger: PrivacyLedger | None,
+        server_ledger: PrivacyLedger | None,
+        track: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        """`checkpoints` has the lines until now, and `state` is that after them."""
+        self._federation, self._folder, self._chooser, self._track = federation, folder, chooser, track
+        self._ledger, self._server_ledger = ledger, server_ledger
+        self._rows, self._num_asked = checkpoints.metrics, len(checkpoints.clients)
+        self._enrolled = range(federation.experiment.num_clients)
+        # A round changes what its cohort has spent, and nobody else's: enrolled clients cost nothing.
+        self._spent = spent_in_rounds(ledger, self._enrolled, state.round_index)
+        self._participations = Counter(row["client_id"] for row in checkpoints.clients if row["status"] == "trained")
+        self._personal: list[Mapping[Slot, Tensor]] = []
+        self._noise_sd = noise_of_update(federation)
+
+    @property
+    def num_lines(self) -> dict[str, int]:
+        """How many lines belong to the rounds until now, by file."""
+        return {METRICS: len(self._rows), CLIENTS: self._num_asked}
+
+    def state(self, state: ServerState, diagnostics: RoundDiagnostics | None = None) -> dict[str, Any]:
+        """Score a state where it is due, write its line of metrics, and return it."""
+        e = self._federation.experiment
+        found = self._chooser.score(state, personal=self._personal)
+        if found.is_over and state.round_index < e.num_rounds:
+            charge_the_rest(self._federation, self._ledger, num_rounds=state.round_index)
+            self._spent.update(spent_in_rounds(self._ledger, self._enrolled, e.num_rounds))
+        row = metrics_row(
+            state,
+            found.evaluation,
+            spent=self._spent.values(),
+            spent_on_clients=spent_on_clients(self._server_ledger, state.round_index),
+            diagnostics=diagnostics,
+            evaluate_s=found.seconds,
+            noise_sd=self._noise_sd,
+            is_last=found.is_over or found.is_best,
+            validation=found.validation,
+            rates=rates_after(e, state.round_index),
+        )
+        self._rows.append(row)
+        append_lines(self._folder / METRICS, [row])
+        self._track(row)
+        return row
+
+    def round(self, state: ServerState, diagnostics: RoundDiagnostics, pool: SimulatedPool) -> dict[str, Any]:
+        """Write the lines of a round, the state's and those of the clients that were asked; return the state's."""
+        if self._federation.method.personal:
+            keepers = (pool.kept.personal.get(client) for client in self._enrolled)
+            self._personal = list(islice(filter(None, keepers), MOST_SCORED))
+        asked_now = self._enrolled if diagnostics.is_secret else diagnostics.cohort
+        self._spent.update(spent_in_rounds(self._ledger, asked_now, state.round_index))
+        row = self.state(state, diagnostics)
+        self._participations.update(diagnostics.trained)
+        asked = client_rows(
+            diagnostics,
+            spent=self._spent,
+            round_index=state.round_index - 1,
+            num_steps=self._federation.experiment.trainer.num_steps,
+            participations=self._participations,
+            seconds=pool.seconds if self._federation.experiment.data.public else None,
+        )
+        append_lines(self._folder / CLIENTS, asked)
+        self._num_asked += len(diagnostics.cohort)
+        return row
 
 
 def run_baselines(federation: Federation, run_dir: Path, *, progress: Progress) -> None:
@@ -326,19 +355,6 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates, _ in found))
 
 
-def of_own_rows(federation: Federation, evaluator: Evaluator, client_id: int, arm: Arm) -> dict[str, Any]:
-    """Return how good a client alone is on held-out rows of its own, where that is told of clients at all, and what it
-    takes the pictures of the contact sheet for."""
-    tests, shown = federation.client_tests, shown_rows(federation)
-    if tests is None or not len(tests.rows[client_id]):
-        return {}
-    state = scored(arm.state)
-    own = {"own_accuracy": accuracy_on(federation, state, tests.rows[client_id])}
-    if client_id >= len(shown):
-        return own
-    return {**own, "named": named(evaluator, state, shown[client_id])}
-
-
 def leave_behind(federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]) -> None:
     """Write the privacy statement and the adapter."""
     num_clients = federation.experiment.num_clients
@@ -374,9 +390,3 @@ def with_other_noise(federation: Federation) -> Federation:
         return federation
     seed = int(stream(federation.randomness.seed, Purpose.BASELINE).integers(2**32))
     return replace(federation, randomness=SeededRandomness(seed))
-
-
-def accuracy_on(federation: Federation, state: ServerState, rows: NDArray[np.int64]) -> float:
-    """Return the accuracy of a state on some of the held-out rows."""
-    evaluator = evaluator_of(replace(federation, test=federation.test.subset(rows)))
-    return evaluator.score(state)[0].accuracy

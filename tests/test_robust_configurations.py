@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlr.config.robust_rules import check_robust
+from fedlr.config.runtime_rules import check_method
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
 from fedlr.methods.aggregate.multi_krum import MultiKrum
@@ -13,7 +13,7 @@ ROBUST = ("coordinate_median", "trimmed_mean", "multi_krum", "geometric_median",
 
 def check(*words: str) -> None:
     experiment = compose_experiment(["experiment=tiny", *words])
-    check_robust(experiment, method_of("fedsvd", *words))
+    check_method(experiment, method_of("fedsvd", *words))
 
 
 @pytest.mark.parametrize(

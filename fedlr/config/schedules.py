@@ -1,9 +1,9 @@
 """The learning-rate schedules of an experiment: the clients' and the server's, and what they do not go with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from fedlr.errors import InputError
+from fedlr.config.rule import rule
 from fedlr.methods.rate_schedule import RateSchedule
 
 if TYPE_CHECKING:
@@ -33,21 +33,23 @@ def rates_after(experiment: "Experiment", round_index: int) -> dict[str, float] 
     return {who: schedule.factor(round_index - 1) for who, schedule in schedules.items()}
 
 
-def check_schedules(experiment: "Experiment") -> None:
-    """Refuse a warm-up that never ends, and a schedule beside a rule of the clients that is told one rate.
-
-    Raises:
-        InputError: which names the key.
-    """
-    e, told = experiment, experiment.method.get("client")
+@rule("trainer.warmup_rounds", "server_warmup_rounds", "num_rounds")
+def warmup_ends(e: "Experiment") -> Iterator[str]:
+    """A warm-up ends before the run does."""
     for key, warmup in (
         ("trainer.warmup_rounds", e.trainer.warmup_rounds),
         ("server_warmup_rounds", e.server_warmup_rounds),
     ):
         if warmup >= e.num_rounds:
-            raise InputError(f"Expected {key} < num_rounds={e.num_rounds}, got {warmup}")
+            yield f"Expected {key} < num_rounds={e.num_rounds}, got {warmup}"
+
+
+@rule("trainer.lr_schedule", "trainer.warmup_rounds", "method.client")
+def one_rate(e: "Experiment") -> Iterator[str]:
+    """A rule of the clients that is told the learning rate is told one for all rounds."""
+    told = e.method.get("client")
     if not client_rates(e).is_constant and isinstance(told, Mapping) and "lr" in told:
-        raise InputError(
+        yield (
             "Expected trainer.lr_schedule=constant and trainer.warmup_rounds=0 for "
             f"method={e.method.get('name')}, whose clients are told one rate of all rounds, got "
             f"{e.trainer.lr_schedule} with {e.trainer.warmup_rounds}"

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedlr.config.folders import check_own, is_group, options, search_path
 from fedlr.config.parts import named
-from fedlr.config.rules import check_together
+from fedlr.config.rules import OF_EVERY_RUN
 from fedlr.errors import InputError
 from fedlr.errors.limits import check_limits, check_word
 from fedlr.errors.messages import dotted_keys, first_problem, one_line, unknown_key, unknown_option
@@ -374,7 +374,7 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
         raise InputError(first_problem(error, tree, known=known_keys(tree))) from error
     if not experiment.cohort_size:
         experiment = experiment.model_copy(update={"cohort_size": experiment.num_clients})
-    check_together(experiment)
+    OF_EVERY_RUN.check(experiment)
     return experiment
 
 

@@ -4,13 +4,14 @@ It has a proof for one thing: the mean, with equal weights, of updates that were
 sum. A rule of the server goes with it where it reads that mean and nothing else of the clients.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-from fedlr.config.schema import Experiment
-from fedlr.errors import InputError
+from fedlr.config.choice import Choice
+from fedlr.config.rule import rule
 from fedlr.methods.aggregate.mean import weighted_mean
 from fedlr.methods.aggregate.server_optimizer import FedAdam, FedAvgM, FedYogi
-from fedlr.methods.method import Always, Method
+from fedlr.methods.method import Always
 
 PROVEN = "set method=fedavg, fedsvd, ffa_lora, head or another whose aggregate is weighted_mean or a server optimizer"
 NO_PROOF = "no bound is proven on what one client can change in it"
@@ -37,37 +38,51 @@ REASONS = {
 }
 
 
-def check_unit(experiment: Experiment, method: Method) -> None:
-    """Refuse a method whose rules read single clients, where whole clients are to be hidden.
+EXPECTED = "Expected privacy.unit=example"
 
-    Raises:
-        InputError: which names the rule and why it has no proof.
-    """
-    if experiment.privacy.unit != "client":
-        return
-    expected, name = "Expected privacy.unit=example", method.name
-    if experiment.privacy.mechanism == "dp_ftrl" and not (
-        isinstance(method.block_schedule, Always) and not method.dynamic_ranks
-    ):
-        raise InputError(
-            f"Expected privacy.mechanism=dp_sgd for method={name}, which trains other tensors from round to round, got "
-            "dp_ftrl: noise of one round is taken back in the next, on the same tensors"
+
+@rule("privacy.mechanism", "method")
+def same_tensors(c: Choice) -> Iterator[str]:
+    """DP-FTRL takes noise of one round back in the next, so a method trains the same tensors in all of them."""
+    method, p = c.method, c.experiment.privacy
+    constant = isinstance(method.block_schedule, Always) and not method.dynamic_ranks
+    if p.unit == "client" and p.mechanism == "dp_ftrl" and not constant:
+        yield (
+            f"Expected privacy.mechanism=dp_sgd for method={method.name}, which trains other tensors from round to "
+            "round, got dp_ftrl: noise of one round is taken back in the next, on the same tensors"
         )
+
+
+@rule("privacy.unit", "method")
+def client_keeps_nothing(c: Choice) -> Iterator[str]:
+    """With the client unit no client keeps a part of the model, or a memory of rounds that the server is sent."""
+    method = c.method
+    if c.experiment.privacy.unit != "client":
+        return
     if method.personal:
-        raise InputError(
-            f"{expected} for method={name}, whose clients keep {', '.join(method.personal)}, got client: what a client "
-            "keeps is its own, and no noise hides it from whoever is given its model"
+        yield (
+            f"{EXPECTED} for method={method.name}, whose clients keep {', '.join(method.personal)}, got client: what "
+            "a client keeps is its own, and no noise hides it from whoever is given its model"
         )
     if method.client.remembers:
-        raise InputError(
-            f"{expected} for method={name}, whose clients remember earlier rounds, got client: its controls are made "
-            "of single clients' updates, which would need a sum and noise of their own"
+        yield (
+            f"{EXPECTED} for method={method.name}, whose clients remember earlier rounds, got client: its controls are "
+            "made of single clients' updates, which would need a sum and noise of their own"
         )
+
+
+@rule("privacy.unit", "method")
+def proven_mean(c: Choice) -> Iterator[str]:
+    """With the client unit the server reads the noised mean of equal weights, and nothing else of the clients."""
+    method = c.method
+    if c.experiment.privacy.unit != "client":
+        return
     if method.mixed_ranks and method.prunes:
-        raise InputError(f"{expected} for method={name}, got client: {REASONS['SelfPruning']}")
+        yield f"{EXPECTED} for method={method.name}, got client: {REASONS['SelfPruning']}"
     if not is_proven(method.aggregate):
-        rule = getattr(method.aggregate, "__name__", type(method.aggregate).__name__)
-        raise InputError(f"{expected} for method={name}, got client: {REASONS.get(rule, NO_PROOF)} ({rule}); {PROVEN}")
+        name = getattr(method.aggregate, "__name__", type(method.aggregate).__name__)
+        why = f"{REASONS.get(name, NO_PROOF)} ({name}); {PROVEN}"
+        yield f"{EXPECTED} for method={method.name}, got client: {why}"
 
 
 def is_proven(aggregate: Any) -> bool:

@@ -1,5 +1,6 @@
 """The ranges in which the numbers of a private run mean what is said of them; loads nothing heavy."""
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 from fedlr.errors import InputError
@@ -36,9 +37,13 @@ def require_accountant(name: str) -> None:
 def require_delta(delta: float, accountant: str) -> None:
     """Raise InputError unless the accountant is known, and delta where its epsilon is an upper bound."""
     require_accountant(accountant)
+    for sentence in delta_refusals(delta, accountant):
+        raise InputError(sentence)
+
+
+def delta_refusals(delta: float, accountant: str) -> Iterator[str]:
+    """Yield a sentence where a delta is out of the range in which the accountant's epsilon is an upper bound."""
     least = LEAST_DELTA[accountant]
     if not least <= delta < 1:
         way = "; set a larger one, or privacy.accountant=rdp" if accountant == "pld" and 0 < delta < least else ""
-        raise InputError(
-            f"Expected privacy.delta in [{least:g}, 1) with privacy.accountant={accountant}, got {delta:g}{way}"
-        )
+        yield f"Expected privacy.delta in [{least:g}, 1) with privacy.accountant={accountant}, got {delta:g}{way}"

@@ -101,12 +101,7 @@ def privacy_statement(
         InputError: the ledger is missing or was changed, no client is enrolled, or one that trained is not.
     """
     header, charges, head = read_ledger(ledger_path)
-    enrolled = sorted(set(enrolled_client_ids))
-    strangers = sorted(set(charges.by_client) - set(enrolled))
-    if not enrolled:
-        raise InputError("Expected at least one enrolled client to state the privacy of, got nobody")
-    if strangers:
-        raise InputError(f"Expected every client of the ledger among the enrolled, got {strangers} besides")
+    enrolled = _enrolled(charges, enrolled_client_ids)
     spent = [charges.epsilon(client, header) for client in enrolled]
     if header.unit == CLIENT.name:
         raise InputError(f"Expected the ledger of clients in {os.fspath(ledger_path)}, got a server's")
@@ -148,6 +143,17 @@ def privacy_statement(
         "num_torn_rows": charges.num_torn,
         "ledger_head": head,
     }
+
+
+def _enrolled(charges: Charges, client_ids: Iterable[int]) -> list[int]:
+    """Return the enrolled clients in order, all that were charged among them."""
+    enrolled = sorted(set(client_ids))
+    strangers = sorted(set(charges.by_client) - set(enrolled))
+    if not enrolled:
+        raise InputError("Expected at least one enrolled client to state the privacy of, got nobody")
+    if strangers:
+        raise InputError(f"Expected every client of the ledger among the enrolled, got {strangers} besides")
+    return enrolled
 
 
 def floating_point(mechanisms: Iterable[Mechanism]) -> str:

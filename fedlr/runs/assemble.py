@@ -12,7 +12,6 @@ from fedlr.config.auto_rates import provisional
 from fedlr.config.build import build, build_method, build_task, naming
 from fedlr.config.runtime_rules import check_aggregate, check_runtime
 from fedlr.config.schema import Experiment
-from fedlr.config.unit_methods import check_unit
 from fedlr.data.table import Table
 from fedlr.methods.method import Method
 from fedlr.models.network import AdaptedModel, BaseModel
@@ -52,7 +51,6 @@ def check_parts(experiment: Experiment) -> Method:
         InputError: for anything that could not run as configured.
     """
     method = build_method(experiment)
-    check_unit(experiment, method)
     check_runtime(experiment, method, local_training(provisional(experiment).trainer, method.client).rule)
     return method
 

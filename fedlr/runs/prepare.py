@@ -11,7 +11,7 @@ from torch import nn
 from fedlr.adapters.state import HEAD, AdapterState, Block, roles_of, with_head
 from fedlr.config.auto_rates import noise_multiplier_of, provisional, resolved_rates
 from fedlr.config.build import build_choice, build_method, build_optimizer
-from fedlr.config.rules import check_num_clients
+from fedlr.config.rules import OF_EVERY_RUN
 from fedlr.config.schema import Experiment, RuntimeSection, TrainerSection
 from fedlr.data.memory import free_memory
 from fedlr.data.partition import Partition
@@ -59,7 +59,7 @@ def with_clients_of(experiment: Experiment, partition: Partition) -> Experiment:
         return experiment
     found = partition.num_clients
     known = experiment.model_copy(update={"num_clients": found, "cohort_size": experiment.cohort_size or found})
-    check_num_clients(known)
+    OF_EVERY_RUN.check(known)
     return known
 
 

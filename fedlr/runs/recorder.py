@@ -19,7 +19,7 @@ from fedlr.rounds.round import RoundDiagnostics, ServerState
 from fedlr.runs.loss_verdict import judge_loss
 from fedlr.runs.outcome import finite, problem_of
 from fedlr.runs.selection import Selection
-from fedlr.runs.verdict import HeldOut, Recipe, Result, gathered_noise, judge, noise_of_rounds
+from fedlr.runs.verdict import HeldOut, Recipe, Result, Verdict, gathered_noise, judge, noise_of_rounds
 from fedlr.tasks.evaluation import ACCURACY, Evaluation, Metric
 
 NEVER_ASKED = ("offline", "not_sent")
@@ -231,22 +231,8 @@ def summarise(
         {} if client_delta is None else {"epsilon_client": rows[-1]["epsilon_client"], "delta_client": client_delta}
     )
     problem = problem_of(start.adapter, state.adapter, rows, keeps=bool(method.personal), released=last)
-    outcome = Result(
-        start_accuracy=first["accuracy"],
-        final_accuracy=last["accuracy"],
-        start_loss=first["loss"],
-        final_loss=last["loss"],
-        noise_to_signal=noise_of_rounds(rows),
-        confusion=last.get("confusion"),
-        problem=problem,
-    )
     recipe = recipe_of(e, head_is_drawn=head_is_drawn, noise_sd=noise_sd)
-    if held_out.label_counts:
-        verdict = judge(held_out, outcome, recipe)
-    else:
-        verdict = judge_loss(
-            held_out, outcome, recipe, metric=metric, first=first.get("measures", {}), last=last.get("measures", {})
-        )
+    verdict = verdict_of(rows, last, recipe, held_out=held_out, metric=metric, problem=problem)
     return {
         "name": e.name,
         "method": method.name,
@@ -276,3 +262,32 @@ def summarise(
         "label_names": list(held_out.label_counts),
         "seconds": seconds,
     }
+
+
+def verdict_of(
+    rows: Sequence[Mapping[str, Any]],
+    last: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    held_out: HeldOut,
+    metric: Metric,
+    problem: str | None,
+) -> Verdict:
+    """Return whether the model learned: by its accuracy where rows have labels, else by its loss.
+
+    `rows` are the lines of metrics.jsonl, `last` the one of the state that is released.
+    """
+    first = rows[0]
+    outcome = Result(
+        start_accuracy=first["accuracy"],
+        final_accuracy=last["accuracy"],
+        start_loss=first["loss"],
+        final_loss=last["loss"],
+        noise_to_signal=noise_of_rounds(rows),
+        confusion=last.get("confusion"),
+        problem=problem,
+    )
+    if held_out.label_counts:
+        return judge(held_out, outcome, recipe)
+    measures, before = last.get("measures", {}), first.get("measures", {})
+    return judge_loss(held_out, outcome, recipe, metric=metric, first=before, last=measures)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlr.config.rule import Rules, rule
 from fedlr.config.schema import Experiment
-from fedlr.errors import InputError
 from fedlr.privacy.accountant import calibrate_noise_multiplier
 from fedlr.privacy.audit.finding import NUM_RUNS, Finding
 from fedlr.privacy.ledger import PrivacyLedger
@@ -92,7 +92,7 @@ def audit(experiment: Experiment, options: Options, *, seed: int, say: Callable[
     Raises:
         InputError: it is not private, its rows are not public, or it could not run.
     """
-    check_auditable(experiment)
+    OF_AN_AUDIT.check(experiment)
     full = prepare(experiment, seed=seed)
     generator = auditor_generator(full)
     f = with_rows(full, options.canaries, generator)
@@ -111,33 +111,36 @@ def audit(experiment: Experiment, options: Options, *, seed: int, say: Callable[
     return Audit(f, options, findings, bounds, planted)
 
 
-def check_auditable(experiment: Experiment) -> None:
-    """Refuse what has no epsilon, what trains elsewhere, and rows that an audit's figures would tell of.
-
-    Raises:
-        InputError: naming the key.
-    """
-    if not experiment.privacy.is_private:
-        raise InputError("Expected an epsilon to audit, got privacy=none; set privacy=dp")
-    if experiment.privacy.unit != "example":
-        raise InputError(
+@rule("privacy.epsilon", "privacy.unit", "runtime", "privacy.ledger")
+def epsilon_of_rows(e: Experiment) -> Iterator[str]:
+    """An audit plants single rows and trains several times: it needs an epsilon of rows, and charges no ledger."""
+    if not e.privacy.is_private:
+        yield "Expected an epsilon to audit, got privacy=none; set privacy=dp"
+    if e.privacy.unit != "example":
+        yield (
             "Expected privacy.unit=example for an audit, whose canaries are single rows, got client; audit the same "
             "configuration with privacy=dp"
         )
-    if experiment.runtime.kind != "local":
-        raise InputError(
-            f"Expected runtime=local for an audit, which trains in this process, got {experiment.runtime.kind}"
-        )
-    if experiment.privacy.ledger is not None:
-        raise InputError(
-            f"Expected privacy.ledger=null for an audit, got {experiment.privacy.ledger!r}: an audit trains several "
+    if e.runtime.kind != "local":
+        yield f"Expected runtime=local for an audit, which trains in this process, got {e.runtime.kind}"
+    if e.privacy.ledger is not None:
+        yield (
+            f"Expected privacy.ledger=null for an audit, got {e.privacy.ledger!r}: an audit trains several "
             "times and charges nothing there; leave privacy.ledger and privacy.ledger_epsilon out"
         )
-    if not experiment.data.public:
-        raise InputError(
+
+
+@rule("data.public")
+def audit_of_public_rows(e: Experiment) -> Iterator[str]:
+    """The figures of an audit are computed from rows in the clear, which no epsilon covers."""
+    if not e.data.public:
+        yield (
             "Expected data.public=true for an audit, got false: its figures are computed from the rows in the clear, "
             "and no epsilon covers them; audit the same configuration with data=synthetic"
         )
+
+
+OF_AN_AUDIT: Rules[Experiment] = Rules("An audit", "Asked by `fedlr audit`.", (epsilon_of_rows, audit_of_public_rows))
 
 
 def shortened(f: Federation, num_rounds: int | None) -> Federation:

@@ -13,7 +13,8 @@ from fedlr.simulations.cli import command, existing_run, only_one, say
 
 if TYPE_CHECKING:
     from fedlr.config.schema import Experiment
-    from fedlr.simulations.audit.audit import Audit
+    from fedlr.privacy.audit.finding import Finding
+    from fedlr.simulations.audit.audit import Audit, Bound
 
 HEADER = ("measured through the run's own training path", "measured", "accounted", "verdict")
 
@@ -35,11 +36,11 @@ def audit(arguments: list[str]) -> None:
         experiment, seed = ready(words), None
     else:
         experiment, seed = of_run(run_dir)
+    from fedlr.simulations.audit.audit import OF_AN_AUDIT
     from fedlr.simulations.audit.audit import audit as measure
-    from fedlr.simulations.audit.audit import check_auditable
     from fedlr.training.threads import torch_threads
 
-    check_auditable(experiment)
+    OF_AN_AUDIT.check(experiment)
     seed = next(seed for seed in (seed, experiment.seed, randbits(32)) if seed is not None)
     with torch_threads(1):
         found = measure(experiment, options, seed=seed, say=say)
@@ -95,38 +96,42 @@ def as_json(found: "Audit") -> dict[str, Any]:
             "sample_rate": mechanism.sample_rate,
             "num_steps": found.federation.training.num_steps,
         },
-        "findings": [
-            {
-                "check": one.check,
-                "what": one.what,
-                "measured": number(one.measured),
-                "accounted": number(one.expected),
-                "p_value": one.p_value,
-                "num_draws": one.num_draws,
-                "holds": one.holds,
-            }
-            for one in found.findings
-        ],
-        "one_run": [
-            {
-                "check": one.check,
-                "what": one.what,
-                "epsilon_lower_bound": one.run.lower_bound,
-                "epsilon": number(one.run.epsilon),
-                "delta": one.run.delta,
-                "confidence": 0.95,
-                "most": one.run.most,
-                "num_canaries": one.run.num_canaries,
-                "num_guesses": one.run.num_guesses,
-                "num_correct": one.run.num_correct,
-                "num_rounds": one.run.num_rounds,
-                "num_runs": one.num_runs,
-                "holds": one.holds,
-            }
-            for one in found.bounds
-        ],
+        "findings": [finding_record(one) for one in found.findings],
+        "one_run": [bound_record(one) for one in found.bounds],
         "small_epsilon": SMALL_EPSILON,
         "planted": [{"fault": one.fault, "found_by": list(one.found_by)} for one in found.planted],
+    }
+
+
+def finding_record(one: "Finding") -> dict[str, Any]:
+    """Return what audit.json says of one check."""
+    return {
+        "check": one.check,
+        "what": one.what,
+        "measured": number(one.measured),
+        "accounted": number(one.expected),
+        "p_value": one.p_value,
+        "num_draws": one.num_draws,
+        "holds": one.holds,
+    }
+
+
+def bound_record(one: "Bound") -> dict[str, Any]:
+    """Return what audit.json says of one lower bound on epsilon."""
+    return {
+        "check": one.check,
+        "what": one.what,
+        "epsilon_lower_bound": one.run.lower_bound,
+        "epsilon": number(one.run.epsilon),
+        "delta": one.run.delta,
+        "confidence": 0.95,
+        "most": one.run.most,
+        "num_canaries": one.run.num_canaries,
+        "num_guesses": one.run.num_guesses,
+        "num_correct": one.run.num_correct,
+        "num_rounds": one.run.num_rounds,
+        "num_runs": one.num_runs,
+        "holds": one.holds,
     }
 
 

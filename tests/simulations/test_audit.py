@@ -204,4 +204,4 @@ def test_a_conclusion_names_what_fails() -> None:
 
 def test_an_audit_does_not_pass_by_a_ledger_of_all_runs() -> None:
     with pytest.raises(InputError, match="Expected privacy.ledger=null for an audit, got 'all.jsonl'"):
-        audit_module.check_auditable(experiment("privacy.ledger=all.jsonl", "privacy.ledger_epsilon=9"))
+        audit_module.OF_AN_AUDIT.check(experiment("privacy.ledger=all.jsonl", "privacy.ledger_epsilon=9"))

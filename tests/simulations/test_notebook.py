@@ -48,11 +48,11 @@ def page(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def test_the_page_runs_as_it_stands(page: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(BLOCKS) == 6 and all(len(block.splitlines()) < MAX_LINES for block in BLOCKS)
+    assert len(BLOCKS) == 7 and all(len(block.splitlines()) < MAX_LINES for block in BLOCKS)
     assert len(page["frame"]) == 4 and 0 < page["frame"]["epsilon_max"].iloc[-1] < 6
     assert len(page["scores"]) == 3 and "noise_multiplier" in (folder / "ledger.jsonl").read_text()
     kept = [json.loads(path.read_text())["method"] for path in sorted(folder.glob("outputs/*/*/summary.json"))]
-    assert kept.count("ffa_lora") == 1 and len(kept) == 5
+    assert kept.count("ffa_lora") == 1 and len(kept) == 6
     # A folder of one's own: its files are options like fedlr's, and its module is imported from there.
     for path, text in FILES:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
