@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None, *, commands: Iterable[EntryPoint] | 
             stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is shown by its number
     try:
         code = _called(argv, commands)
-    except BrokenPipeError:
-        if not any(map(_has_no_reader, _streams())):
+    except OSError as error:
+        is_left = error.errno == errno.EPIPE and any(map(_has_no_reader, _streams()))
+        if not is_left and error.errno != errno.ENOSPC:
             raise  # a connection of the command's own
-        code = READER_LEFT
+        code = _lost(error)
     return _flushed(code)
 
 
@@ -65,13 +66,16 @@ def _flushed(code: int) -> int:
         except OSError as error:
             with open(os.devnull, "wb") as nowhere:  # or the interpreter tries once more when it ends
                 os.dup2(nowhere.fileno(), stream.fileno())
-            code = READER_LEFT if error.errno == errno.EPIPE else OUTPUT_LOST
-            if code == OUTPUT_LOST:
-                print(
-                    f"fedlr: Expected to print all of the output, got: {error.strerror}; send it elsewhere",
-                    file=sys.stderr,
-                )
+            code = _lost(error)
     return code
+
+
+def _lost(error: OSError) -> int:
+    """Say that output is lost, where its reader does not know; return the exit code."""
+    if error.errno == errno.EPIPE:
+        return READER_LEFT
+    print(f"fedlr: Expected to print all of the output, got: {error.strerror}; send it elsewhere", file=sys.stderr)
+    return OUTPUT_LOST
 
 
 def _called(argv: Sequence[str] | None, commands: Iterable[EntryPoint] | None) -> int:

@@ -104,11 +104,11 @@ def test_a_connection_that_breaks_is_no_reader_that_left(commands):
         main(["cut"], commands=commands)
 
 
-def test_output_on_a_full_disk_is_one_line(commands, monkeypatch, capsys):
-    """Where it is long, the command itself hears of it, and says so (`fedlr.runs.commands.command`)."""
+@pytest.mark.parametrize("words", [["long"], ["add", "1", "2"], ["--version"]])
+def test_output_on_a_full_disk_is_one_line(words, commands, monkeypatch, capsys):
     with open("/dev/full", "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert main(["add", "1", "2"], commands=commands) == 75
+        assert main(words, commands=commands) == 75
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and os.strerror(errno.ENOSPC) in told
 
