@@ -34,7 +34,7 @@ class Reports:
     epsilon: dict[int, float] = field(default_factory=dict)
     heads: dict[int, list[str]] = field(default_factory=dict)
     _tasks: dict[int, str] = field(default_factory=dict)  # which the newest head was reported for, since this start
-    _unwritten: dict[int, list[str]] = field(default_factory=dict, compare=False)  # heads since the last `remember`
+    _unwritten: dict[int, list[tuple[str, float]]] = field(default_factory=dict, compare=False)  # since `remember`
     signed: dict[int, dict[str, Any]] = field(default_factory=dict)
     remembered: Remembered = field(default_factory=Remembered, compare=False)
 
@@ -68,7 +68,7 @@ class Reports:
         if facts.ledger_head in known.heads[:-1]:
             return OLD
         heads.append(facts.ledger_head)
-        self._unwritten.setdefault(client, []).append(facts.ledger_head)
+        self._unwritten.setdefault(client, []).append((facts.ledger_head, facts.epsilon))
         self._tasks[client] = task_sha256
         return None
 
@@ -77,18 +77,21 @@ class Reports:
         known = self.remembered.of(client)
         epsilon = max(self.epsilon.get(client, 0.0), known.epsilon)
         own = self.heads.get(client, [])
-        newest = self._unwritten.get(client) or known.heads or own  # a file keeps the newest alone, and of all runs
+        unwritten = [head for head, _ in self._unwritten.get(client, [])]
+        newest = unwritten or known.heads or own  # a file keeps the newest alone, and of all runs
         return LedgerEcho(epsilon, newest[-1]) if newest else None
 
     def remember(self) -> None:
         """Write what was heard beside what other runs heard: the heads that are new, all where the file has none."""
-        heads = {
-            client: self._unwritten.get(client, []) if self.remembered.of(client).heads else self.heads.get(client, [])
-            for client in self.epsilon
-        }
-        self.remembered.keep(
-            {client: Known(epsilon=epsilon, heads=tuple(heads[client])) for client, epsilon in self.epsilon.items()}
-        )
+        heard = {}
+        for client, epsilon in self.epsilon.items():
+            new = self._unwritten.get(client, [])
+            if not self.remembered.of(client).heads:
+                told = dict(new)
+                new = [(head, told.get(head, 0.0)) for head in self.heads.get(client, [])]
+            heads, spent = tuple(head for head, _ in new), tuple(one for _, one in new)
+            heard[client] = Known(epsilon=epsilon, heads=heads, spent=spent)
+        self.remembered.keep(heard)
         self._unwritten.clear()
 
     def last_heads(self) -> dict[int, str]:

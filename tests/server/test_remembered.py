@@ -89,9 +89,52 @@ def test_two_runs_beside_each_other_lower_nothing(tmp_path: Path) -> None:
         assert reports.hear(2, said(epsilon, head), "1" * 64) is None
         reports.remember()
     known = Remembered.beside(tmp_path / "roster.json").of(2)
-    assert (known.epsilon, known.heads) == (5.0, (HEADS[0], HEADS[1]))
+    assert (known.epsilon, known.heads) == (5.0, (HEADS[1], HEADS[0])), "in the order of what was spent"
     one.remember()  # with nothing new, it puts no head of its own behind the other's
-    assert Remembered.beside(tmp_path / "roster.json").of(2).heads == (HEADS[0], HEADS[1])
+    assert Remembered.beside(tmp_path / "roster.json").of(2).heads == (HEADS[1], HEADS[0])
+
+
+def heads_keep_their_order(roster: Path, module: Any = fedlr.server.remembered) -> None:
+    """Two runs hear a device at the same moment, the one that heard it last writes first; then both are killed."""
+    known = [module.Remembered.beside(roster) for _ in range(2)]
+    for remembered, spent, head in ((known[0], 1.0, HEADS[0]), (known[1], 3.0, HEADS[2]), (known[0], 2.0, HEADS[1])):
+        remembered.keep({2: module.Known(epsilon=spent, heads=(head,), spent=(spent,))})
+    assert module.Remembered.beside(roster).of(2).heads == tuple(HEADS[:3])
+    reports = Reports(remembered=module.Remembered.beside(roster))
+    assert reports.echo(2) == LedgerEcho(3.0, HEADS[2])
+    assert reports.hear(2, said(3.0, HEADS[2]), "1" * 64) is None, "sent again"
+    known[0].keep({2: module.Known(epsilon=3.0, heads=(HEADS[3],), spent=(2.9999,))})  # its grid rounds the other way
+    assert module.Remembered.beside(roster).of(2).heads[-1] == HEADS[3], "it follows what its run has seen"
+
+
+def test_heads_that_are_written_in_another_order_than_they_were_heard_keep_theirs(tmp_path: Path) -> None:
+    heads_keep_their_order(tmp_path / "roster.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("(added if added[0][1] < there[0][1] else there).pop(0)", "there.pop(0)"),
+        ("seen = frozenset(self.of(client).heads)", "seen = frozenset()"),
+        ("self.clients = clients", "pass"),
+    ],
+    ids=["as it comes", "by epsilon alone", "sees nothing"],
+)
+def test_another_order_of_heads_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        heads_keep_their_order(tmp_path / "roster.json", mutant(fedlr.server.remembered, change))
+
+
+def test_a_file_from_before_epsilons_were_kept_is_read(tmp_path: Path) -> None:
+    (tmp_path / fedlr.server.remembered.NAME).write_text(
+        json.dumps({"clients": {"2": {"epsilon": 2.0, "heads": HEADS[:2]}}})
+    )
+    assert a_run(tmp_path / "roster.json", (2.5, HEADS[2], "1" * 64)) == [None]
+    assert Remembered.beside(tmp_path / "roster.json").of(2).rows() == [
+        (HEADS[0], 0.0),
+        (HEADS[1], 0.0),
+        (HEADS[2], 2.5),
+    ]
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
