@@ -69,6 +69,21 @@ def check_connection(
         raise InputError(diagnose(error, server=server)) from error
 
 
+def refusal_now(
+    server: str, root_certificates: bytes, key: ec.EllipticCurvePrivateKey, *, node_id: int
+) -> httpx.HTTPStatusError | None:
+    """Ask the server to end a session that is over, and return how it refused the signature; None where it did not."""
+    interceptors = [NodeAuthHttpInterceptor(key, key.public_key())]
+    try:
+        with FleetHttpClient.from_server_address(server, False, root_certificates, interceptors) as fleet:
+            fleet.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+    except httpx.HTTPStatusError as error:
+        return error if error.response.status_code == httpx.codes.UNAUTHORIZED else None
+    except (httpx.HTTPError, OSError, ValueError):
+        return None
+    return None
+
+
 def is_shut_out(error: BaseException) -> bool:
     """Say whether a server that let this device in does not any more: it refuses a signature made by a right clock."""
     if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code != httpx.codes.UNAUTHORIZED:
@@ -103,7 +118,7 @@ def diagnose(error: BaseException, *, server: str) -> str:
     """
     if _spoke_plain_http(error):
         return f"This device spoke plain HTTP to {server}, which is refused: remove insecure and name root certificates"
-    for cause in _causes(error):
+    for cause in causes_of(error):
         match cause:
             case ssl.SSLCertVerificationError():
                 return _of_certificate(cause, server)
@@ -216,7 +231,7 @@ def _text(response: httpx.Response) -> str:
         return ""
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes_of(error: BaseException) -> Iterator[BaseException]:
     """An error and what it came from, outermost first."""
     cause: BaseException | None = error
     while cause is not None:

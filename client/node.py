@@ -30,7 +30,14 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from fedlr.client.connection_errors import check_connection, is_shut_out, load_root_certificates
+from fedlr.client.connection_errors import (
+    causes_of,
+    check_connection,
+    diagnose,
+    is_shut_out,
+    load_root_certificates,
+    refusal_now,
+)
 from fedlr.client.device import Device
 from fedlr.client.settings import Settings
 from fedlr.errors import InputError, ShutOutError
@@ -40,6 +47,7 @@ from fedlr.flower.node_key import load_node_key
 NODE_ID = "node_id"  # in the state folder: by it a session that a killed process left behind is ended
 # How long to wait between two questions to the server: short while an experiment goes on, long when nothing does.
 BUSY_POLL_S, IDLE_POLL_S, BUSY_FOR_S = 0.3, 3.0, 120.0
+SHUT_OUT = "The server shut this device out: its key was revoked; ask the operator, and make a new key"
 FAILED = Error(code=2, reason="device_error")  # all that a server learns of what no reply could say
 
 
@@ -75,8 +83,11 @@ def connected(settings: Settings) -> Iterator[Connection]:
 
 def last_node_id(path: Path) -> int | None:
     """Return the node that this device was last; None where nobody knows, or the file is not whole."""
-    text = path.read_text() if path.exists() else ""
-    return int(text) if text.isdecimal() else None
+    try:
+        text = path.read_text(encoding="ascii")
+        return int(text) if text.isdecimal() else None
+    except (OSError, ValueError):  # none yet, or damaged: of no letters, or of thousands of digits
+        return None
 
 
 @dataclass
@@ -100,15 +111,47 @@ class Outage:
 
 
 def serve(settings: Settings, device: Device, *, say: Callable[[str], None]) -> None:
-    """Answer messages for ever."""
+    """Answer messages for ever.
+
+    Raises:
+        ShutOutError: the server let this device in, and does not any more.
+        InputError: it refuses this device's signature, as its clock is off.
+    """
+    ended: BaseException | None = None
     with connected(settings) as connection:
         say(f"connected to {settings.server.address} as node {connection.node_id}")
-        last, outage = time.monotonic(), Outage(say)
-        while True:
-            if step(connection, device, say=say, outage=outage):
-                last = time.monotonic()
-            else:
-                time.sleep(BUSY_POLL_S if time.monotonic() - last < BUSY_FOR_S else IDLE_POLL_S)
+        try:
+            _answer_for_ever(connection, device, say=say)
+        except BaseException as error:  # raised once the connection is closed: Flower's own end passes over exceptions
+            ended = error
+    if isinstance(ended, KeyboardInterrupt):
+        _require_admission(ended, settings, connection.node_id)
+    if ended is not None:
+        raise ended
+
+
+def _answer_for_ever(connection: Connection, device: Device, *, say: Callable[[str], None]) -> None:
+    last, outage = time.monotonic(), Outage(say)
+    while True:
+        if step(connection, device, say=say, outage=outage):
+            last = time.monotonic()
+        else:
+            time.sleep(BUSY_POLL_S if time.monotonic() - last < BUSY_FOR_S else IDLE_POLL_S)
+
+
+def _require_admission(interrupt: KeyboardInterrupt, settings: Settings, node_id: int) -> None:
+    """Tell a person's interrupt from Flower's, which ends the process by one where a server refuses its signature."""
+    causes = (cause for cause in causes_of(interrupt) if isinstance(cause, httpx.HTTPStatusError))
+    error = next(causes, None)
+    if error is None:  # by the thread that says that this device is there, or by a person
+        certificates = load_root_certificates(settings.server.root_certificates)
+        key = load_node_key(settings.server.private_key)
+        error = refusal_now(settings.server.address, certificates, key, node_id=node_id)
+    if error is None:
+        return
+    if is_shut_out(error):
+        raise ShutOutError(SHUT_OUT) from error
+    raise InputError(diagnose(error, server=settings.server.address)) from error
 
 
 def step(connection: Connection, device: Device, *, say: Callable[[str], None], outage: Outage) -> bool:
@@ -128,9 +171,7 @@ def step(connection: Connection, device: Device, *, say: Callable[[str], None], 
         say("the run is over at the server; what was released stays on disk and is sent when it is asked again")
     except httpx.HTTPError as error:
         if is_shut_out(error):
-            raise ShutOutError(
-                "The server shut this device out: its key was revoked; ask the operator, and make a new key"
-            ) from error
+            raise ShutOutError(SHUT_OUT) from error
         outage.lost(error)
     except Exception as error:  # a message that cannot be put together
         say(f"a message could not be taken: {type(error).__name__}: {error}")

@@ -80,7 +80,8 @@ def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> It
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run_from_proto(given.run))
-        yield grid
+        with losing_link():
+            yield grid
         outcome = COMPLETED
     except (RunNotRunningException, httpx.HTTPError) as error:
         raise LinkLost(type(error).__name__) from error
@@ -88,6 +89,24 @@ def flower_run(deployment: DeploymentSection, *, patience_s: float = 60.0) -> It
         if heartbeat.is_running:
             heartbeat.stop()
         _end(grid, control, run_id, outcome)
+
+
+@contextmanager
+def losing_link() -> Iterator[None]:
+    """Tell a person's interrupt from Flower's, which sends SIGINT where the SuperLink refuses the run's token.
+
+    Raises:
+        LinkLost: it does, as one that lost its database.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        cause: BaseException | None = interrupt
+        while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise LinkLost(f"HTTP {cause.response.status_code}: it does not know this run any more") from interrupt
 
 
 def _acquire(

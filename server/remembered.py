@@ -1,7 +1,7 @@
 """What devices said of their ledgers in any run of this server: a file that outlives runs, beside the roster or where
 `deployment.ledgers` says.
 
-    {"clients": {"3": {"epsilon": 2.5, "heads": ["...", "..."]}}}
+    {"clients": {"3": {"epsilon": 2.5, "heads": ["...", "..."], "spent": [2.4, 2.5]}}}
 
 A run compares what it hears with this, and tells each device the last of it (`fedlr.flower.messages.LedgerEcho`), so
 that a ledger which was put back is found by both sides, whichever run it happens in. A device whose data are new, with
@@ -10,7 +10,7 @@ a new ledger, is let in again when its entry is taken out by hand: that is the o
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,17 +29,40 @@ MOST_HEADS = 1000  # of a client, the newest
 
 
 class Known(BaseModel):
-    """What a client said: its highest epsilon, and its ledger's last row at each update, the newest last."""
+    """What a client said: its highest epsilon, and its ledger's last row at each update, the newest last.
+
+    `spent` is the epsilon of each of these rows; a file from before it was kept has none.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     epsilon: Annotated[float, Field(ge=0, le=LARGEST_EPSILON)] = 0.0
     heads: tuple[Sha256, ...] = Field(default=(), strict=False)
+    spent: tuple[Annotated[float, Field(ge=0, le=LARGEST_EPSILON)], ...] = Field(default=(), strict=False)
 
-    def joined(self, later: "Known") -> "Known":
-        """Return what both say, `later` the newer; a head that is known keeps its place."""
-        heads = (*self.heads, *(head for head in later.heads if head not in self.heads))
-        return Known(epsilon=max(self.epsilon, later.epsilon), heads=heads[-MOST_HEADS:])
+    def rows(self) -> list[tuple[str, float]]:
+        """Return each head with its epsilon, 0 where it is not known."""
+        missing = (0.0,) * (len(self.heads) - len(self.spent))
+        return list(zip(self.heads, (*missing, *self.spent), strict=False))
+
+    def joined(self, later: "Known", *, seen: Collection[str] = ()) -> "Known":
+        """Return what both say; a head that is known keeps its place.
+
+        What `later` adds is newer than the heads that its run had `seen`. Another run may have heard the client at the
+        same moment, and written first: its heads and these are put in the order of what the client had spent.
+        """
+        before = self.rows()
+        old = max((place for place, (head, _) in enumerate(before, 1) if head in seen), default=0)
+        there, added = before[old:], [row for row in later.rows() if row[0] not in self.heads]
+        rows = before[:old]
+        while there and added:
+            rows.append((added if added[0][1] < there[0][1] else there).pop(0))
+        rows = [*rows, *there, *added][-MOST_HEADS:]
+        return Known(
+            epsilon=max(self.epsilon, later.epsilon),
+            heads=tuple(head for head, _ in rows),
+            spent=tuple(spent for _, spent in rows),
+        )
 
 
 class _File(BaseModel):
@@ -110,7 +133,8 @@ class Remembered:
         with locked(self.path):
             clients = _read(self.path)
             for client, known in heard.items():
-                clients[client] = clients.get(client, Known()).joined(known)
+                seen = frozenset(self.of(client).heads)
+                clients[client] = clients.get(client, Known()).joined(known, seen=seen)
             told = {"clients": {str(client): known.model_dump() for client, known in sorted(clients.items())}}
             write_whole(self.path, json.dumps(told) + "\n")
         self.clients = clients

@@ -16,25 +16,25 @@ from typing import Any, Self
 
 from fedlr.flower.messages import LedgerEcho, ReplyFacts
 from fedlr.flower.node_key import canonical_public_key
-from fedlr.flower.signed import SIGNED, is_signed
+from fedlr.flower.signed import ROUNDING, SIGNED, is_signed
 from fedlr.server.remembered import Known, Remembered
 
 FELL, OLD, FORGED = "epsilon_fell", "old_ledger", "bad_signature"  # reasons of the gate's closed set
-ROUNDING = 1e-3  # relative: an accountant's grid may round another number of steps otherwise
 
 
 @dataclass
 class Reports:
     """By client: the highest epsilon that it reported, and the last row's hash at each of its updates, oldest first.
 
-    `signed` has the word that the highest epsilon came with, where its signature is that of the client's key.
+    `signed` has the last word of a client, where its signature is that of the client's key; none where that word has a
+    lower epsilon than it said before, or an older row: then it bears out what is stated of the client no more.
     `remembered` is what was said in other runs: words are compared with it; a statement of this run does not tell it.
     """
 
     epsilon: dict[int, float] = field(default_factory=dict)
     heads: dict[int, list[str]] = field(default_factory=dict)
     _tasks: dict[int, str] = field(default_factory=dict)  # which the newest head was reported for, since this start
-    _unwritten: dict[int, list[str]] = field(default_factory=dict, compare=False)  # heads since the last `remember`
+    _unwritten: dict[int, list[tuple[str, float]]] = field(default_factory=dict, compare=False)  # since `remember`
     signed: dict[int, dict[str, Any]] = field(default_factory=dict)
     remembered: Remembered = field(default_factory=Remembered, compare=False)
 
@@ -51,24 +51,24 @@ class Reports:
             return FORGED
         known = self.remembered.of(client)
         before = max(self.epsilon.get(client, 0.0), known.epsilon)
-        if facts.epsilon >= self.epsilon.get(client, 0.0):
-            self.signed.pop(client, None)
-            if public_key is not None and facts.signature:
-                told = {key: word[key] for key in (*SIGNED, "signature")}
-                self.signed[client] = {**told, "public_key": canonical_public_key(public_key)}
         self.epsilon[client] = max(self.epsilon.get(client, 0.0), facts.epsilon)
         if facts.epsilon < before * (1 - ROUNDING):
             return FELL
-        if facts.refused is not None:
-            return None
         heads = self.heads.setdefault(client, [])
         was_last_here = heads[-1:] == [facts.ledger_head] and self._tasks.get(client) == task_sha256
+        is_old = facts.ledger_head in heads[:-1] or facts.ledger_head in known.heads[:-1]
+        self.signed.pop(client, None)
+        if public_key is not None and facts.signature and not is_old:
+            told = {key: word[key] for key in (*SIGNED, "signature")}
+            self.signed[client] = {**told, "public_key": canonical_public_key(public_key)}
+        if facts.refused is not None:
+            return None
         if facts.ledger_head in heads:
             return None if was_last_here else OLD
         if facts.ledger_head in known.heads[:-1]:
             return OLD
         heads.append(facts.ledger_head)
-        self._unwritten.setdefault(client, []).append(facts.ledger_head)
+        self._unwritten.setdefault(client, []).append((facts.ledger_head, facts.epsilon))
         self._tasks[client] = task_sha256
         return None
 
@@ -77,23 +77,27 @@ class Reports:
         known = self.remembered.of(client)
         epsilon = max(self.epsilon.get(client, 0.0), known.epsilon)
         own = self.heads.get(client, [])
-        newest = self._unwritten.get(client) or known.heads or own  # a file keeps the newest alone, and of all runs
+        unwritten = [head for head, _ in self._unwritten.get(client, [])]
+        newest = unwritten or known.heads or own  # a file keeps the newest alone, and of all runs
         return LedgerEcho(epsilon, newest[-1]) if newest else None
 
     def remember(self) -> None:
         """Write what was heard beside what other runs heard: the heads that are new, all where the file has none."""
-        heads = {
-            client: self._unwritten.get(client, []) if self.remembered.of(client).heads else self.heads.get(client, [])
-            for client in self.epsilon
-        }
-        self.remembered.keep(
-            {client: Known(epsilon=epsilon, heads=tuple(heads[client])) for client, epsilon in self.epsilon.items()}
-        )
+        heard = {}
+        for client, epsilon in self.epsilon.items():
+            new = self._unwritten.get(client, [])
+            if not self.remembered.of(client).heads:
+                told = dict(new)
+                new = [(head, told.get(head, 0.0)) for head in self.heads.get(client, [])]
+            heads, spent = tuple(head for head, _ in new), tuple(one for _, one in new)
+            heard[client] = Known(epsilon=epsilon, heads=heads, spent=spent)
+        self.remembered.keep(heard)
         self._unwritten.clear()
 
     def last_heads(self) -> dict[int, str]:
-        """Return each client's newest head."""
-        return {client: heads[-1] for client, heads in self.heads.items() if heads}
+        """Return each client's newest head: of its signed word, where that is its last; else of its last update."""
+        heads = {client: heads[-1] for client, heads in self.heads.items() if heads}
+        return {**heads, **{client: str(word["ledger_head"]) for client, word in self.signed.items()}}
 
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it, as JSON can."""

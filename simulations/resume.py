@@ -1,6 +1,7 @@
 """A run that was killed, finished: exactly as if nothing had happened, or not at all."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedlr.config.schema import Experiment
@@ -57,7 +58,8 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
             )
         checkpoint = required_checkpoint(run_dir, experiment, say=say)
         with torch_threads(1):
-            federation = assemble(experiment, seed=checkpoint.facts["seed"], say=say)
+            with advising_no_key():
+                federation = assemble(experiment, seed=checkpoint.facts["seed"], say=say)
             require_same(checkpoint.facts, about_federation(federation))
             require_charge(open_all_runs(federation), checkpoint.facts.get("all_runs_head"))
             ledger = open_ledger(federation, run_dir / LEDGER)
@@ -74,6 +76,24 @@ def resume(run_dir: Path, *, say: Callable[[str], None], own_parts: Collection[s
                 server_ledger=servers,
                 progress=Progress(experiment, say=say, metric=federation.task.metric),
             )
+
+
+@contextmanager
+def advising_no_key() -> Iterator[None]:
+    """Add to what a start advises that a run which is resumed cannot be given other values.
+
+    Raises:
+        InputError: that of the start, which names a library, a processor, a file or a model that is not here.
+    """
+    try:
+        yield
+    except InputError as error:
+        told = InputError(
+            f"{error}; `fedlr resume` takes no key: a run goes on as it began, or not at all, so bring back here what "
+            "it had, or start it anew"
+        )
+        told.exit_code = error.exit_code
+        raise told from error
 
 
 def required_checkpoint(run_dir: Path, experiment: Experiment, *, say: Callable[[str], None]) -> Checkpoint:

@@ -7,12 +7,12 @@ from typing import Any
 
 from fedlr.errors import InputError
 from fedlr.flower.node_key import canonical_public_key
-from fedlr.flower.signed import is_signed
+from fedlr.flower.signed import ROUNDING, is_signed
 from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.reported import reported_statement
 from fedlr.privacy.statement import LEDGER, NEWER, ON_A_GRID, SERVER_LEDGER
-from fedlr.runs.directory import read_identity
+from fedlr.runs.directory import CLIENTS, read_identity
 
 SIMULATED = (
     "unsigned: a simulation; its devices have no keys, and whoever holds the ledger computes the statement again"
@@ -28,7 +28,8 @@ def is_reported(run_dir: Path) -> bool:
 def verify(run_dir: Path, roster: Path | None) -> list[str]:
     """Return a line for each client: signed, or not; and compare the statement with what follows from its clients.
 
-    A client's last row of the ledger (`head`) may be newer than its signed word, and is not compared with it.
+    A word is a client's last if its row of the ledger is the one that is stated (`head`) and no later update of the
+    client was used in the run, as clients.jsonl has it.
 
     Args:
         run_dir: a finished run.
@@ -44,12 +45,12 @@ def verify(run_dir: Path, roster: Path | None) -> list[str]:
     lines, wrong = [], []
     reported = stated(run_dir)
     _require_what_follows(reported, run_dir / "privacy.json")
-    experiments = _experiments(reported, run_dir)
+    experiments, used = _experiments(reported, run_dir), _last_used(run_dir)
     for client in reported["clients"]:
         number, word = client.get("client_id"), client.get("signed")
         if not isinstance(word, Mapping):
             lines.append(f"client {number}: not signed")
-        elif why := _why_not(client, word, keys, delta=reported["delta"], experiments=experiments):
+        elif why := _why_not(client, word, keys, used or {}, delta=reported["delta"], experiments=experiments):
             wrong.append(f"client {number}: {why}")
         else:
             lines.append(f"client {number}: signed epsilon {word['epsilon']:g} at delta {word['delta']:g}")
@@ -58,7 +59,21 @@ def verify(run_dir: Path, roster: Path | None) -> list[str]:
         lines.append(f"{silent} clients reported nothing")
     if wrong:
         raise InputError(f"Expected the signatures in {run_dir / 'privacy.json'} to be the devices', got {wrong[0]}")
+    if used is None:
+        lines.append(f"whether these are the last words was not checked: there is no {run_dir / CLIENTS}")
     return lines if keys is not None else [*lines, "whose the keys are was not checked: --roster FILE does"]
+
+
+def _last_used(run_dir: Path) -> dict[int, int] | None:
+    """Return the last round in which each client's update was used; None where the run has no lines of clients."""
+    path = run_dir / CLIENTS
+    if not path.exists():
+        return None
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return {int(row["client_id"]): int(row["round_index"]) for row in rows if row["status"] == "trained"}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"Expected a line for each client and round in {path}, got {error!r:.200}") from None
 
 
 def _require_what_follows(told: Mapping[str, Any], path: Path) -> None:
@@ -106,6 +121,7 @@ def _why_not(
     client: Mapping[str, Any],
     word: Mapping[str, Any],
     keys: Mapping[int, set[str]] | None,
+    used: Mapping[int, int],
     *,
     delta: float,
     experiments: set[Any],
@@ -114,12 +130,17 @@ def _why_not(
     number, line = client.get("client_id"), str(word.get("public_key"))
     if not is_signed(word, str(word.get("signature")), line):
         return "a signature that is not its key's, or of another word"
-    if word["client_id"] != number or word["epsilon"] != client["epsilon"]:
+    lowest = client["epsilon"] * (1 - ROUNDING) if isinstance(client["epsilon"], float) else client["epsilon"]
+    if word["client_id"] != number or not lowest <= word["epsilon"] <= client["epsilon"]:
         return "a signed word of another client, or of another epsilon than is stated"
     if not isinstance(word["delta"], float) or not word["delta"] <= delta:  # a device's own may be the smaller one
         return "a signed word of a larger delta than is stated"
     if word["experiment_id"] not in experiments:
         return "a signed word of another run"
+    if word["ledger_head"] != client["head"]:
+        return "a signed word of another row of its ledger than is stated"
+    if word["round_index"] < used.get(word["client_id"], 0):
+        return f"a signed word of round {word['round_index']}, and not its last: round {used[number]} used its update"
     if keys is not None and canonical_public_key(line) not in keys.get(word["client_id"], ()):
         return "a key that is not the client's in the roster"
     return None

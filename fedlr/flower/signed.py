@@ -19,6 +19,7 @@ from fedlr.flower.node_key import load_public_key
 
 SIGNED = ("experiment_id", "client_id", "round_index", "task_sha256", "epsilon", "delta", "ledger_head")
 PURPOSE = "fedlr: what my privacy ledger says, 1"  # so that no other signature of the key can be taken for one of these
+ROUNDING = 1e-3  # relative, of epsilon: an accountant's grid may round another number of steps otherwise
 HALF = 48  # bytes of each of the two numbers
 
 

@@ -20,8 +20,12 @@ MEANS = (
 
 
 def all_runs(path: str | os.PathLike[str], *, until: str | None = None) -> dict[str, Any]:
-    """Return what a ledger of all runs says now, or said when `until` was the hash of its last row."""
-    header, charges, head = read_ledger(path, until=until)
+    """Return what a ledger of all runs says now, or said when `until` was the hash of its last row.
+
+    A row that another run is writing, or left torn when it was killed, comes after the last: nothing was trained
+    for it yet.
+    """
+    header, charges, head = read_ledger(path, until=until or read_ledger(path)[2])
     return {
         "epsilon": charges.epsilon(ANY_ROW, header),
         "delta": header.delta,

@@ -263,7 +263,7 @@ def read_ledger(path: str | os.PathLike[str], *, until: str | None = None) -> tu
 
     Args:
         path: the file.
-        until: the hash of the row that is read last, as the ledger was then; None: all rows.
+        until: the hash of the row that is read last, as the ledger was then; None: all rows, a torn one among them.
 
     Raises:
         InputError: the file is missing, is no ledger, was changed, or has no such row.
@@ -273,7 +273,7 @@ def read_ledger(path: str | os.PathLike[str], *, until: str | None = None) -> tu
         data = chain.read_from(file, 0, name=path.name)
     rows, tail, fragment = chain.parse(data, chain.Tail(), name=path.name)
     header, charges, head = parse_header(rows, name=path.name), Charges(), tail.head
-    if until is not None and until != head:
+    if until is not None:
         count = next((number for number, row in enumerate(rows, 1) if row["hash"] == until), 0)
         if not count:
             raise InputError(f"Expected a row with the hash {until:.64} in {path}, got none: another file, or an older")

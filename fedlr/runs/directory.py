@@ -23,9 +23,9 @@ import yaml
 from fedlr import __version__
 from fedlr.config.parts import require_registered
 from fedlr.config.schema import CONFIGS, Experiment, check_experiment
-from fedlr.errors import InputError
+from fedlr.errors import InputError, PassingError
 from fedlr.errors.messages import one_line, shown
-from fedlr.files import append_whole, write_whole, writing
+from fedlr.files import append_whole, is_full, write_whole, writing
 from fedlr.runs.plain_yaml import plain_yaml
 
 LEDGER, METRICS, CLIENTS = "ledger.jsonl", "metrics.jsonl", "clients.jsonl"
@@ -55,10 +55,13 @@ def create_run_dir(experiment: Experiment) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise InputError(
+            refused = InputError(
                 f"Expected tracking.output_dir to be a folder that can be written, got "
                 f"{experiment.tracking.output_dir!r}: {error.strerror}"
-            ) from error
+            )
+            if is_full(error):
+                refused.exit_code = PassingError.exit_code
+            raise refused from error
         return path
     raise FileExistsError(f"Expected a free name below {parent}, found none for {stamp}")
 

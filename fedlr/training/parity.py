@@ -88,8 +88,9 @@ class ParityCheck:
                     if not distance <= self._tolerance * sum(float(part.norm()) for part in parts):
                         raise InputError(
                             "Expected the fused engine to compute the clipped sums that Opacus computes, got others on "
-                            "a first batch of this run; set trainer.engine=opacus, and report the model and the "
-                            "adapter (trainer.check_parity=false would hide it)"
+                            "a first batch of this run; where a rate (trainer.optimizer.lr) is so high that numbers "
+                            "overflow, both are wrong: lower it; else set trainer.engine=opacus, and report the model "
+                            "and the adapter (trainer.check_parity=false would hide it)"
                         )
             finally:
                 gradients.close()

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from fedlr.flower.addresses import host_and_port
 from fedlr.flower.node_key import create_node_key, load_node_key
 from fedlr.server.certificates import write_certificates
 from fedlr.server.enrol import SuperLink, register, unregister
-from tests.server.live_superlink import QUIET, Running, free_port, proxy, superlink
+from tests.server.live_superlink import QUIET, Running, free_port, proxy, superlink, trusting
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,29 @@ def test_a_killed_client_is_back_at_once_if_it_knows_its_node_id(site: Site) -> 
     assert "was online" in refusal(site.proxy.address, site.ca, key)
     assert check_connection(site.proxy.address, site.ca, load_node_key(key), last_node_id=node_id) == node_id
     assert check_connection(site.proxy.address, site.ca, load_node_key(key), last_node_id=node_id) == node_id
+
+
+@pytest.mark.parametrize(("words", "refused"), [((), range(14, 17)), (("--max-connections-per-peer", "96"), range(1))])
+def test_26_devices_behind_one_address_are_told_of_the_limit_or_all_let_in(
+    site: Site, tmp_path: Path, words: Sequence[str], refused: range
+) -> None:
+    """Each takes up to three connections: it asks, it says that it is there, it sends; 32 are enough for ten."""
+    keys = [tmp_path / str(number) for number in range(26)]
+    register(SuperLink(site.superlink.address, site.folder / "ca.crt"), [create_node_key(k).read_text() for k in keys])
+    told = dict[int, str]()
+    with proxy(site.folder, site.superlink, *words) as door, ExitStack() as held:
+        for number, key in enumerate(keys):
+            try:
+                check_connection(door.address, site.ca, load_node_key(key))
+            except InputError as error:
+                told[number] = str(error)
+                continue
+            for _ in range(3):
+                with suppress(OSError):  # the eleventh device's may be too many
+                    plain = held.enter_context(socket.create_connection(("127.0.0.1", door.port), timeout=20))
+                    held.enter_context(trusting(site.folder / "ca.crt").wrap_socket(plain, server_hostname="localhost"))
+    assert len(told) in refused and min(told, default=10) >= 10
+    assert [text for text in told.values() if "\n" in text or "--max-connections-per-peer (32)" not in text] == []
 
 
 def fleet_of(site: Site, key: Path, door: str = "proxy") -> FleetHttpClient:

@@ -22,7 +22,7 @@ from fedlr.flower.node_key import create_node_key
 from fedlr.rounds.cohorts import sample_among, sample_cohort
 from fedlr.runs.commands import command
 from fedlr.server.going_on import check_enrolled, may_be_drawn
-from fedlr.server.link import starting_alone
+from fedlr.server.link import LinkLost, losing_link, starting_alone
 from fedlr.server.longer_waits import longer_each_time
 from fedlr.server.pool import GridPool
 from fedlr.server.roster import Roster
@@ -134,6 +134,18 @@ def test_a_second_server_does_not_take_tasks_while_one_starts(tmp_path: Path) ->
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with secret.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_superlink_that_forgot_the_run_is_a_link_lost_and_no_interrupt() -> None:
+    """Flower sends the server SIGINT where its token is refused; a person's goes on as one."""
+    request = httpx.Request("POST", "https://x")
+    with pytest.raises(LinkLost, match="HTTP 401"), losing_link():
+        try:
+            httpx.Response(401, request=request).raise_for_status()
+        except httpx.HTTPStatusError:
+            raise KeyboardInterrupt  # noqa: B904 - as a signal does
+    with pytest.raises(KeyboardInterrupt), losing_link():
+        raise KeyboardInterrupt
 
 
 CODES = [

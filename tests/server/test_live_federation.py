@@ -19,6 +19,8 @@ import pytest
 
 from fedlr.client.settings import load_settings
 from fedlr.config.schema import compose_experiment
+from fedlr.errors import ShutOutError
+from fedlr.simulations import loopback
 from fedlr.simulations.federation_command import LARGEST_DIFFERENCE, adapter_difference
 from fedlr.simulations.loopback import PROXY, SERVER, SUPERLINK, Rehearsal
 from fedlr.simulations.simulate import simulate
@@ -149,3 +151,18 @@ def test_a_frozen_client_does_not_hold_a_round_and_below_quorum_it_waits_for_the
             device.send(signal.SIGCONT)
         rehearsal.watch(timeout_s=240)
         assert rounds_of(rehearsal) == [0, 1, 2, 3, 4]
+        a_revoked_device_says_so_and_ends(rehearsal)
+
+
+def a_revoked_device_says_so_and_ends(rehearsal: Rehearsal) -> None:
+    """Raise AssertionError unless a connected device ends in one line, for good, and the others stay."""
+    device, *others = rehearsal.devices
+    where = ("--superlink", rehearsal.superlink_address, "--superlink-ca", str(rehearsal.keys / "ca.crt"))
+    loopback.fedlr("server", "revoke", *where, "--roster", str(rehearsal.keys / "roster.json"), "--name", device.name)
+    deadline = time.monotonic() + 120
+    while device.code is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    log = device.log.read_text()
+    assert device.code == ShutOutError.exit_code, log
+    assert log.count("its key was revoked") == 1 and "Traceback" not in log and "cannot be reached" not in log
+    assert [other.code for other in others] == [None, None]

@@ -2,7 +2,8 @@
 
 Mutants killed: memory that ends with a run, that a later run lowers, or that takes a reply sent again for an old one;
 an echo of nothing, or of an older head than is known; a signature of anything, of another word, or of any key;
-a verify that lets less be stated than was signed, a smaller delta, words of another run, or any sentence.
+a verify that lets less be stated than was signed, a smaller delta, words of another run or of an earlier round, another
+row of a ledger, or any sentence; heads of two runs in the order in which they were written.
 """
 
 import errno
@@ -66,8 +67,8 @@ def test_a_word_outlives_the_run_that_heard_it(tmp_path: Path) -> None:
     "change",
     [
         (
-            "max(self.epsilon.get(client, 0.0), known.epsilon)\n        if facts",
-            "self.epsilon.get(client, 0.0)\n        if facts",
+            "max(self.epsilon.get(client, 0.0), known.epsilon)\n        self.epsilon[client]",
+            "self.epsilon.get(client, 0.0)\n        self.epsilon[client]",
         ),
         ("if facts.ledger_head in known.heads[:-1]:", "if False:"),
         ("if facts.ledger_head in known.heads[:-1]:", "if facts.ledger_head in known.heads:"),
@@ -89,9 +90,52 @@ def test_two_runs_beside_each_other_lower_nothing(tmp_path: Path) -> None:
         assert reports.hear(2, said(epsilon, head), "1" * 64) is None
         reports.remember()
     known = Remembered.beside(tmp_path / "roster.json").of(2)
-    assert (known.epsilon, known.heads) == (5.0, (HEADS[0], HEADS[1]))
+    assert (known.epsilon, known.heads) == (5.0, (HEADS[1], HEADS[0])), "in the order of what was spent"
     one.remember()  # with nothing new, it puts no head of its own behind the other's
-    assert Remembered.beside(tmp_path / "roster.json").of(2).heads == (HEADS[0], HEADS[1])
+    assert Remembered.beside(tmp_path / "roster.json").of(2).heads == (HEADS[1], HEADS[0])
+
+
+def heads_keep_their_order(roster: Path, module: Any = fedlr.server.remembered) -> None:
+    """Two runs hear a device at the same moment, the one that heard it last writes first; then both are killed."""
+    known = [module.Remembered.beside(roster) for _ in range(2)]
+    for remembered, spent, head in ((known[0], 1.0, HEADS[0]), (known[1], 3.0, HEADS[2]), (known[0], 2.0, HEADS[1])):
+        remembered.keep({2: module.Known(epsilon=spent, heads=(head,), spent=(spent,))})
+    assert module.Remembered.beside(roster).of(2).heads == tuple(HEADS[:3])
+    reports = Reports(remembered=module.Remembered.beside(roster))
+    assert reports.echo(2) == LedgerEcho(3.0, HEADS[2])
+    assert reports.hear(2, said(3.0, HEADS[2]), "1" * 64) is None, "sent again"
+    known[0].keep({2: module.Known(epsilon=3.0, heads=(HEADS[3],), spent=(2.9999,))})  # its grid rounds the other way
+    assert module.Remembered.beside(roster).of(2).heads[-1] == HEADS[3], "it follows what its run has seen"
+
+
+def test_heads_that_are_written_in_another_order_than_they_were_heard_keep_theirs(tmp_path: Path) -> None:
+    heads_keep_their_order(tmp_path / "roster.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("(added if added[0][1] < there[0][1] else there).pop(0)", "there.pop(0)"),
+        ("seen = frozenset(self.of(client).heads)", "seen = frozenset()"),
+        ("self.clients = clients", "pass"),
+    ],
+    ids=["as it comes", "by epsilon alone", "sees nothing"],
+)
+def test_another_order_of_heads_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        heads_keep_their_order(tmp_path / "roster.json", mutant(fedlr.server.remembered, change))
+
+
+def test_a_file_from_before_epsilons_were_kept_is_read(tmp_path: Path) -> None:
+    (tmp_path / fedlr.server.remembered.NAME).write_text(
+        json.dumps({"clients": {"2": {"epsilon": 2.0, "heads": HEADS[:2]}}})
+    )
+    assert a_run(tmp_path / "roster.json", (2.5, HEADS[2], "1" * 64)) == [None]
+    assert Remembered.beside(tmp_path / "roster.json").of(2).rows() == [
+        (HEADS[0], 0.0),
+        (HEADS[1], 0.0),
+        (HEADS[2], 2.5),
+    ]
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
@@ -165,8 +209,24 @@ def signatures_hold(folder: Path, module: object = fedlr.server.reports) -> None
     assert reports.hear(2, own, "1" * 64, public_key=line) is None
     assert json.loads(json.dumps(reports.facts()))["signed"]["2"]["epsilon"] == 2.0
     assert module.Reports.of(reports.facts()).signed == reports.signed  # type: ignore[attr-defined]
-    assert reports.hear(2, said(3.0, HEADS[1]), "2" * 64, public_key=line) is None
-    assert reports.signed == {}, "a higher epsilon came without one"
+
+    def signed(epsilon: float, head: str, **changes: object) -> ReplyFacts:
+        word = said(epsilon, head, **changes)
+        return word.model_copy(update={"signature": sign(word.model_dump(), load_node_key(path))})
+
+    rounded = signed(1.9999, HEADS[1], round_index=1)
+    assert reports.hear(2, rounded, "2" * 64, public_key=line) is None
+    assert reports.hear(2, signed(1.0, HEADS[0]), "3" * 64, public_key=line) == "epsilon_fell"
+    refusal = signed(2.5, HEADS[2], round_index=2, refused="budget_exhausted")
+    for word, epsilon in ((rounded, 2.0), (refusal, 2.5)):
+        assert reports.hear(2, word, "2" * 64, public_key=line) is None
+        head, stated = reports.last_heads()[2], reports.signed[2]["ledger_head"]
+        assert (reports.epsilon[2], head, stated) == (epsilon, word.ledger_head, word.ledger_head), "its last word"
+    assert reports.hear(2, signed(9.0, HEADS[0]), "3" * 64, public_key=line) == "old_ledger"
+    assert reports.signed == {} and reports.last_heads() == {2: HEADS[1]}, "what it said contradicts itself"
+    assert reports.hear(2, refusal, "2" * 64, public_key=line) == "epsilon_fell"
+    assert reports.hear(2, said(9.5, HEADS[3]), "4" * 64, public_key=line) is None
+    assert reports.signed == {}, "the last word came without one"
 
 
 def test_a_word_counts_as_signed_by_its_own_key_alone(tmp_path: Path) -> None:
@@ -178,9 +238,11 @@ def test_a_word_counts_as_signed_by_its_own_key_alone(tmp_path: Path) -> None:
     [
         ("and not is_signed(word, facts.signature, public_key)", "and False"),
         ("self.signed.pop(client, None)", "pass"),
+        ("and facts.signature and not is_old", "and facts.signature"),
+        ("{**heads, **{client", "{**{client"),
         ('signed={int(client): dict(word) for client, word in facts.get("signed", {}).items()},', ""),
     ],
-    ids=["any signature", "an older one stays", "forgotten at a restart"],
+    ids=["any signature", "an older one stays", "of an older row", "no unsigned row", "forgotten at a restart"],
 )
 def test_a_server_that_takes_any_signature_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
@@ -214,11 +276,11 @@ def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path:
     stated.write_text(json.dumps(told))
     entry = {"client_id": 2, "name": "a", "node_id": 7, "public_key": line}
     roster.write_text(json.dumps({"clients": [entry], "revoked": []}))
-    assert fedlr.simulations.signatures.verify(tmp_path, roster) == [
-        "client 1: not signed",
-        "client 2: signed epsilon 2 at delta 1e-05",
-        "2 clients reported nothing",
-    ]
+    found = ["client 1: not signed", "client 2: signed epsilon 2 at delta 1e-05", "2 clients reported nothing"]
+    *others, unchecked = fedlr.simulations.signatures.verify(tmp_path, roster)
+    assert others == found and "last words was not checked" in unchecked
+    rounds_used(tmp_path, 0)
+    assert fedlr.simulations.signatures.verify(tmp_path, roster) == found
     roster.write_text(json.dumps({"clients": [{**entry, "public_key": keys(tmp_path, "other")[1]}]}))
     with pytest.raises(InputError, match="not the client's in the roster"):
         fedlr.simulations.signatures.verify(tmp_path, roster)
@@ -235,6 +297,13 @@ def test_a_statement_says_who_signed_and_verify_finds_what_was_changed(tmp_path:
     assert fedlr.simulations.signatures.verify(tmp_path, roster), "of before enrol --replace"
     (tmp_path / "ledger.jsonl").touch()
     assert not fedlr.simulations.signatures.is_reported(tmp_path), "a ledger that is here is computed"
+
+
+def rounds_used(run_dir: Path, *rounds: int) -> None:
+    """Write that these rounds used an update of client 2, and a later one did not."""
+    fates = [*((number, "trained") for number in rounds), (9, "rejected")]
+    rows = [{"round_index": number, "client_id": 2, "status": status} for number, status in fates]
+    (run_dir / "clients.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def statement_follows(run_dir: Path, told: dict[str, Any], module: object = fedlr.simulations.signatures) -> None:
@@ -268,17 +337,36 @@ def statement_follows(run_dir: Path, told: dict[str, Any], module: object = fedl
     (run_dir / "identity.json").write_text(json.dumps({"experiment_id": "f" * 32, "seed": 0}))
     is_refused(told, "another run")
     (run_dir / "identity.json").unlink()
+    newer = json.loads(json.dumps(told))
+    newer["clients"][1]["head"] = HEADS[3]
+    is_refused(newer, "another row of its ledger")
+    rounds_used(run_dir, 0, 1)
+    is_refused(told, "of round 0, and not its last: round 1 used its update")
+    (run_dir / "clients.jsonl").write_text("[]\n")
+    is_refused(told, "a line for each client and round")
+    (run_dir / "clients.jsonl").unlink()
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        ('word["epsilon"] != client["epsilon"]', 'word["epsilon"] < client["epsilon"]'),
+        ('lowest <= word["epsilon"] <= client["epsilon"]', 'word["epsilon"] >= client["epsilon"]'),
+        ('lowest <= word["epsilon"] <= client["epsilon"]', 'word["epsilon"] <= client["epsilon"]'),
+        ('word["ledger_head"] != client["head"]', "False"),
+        ('word["round_index"] < used', 'word["round_index"] > used'),
         ('word["delta"] <= delta', "True"),
         ('if word["experiment_id"] not in experiments:', "if False:"),
         ("    if different:", "    if False:"),
     ],
-    ids=["less than was signed", "any delta", "any run", "any sentence"],
+    ids=[
+        "less than was signed",
+        "more than was signed",
+        "any row",
+        "any round",
+        "any delta",
+        "any run",
+        "any sentence",
+    ],
 )
 def test_a_verify_that_lets_less_be_stated_is_seen(tmp_path: Path, change: tuple[str, str]) -> None:
     told, _ = a_signed_statement(tmp_path)

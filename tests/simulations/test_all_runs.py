@@ -15,7 +15,7 @@ import pytest
 import fedlr.simulations.all_runs
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import epsilon, longest_lasting_order, renyi_epsilon
-from fedlr.privacy.all_runs import ANY_ROW, all_runs, with_all_runs
+from fedlr.privacy.all_runs import ANY_ROW, all_runs, checked_all_runs, with_all_runs
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import PrivacyBudget
@@ -127,6 +127,20 @@ def what_all_runs_spent_is_computed_again(run_dir: Path, stated: dict[str, Any],
     path.rename(path.with_name("elsewhere.jsonl"))
     assert recompute(run_dir, say=unchecked.append) == stated
     assert len(unchecked) == 1 and "not checked" in unchecked[0]
+
+
+def test_a_charge_that_another_run_left_torn_changes_no_statement_of_before(tmp_path: Path) -> None:
+    """It is charged when the ledger is next opened; what this run said is of its own last row."""
+    path = tmp_path / "all.jsonl"
+    first = federation(f"privacy.ledger={path}", f"privacy.ledger_epsilon={TOTAL}", "privacy.epsilon=1")
+    told = fedlr.simulations.all_runs.charge_run(first)
+    (tmp_path / "config.yaml").write_text(f"privacy: {{ledger: {path}}}")
+    charge = path.read_bytes().splitlines()[-1].replace(b'"round_index":0', b'"round_index":1')
+    with path.open("ab") as file:
+        file.write(charge.partition(b'"hash"')[0])
+    assert checked_all_runs(told, tmp_path) == (told, None) and all_runs(path) == told
+    assert fedlr.simulations.all_runs.open_all_runs(first) is not None
+    assert all_runs(path)["num_runs"] == 2 and checked_all_runs(told, tmp_path) == (told, None)
 
 
 def test_another_budget_is_another_ledger(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import fedlr.simulations.resume
 import fedlr.simulations.simulate
 from fedlr.adapters.state import AdapterState, Slot
 from fedlr.errors import InputError
+from fedlr.models.products import library_of
 from fedlr.privacy.statement import recompute
 from fedlr.runs.directory import CHECKPOINTS, IDENTITY, LEDGER, write_json
 from fedlr.runs.report import comparison_table
@@ -262,6 +263,15 @@ def test_resume_of_a_run_that_was_edited_gives_one_line_and_charges_nothing(runs
     for name, key in (("metrics.jsonl", "accuracy"), ("metrics.jsonl", "bytes_up"), ("clients.jsonl", "status")):
         for wrong in (..., [], 10**400):
             refused((name, key), lambda n=name, k=key, v=wrong: edit_line(run_dir / n, k, v))  # type: ignore[misc]
+
+
+def test_resume_advises_no_key_that_it_cannot_take(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run by oneDNN, where this PyTorch lacks it: the start advises runtime.matmul=mkl."""
+    run_dir = Path(shutil.copytree(runs / "killed", tmp_path / "run"))
+    monkeypatch.setattr("fedlr.models.products.has_onednn", lambda: False)
+    monkeypatch.setattr(fedlr.simulations.resume, "assemble", lambda e, **options: library_of("onednn"))
+    with pytest.raises(InputError, match=r"runtime\.matmul=mkl.*; `fedlr resume` takes no key: .*start it anew$"):
+        resume(run_dir, say=lambda line: None)
 
 
 def another_adapter(tensors: dict[str, Any], about: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ drawn (`MUTANTS`).
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ import pytest
 import fedlr.files as files
 import fedlr.simulations.resume
 import fedlr.simulations.simulate
-from fedlr.errors import InputError
+from fedlr.errors import InputError, PassingError
 from fedlr.files import NotWritten, write_whole
 from fedlr.privacy.charges import read_ledger
 from fedlr.runs.directory import FINISHED, LEDGER
 from fedlr.simulations import cli
 from fedlr.simulations.resume import resume
 from fedlr.simulations.simulate import simulate
+from tests.simulations.every_write import FULL, full_from
 from tests.simulations.killed_runs import only_run
 from tests.simulations.small_runs import experiment, federation, lines
 
@@ -164,6 +166,46 @@ def test_a_disk_that_is_full_at_any_file_leaves_a_run_to_go_on_with(tmp_path: Pa
     assert expected["summary.json"][FINISHED] is True
     for index, (place, number) in enumerate(PLACES):
         check_place(tmp_path / str(index), place, number, expected)
+
+
+def check_write(folder: Path, number: int, expected: Mapping[str, Any], *, num_refused: float) -> int:
+    """Return how many calls of a run change the disk, where from the call of that number on so many fail."""
+    with full_from(number, folder, num_refused=num_refused) as calls:
+        try:
+            begin(folder)
+        except InputError as error:
+            assert "\n" not in str(error) and FULL in str(error), calls[number]
+            assert error.exit_code == PassingError.exit_code, (calls[number], str(error))
+        else:
+            assert len(calls) <= number, calls[number]
+    runs = list(folder.glob("*/*/"))
+    if not runs:
+        return len(calls)
+    check_whole(runs[0])
+    try:
+        resume(runs[0], say=lambda line: None)
+    except InputError as error:
+        assert number < FIRST_CHECKPOINT or "which is finished" in str(error), (calls[number], str(error))
+        assert "\n" not in str(error)
+        if "which is finished" not in str(error):
+            return len(calls)
+    assert outcome(runs[0]) == expected, calls[number]
+    return len(calls)
+
+
+FIRST_CHECKPOINT = 45  # calls, before there is a whole one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_refused", [1, math.inf], ids=["for a moment", "for good"])
+def test_a_disk_that_is_full_at_any_write_leaves_a_run_to_go_on_with(
+    tmp_path: Path, quick: None, num_refused: float
+) -> None:
+    expected = outcome(begin(tmp_path / "whole"))
+    number = 0
+    while check_write(tmp_path / str(number), number, expected, num_refused=num_refused) > number:
+        number += 1
+    assert number > 2 * FIRST_CHECKPOINT
 
 
 def finished_first(run_dir: Path, summary: Mapping[str, Any], *, draw: Callable[[Path], object]) -> None:

@@ -114,7 +114,7 @@ CASES = [(name, halved) for name in BROKEN for halved in (False, True) if not ha
 @pytest.mark.parametrize(("name", "halved"), CASES)
 def test_a_broken_engine_is_stopped(name: str, halved: bool) -> None:
     scene = Scene(engine=engine_over(*BROKEN[name]), halved=halved)
-    with pytest.raises(InputError, match="trainer.engine=opacus"):
+    with pytest.raises(InputError, match=r"overflow, both are wrong: lower it; else set trainer\.engine=opacus"):
         scene.compare()
 
 
