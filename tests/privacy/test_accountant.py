@@ -136,7 +136,8 @@ def test_a_tiny_epsilon_is_not_lost_in_the_rounding() -> None:
 def test_repeated_questions_are_answered_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [steps(0.0333, 1.0, 77)]
     first = epsilon(events, DELTA)
-    monkeypatch.setattr(module, "_composed", lambda *given: pytest.fail("composed again"))
+    for name in ("_composed", "_renyi"):
+        monkeypatch.setattr(module, name, lambda *given: pytest.fail("composed again"))
     assert {epsilon(events, DELTA) for _ in range(100)} == {first}
 
 
