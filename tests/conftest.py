@@ -17,6 +17,9 @@ import pytest
 # Before torch is loaded, and for every process that a test starts: two workers on two cores compute with a thread each,
 # and a sum rounds as it does alone.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A run scores with a thread a core. On cores that others use, threads that wait for each other by spinning, as they do
+# unless told, took 20 times the work itself (2.4 of 6.2 s of a language model's run).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import fedlr.config.schema
 from tests.painted import drawn_by, inline_svg, painted

@@ -24,6 +24,7 @@ from fedlr.errors import InputError
 from fedlr.errors.ranges import MOST_STEPS, AccountantName, require_delta
 from fedlr.privacy.mechanism import PrivacyBudget, require_sample_rate
 from fedlr.privacy.noise_hints import hint_of, keep_hint
+from fedlr.privacy.renyi import epsilon_and_order, is_supported
 from fedlr.privacy.sampling import PoissonSampler
 
 Events = Sequence[tuple[dp_accounting.DpEvent, int]]
@@ -85,17 +86,15 @@ def longest_lasting_order(event: dp_accounting.DpEvent, budget: PrivacyBudget) -
     3.0
     """
 
-    def epsilon_and_order(count: int) -> tuple[float, float]:
-        accountant = dp_accounting.rdp.RdpAccountant()
-        found = _composed(accountant, [(event, count)], lambda a: tuple(a.get_epsilon_and_optimal_order(budget.delta)))
-        return float(found[0]), float(found[1])
+    def spent(count: int) -> float:
+        return _renyi([(event, count)], budget.delta)[0]
 
     most = 1
-    while most < MOST_STEPS and epsilon_and_order(most)[0] <= budget.epsilon:
+    while most < MOST_STEPS and spent(most) <= budget.epsilon:
         most = min(2 * most, MOST_STEPS)
     affordable = range(most // 2 + 1, most + 1)  # half of it was, and `most` is not, unless it is the end
-    most = most // 2 + bisect_right(affordable, budget.epsilon, key=lambda count: epsilon_and_order(count)[0])
-    return float(epsilon_and_order(max(1, most))[1])
+    most = most // 2 + bisect_right(affordable, budget.epsilon, key=spent)
+    return _renyi([(event, max(1, most))], budget.delta)[1]
 
 
 def _merged(events: Events) -> tuple[tuple[dp_accounting.DpEvent, int], ...]:
@@ -180,7 +179,7 @@ def _epsilon(events: tuple[tuple[dp_accounting.DpEvent, int], ...], delta: float
     if not events:
         return 0.0
     if accountant == "rdp":
-        return _composed(dp_accounting.rdp.RdpAccountant(), events, lambda a: float(a.get_epsilon(delta)))
+        return _renyi(events, delta)[0]
     interval = _interval(events, delta=delta)
     if interval is None:
         return math.inf
@@ -197,7 +196,7 @@ def _interval(events: tuple[tuple[dp_accounting.DpEvent, int], ...], *, delta: f
     if not all(renyi.supports(event) for event, _ in events):
         return _interval_of_mixtures(events, delta=delta)
     # Any moderate size keeps the usual interval.
-    bound = _composed(renyi, events, lambda a: float(a.get_epsilon(delta)))
+    bound, _ = _renyi(events, delta)
     if not math.isfinite(bound):
         return None
     bound = bound or 1.0  # 0 may be an underflow of the Renyi bound: the loss distribution decides
@@ -216,6 +215,16 @@ def _interval_of_mixtures(events: tuple[tuple[dp_accounting.DpEvent, int], ...],
     coarse = dp_accounting.pld.PLDAccountant(value_discretization_interval=COARSE)
     bound = _composed(coarse, events, lambda a: float(a.get_epsilon(delta)))
     return max(1e-5, min(1e-2, 1e-3 * bound)) if math.isfinite(bound) else None
+
+
+def _renyi(events: Events, delta: float) -> tuple[float, float]:
+    """Return the epsilon of Renyi accounting, and the order that gives it."""
+    if not all(is_supported(event) for event, _ in events):
+        accountant = dp_accounting.rdp.RdpAccountant()
+        found = _composed(accountant, events, lambda a: tuple(a.get_epsilon_and_optimal_order(delta)))
+        return float(found[0]), float(found[1])
+    with _without_order_warnings():
+        return epsilon_and_order(events, delta)
 
 
 def _composed(accountant: Accountant, events: Events, answer: Callable[[Accountant], T]) -> T:
@@ -238,15 +247,16 @@ def _search(
     """
 
     def fresh() -> dp_accounting.PrivacyAccountant:
-        if accountant == "rdp":
-            return dp_accounting.rdp.RdpAccountant()
         interval = max((1e-3 if rows == 1 else 1e-2) * min(1.0, budget.epsilon), 1e-6 * budget.epsilon)
         return dp_accounting.pld.PLDAccountant(value_discretization_interval=interval)
 
     def excess(grid_index: int) -> float:
         """Return the logarithm of epsilon over the budget's."""
         event = dp_accounting.SelfComposedDpEvent(sampler.dp_event(grid_index / GRID, rows=rows), num_steps)
-        found = _composed(fresh(), [(event, 1)], lambda a: float(a.get_epsilon(budget.delta)))
+        if accountant == "rdp":
+            found, _ = _renyi([(event, 1)], budget.delta)
+        else:
+            found = _composed(fresh(), [(event, 1)], lambda a: float(a.get_epsilon(budget.delta)))
         return math.log(max(found, 1e-12) / budget.epsilon)
 
     # Start near the central limit's answer: a distribution of far too little noise is slow to compute.

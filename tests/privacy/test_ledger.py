@@ -204,9 +204,7 @@ def test_a_settlement_of_nobody_writes_nothing(path: Path) -> None:
 def test_ten_thousand_clients_are_one_computation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What grows with the clients is reading and writing; clients at the same steps share one epsilon."""
     ledger, composed = new_ledger(path), []
-    monkeypatch.setattr(
-        accountant, "_composed", lambda *given, real=accountant._composed: composed.append(1) or real(*given)
-    )
+    monkeypatch.setattr(accountant, "_renyi", lambda *given, real=accountant._renyi: composed.append(1) or real(*given))
     accountant._epsilon.cache_clear()
     filter.spent.cache_clear()
     ledger.reserve(0, MECHANISM, 5, range(10_000))

@@ -102,11 +102,16 @@ AUTOMATIC = (
         ("method=flexlora", "adapter.client_ranks=[2,4]"),
         ("method=hetlora", "adapter.client_memory_mb=[0.02,1]", "method.client.weight=0.5"),
         ("adapter.init_lora_weights=pissa", "method=ffa_lora"),
-        ("method=layer_mean", "adapter=dora", "trainer.engine=opacus"),
+        # Layers whose product is averaged, by another system.
+        pytest.param(("method=layer_mean", "adapter=dora", "trainer.engine=opacus"), marks=pytest.mark.slow),
         ("method=layer_mean", "adapter=tuner", "adapter.system=hra", "trainer.engine=opacus"),
         ("method=rank_growth",),
-        ("method=rank_energy", "method.finalise.keep=0.5", "method.finalise.period=1", "trainer.engine=opacus"),
-        ("method=dylora", "privacy=none"),
+        # Ranks that change, by another rule.
+        pytest.param(
+            ("method=rank_energy", "method.finalise.keep=0.5", "method.finalise.period=1", "trainer.engine=opacus"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("method=dylora", "privacy=none"), marks=pytest.mark.slow),
         ("method=selective_layers",),
         AUTOMATIC,
     ],

@@ -81,13 +81,17 @@ def wait_for(rehearsal: Rehearsal, num_rounds: int, *, timeout_s: float = 300.0)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_kills", "num_rounds"),
+    [(8, 4), pytest.param(20, 10, marks=pytest.mark.slow), pytest.param(100, 10, marks=pytest.mark.slow)],
+)
 def test_killed_at_random_moments_a_run_ends_with_all_rounds_and_nothing_counted_twice(
-    num_kills: int, tmp_path: Path
+    num_kills: int, num_rounds: int, tmp_path: Path
 ) -> None:
+    """Each process at least once: the fast case kills each of the six, and two again."""
     # Every client in every round: an update that was lost or counted twice would show in the adapter.
     words = (
-        "num_rounds=10",
+        f"num_rounds={num_rounds}",
         "deployment.min_updates=3",
         "deployment.round_deadline_s=15",
         "deployment.max_attempts=99",
@@ -98,7 +102,7 @@ def test_killed_at_random_moments_a_run_ends_with_all_rounds_and_nothing_counted
         killed: Counter[str] = Counter()
         for number in range(num_kills):
             # Spread over the rounds, so that the run is not over before the last.
-            wait_for(rehearsal, (number * 9) // num_kills)
+            wait_for(rehearsal, (number * (num_rounds - 1)) // num_kills)
             time.sleep(draw.uniform(0.0, 2.0))
             name = names[number % len(names)] if number < len(names) else draw.choice(names)
             if rehearsal.processes[name].code is None:
@@ -107,11 +111,11 @@ def test_killed_at_random_moments_a_run_ends_with_all_rounds_and_nothing_counted
             rehearsal.step()
         rehearsal.watch(timeout_s=600)
         assert killed.total() >= num_kills * 0.8 and len(killed) == len(names)
-        assert rounds_of(rehearsal) == list(range(11))
-        assert [row["num_trained"] for row in metrics_of(rehearsal)][1:] == [3] * 10
+        assert rounds_of(rehearsal) == list(range(num_rounds + 1))
+        assert [row["num_trained"] for row in metrics_of(rehearsal)][1:] == [3] * num_rounds
         # Seeded noise: what is computed again is the same to the bit and is charged once, never less than once.
-        assert charges(rehearsal) == [10, 10, 10]
-        expected = simulated(tmp_path / "local", "num_rounds=10")
+        assert charges(rehearsal) == [num_rounds] * 3
+        expected = simulated(tmp_path / "local", f"num_rounds={num_rounds}")
         assert adapter_difference(expected / "adapter", rehearsal.run_dir / "adapter") <= LARGEST_DIFFERENCE
 
 

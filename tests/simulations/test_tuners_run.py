@@ -87,8 +87,12 @@ def finished(folder: Path, *overrides: str) -> tuple[Federation, Path]:
     return federation(*overrides), run
 
 
-@pytest.mark.parametrize("privacy", ["dp", "none"])
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    ("system", "privacy"),
+    [(system, "dp") for system in SYSTEMS]
+    + [("lora_xs", "none")]
+    + [pytest.param(system, "none", marks=pytest.mark.slow) for system in SYSTEMS if system != "lora_xs"],
+)
 def test_a_run_completes_and_leaves_an_adapter_that_plain_peft_opens(system: str, privacy: str, tmp_path: Path) -> None:
     f, run = finished(tmp_path, *words(system, f"privacy={privacy}"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
