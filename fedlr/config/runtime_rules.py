@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from fedlr.adapters.state import HEAD, LORA_A, LORA_B, ClientUpdate
+from fedlr.config.codec_rules import check_codec
 from fedlr.config.language_rules import CAUSAL_LM
 from fedlr.config.robust_rules import check_robust
 from fedlr.config.schema import Experiment
@@ -46,6 +47,7 @@ def check_method(experiment: Experiment, method: Method, rule: ClientRule | None
     check_server_step(experiment, method)
     check_robust(experiment, method)
     rule = rule or method.client
+    check_codec(experiment, method, rule)
     runtime, name = experiment.runtime, method.name
     if method.folds and runtime.base_dtype != "float32":
         raise InputError(

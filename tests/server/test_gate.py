@@ -174,7 +174,7 @@ GATE_MUTANTS = {
         ("weight, facts.round_index)", "weight, asked.round_index)"),
     ],
     "refusal_with_tensors": [("if reply.tensors:", "if False:")],
-    "facts_without_end": [("Reply.read(record, reply_limits(asked.expected))", "Reply.read(record)")],
+    "facts_without_end": [("Reply.read(record, reply_limits(asked.expected, asked.codec))", "Reply.read(record)")],
     "impossible_epsilon": [("except InputError", "except KeyError")],
 }
 
