@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cryptography.hazmat.primitives.asymmetric import ec
 from torch import Tensor
 
+from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import AdapterState, Block, ClientUpdate, Slot
 from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
@@ -217,7 +218,8 @@ def message_of(request: Request, update: ClientUpdate, enrolled: AdapterState) -
         return update.tensors
     place = Place(request.terms.seed, request.client_id, task.round_index)
     with torch_threads(1):
-        return encoded(codec, update.tensors, enrolled.overlaid(task.broadcast).select(task.shared), place)
+        sent_down = enrolled.overlaid(task.broadcast).select(task.shared)
+        return encoded(codec, update.tensors, narrowed(sent_down, task.ranks.get(request.client_id)), place)
 
 
 def _key_of(settings: Settings) -> ec.EllipticCurvePrivateKey | None:

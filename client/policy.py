@@ -160,8 +160,6 @@ def check_request(request: Request, settings: Settings) -> None:
     least = min([rank, *given_ranks(task.broadcast).values()]) if terms.trainer.engine == "fused" else 0
     if max(task.ranks.values(), default=0) > least:
         _refuse("rank", max(task.ranks.values()), f"at most {least}, with trainer.engine=fused alone", root="request")
-    if task.ranks and terms.codec is not None:
-        _refuse("rank", max(task.ranks.values()), "null with a codec", root="request")
     enrolled = {} if request.enrolled is None else request.enrolled.tensors
     _check_tensors(task.broadcast, "broadcast", roles, most=most, rank=rank)
     _check_tensors(enrolled, "enrolled", roles | {SHIPPED}, most=most, rank=rank)

@@ -24,11 +24,9 @@ def check_codec(experiment: Experiment, method: Method, rule: ClientRule) -> Cod
             f"Expected codec=int8, bf16 or projection with privacy, got {name}: under noise the largest numbers are "
             "mostly noise, so that it would keep noise and cut what was learned; set privacy=none for it"
         )
-    for what, why in (
-        (e.adapter.has_client_ranks, "whose clients have ranks of their own (adapter.client_ranks)"),
-        (method.prunes, "whose clients cut their own ranks"),
-        (rule.remembers, "whose server and clients must remember the same exact numbers"),
-    ):
-        if what:
-            raise InputError(f"Expected codec=none for method={method.name}, {why}, got {name}")
+    if rule.remembers:
+        raise InputError(
+            f"Expected codec=none for method={method.name}, whose server and clients must remember the same exact "
+            f"numbers, got {name}"
+        )
     return codec

@@ -109,7 +109,14 @@ def metrics_row(
 def codec_columns(diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
     """Return what a codec added to the updates of a round; nothing where there was none, or where it is not known."""
     error = diagnostics.codec_error if diagnostics else None
-    return {} if error is None else {"codec_error": finite(error.update), "codec_error_of_mean": finite(error.mean)}
+    return (
+        {}
+        if error is None
+        else {
+            "codec_error": finite(error.update),
+            "codec_error_of_mean": None if error.mean is None else finite(error.mean),
+        }
+    )
 
 
 def _at(noise_sd: float | None, rates: Mapping[str, float] | None) -> float | None:

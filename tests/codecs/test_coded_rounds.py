@@ -149,7 +149,6 @@ def test_the_largest_changes_are_for_runs_without_privacy(tmp_path: Path) -> Non
     ("words", "why"),
     [
         (["method=scaffold"], r"must remember the same exact numbers"),
-        (["method=hetlora", "adapter.client_ranks=[1,2]"], r"ranks of their own"),
         (["codec.keep=0.5"], r"codec.keep"),
     ],
 )
@@ -168,3 +167,12 @@ def test_a_share_that_is_none_is_named(keep: object) -> None:
 def test_a_codec_that_no_release_has_is_no_terms_or_is_refused(codec: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"codec"):
         Terms.read(json.dumps(terms_tree({"codec": codec}))).built_codec()
+
+
+def test_clients_of_several_ranks_send_what_they_have(tmp_path: Path) -> None:
+    words = ["experiment=tiny", "num_rounds=1", "trainer.check_parity=false", "method=flexlora", "privacy=none"]
+    ranks = "adapter.client_ranks=[1,2,4,1,2,4]"
+    federation = assemble(compose_experiment([*words, ranks, "codec=int8"]), seed=3)
+    _, (row,) = trained(federation, tmp_path / "ledger.jsonl")
+    assert row["num_trained"] == len(federation.clients) or row["num_trained"] == federation.experiment.cohort_size
+    assert 0 < float(str(row["codec_error"])) < 0.03 and row["codec_error_of_mean"] is None

@@ -255,7 +255,7 @@ def weights(gate: ModuleType) -> set[float]:
 def test_nothing_that_a_reply_holds_moves_its_weight() -> None:
     assert weights(fedlr.server.gate) == {0.25}
     assert weights(
-        mutant(fedlr.server.gate, ("reply.tensors, weight,", "reply.tensors, facts.epsilon or weight,"))
+        mutant(fedlr.server.gate, ("tensors, weight, facts", "tensors, facts.epsilon or weight, facts"))
     ) != {0.25}
 
 

@@ -71,7 +71,7 @@ class CodecError:
     """
 
     update: float  # root of the summed squares over all updates
-    mean: float  # of the plain mean of the updates
+    mean: float | None  # of the plain mean of the updates; None: of clients of several ranks
 
 
 @dataclass(frozen=True)
