@@ -16,8 +16,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from cryptography.hazmat.primitives.asymmetric import ec
+from torch import Tensor
 
-from fedlr.adapters.state import AdapterState, Block, ClientUpdate
+from fedlr.adapters.client_ranks import narrowed
+from fedlr.adapters.state import AdapterState, Block, ClientUpdate, Slot
 from fedlr.client.own_rows import read_rows
 from fedlr.client.policy import Policy, PolicyRefusal, check_request, check_terms
 from fedlr.client.settings import Settings
@@ -29,6 +31,7 @@ from fedlr.flower.node_key import load_node_key
 from fedlr.flower.records import Limits, RecordDict
 from fedlr.flower.signed import sign
 from fedlr.flower.terms import Terms
+from fedlr.methods.codecs.codec import Place, encoded
 from fedlr.privacy.chain import GENESIS
 from fedlr.privacy.ledger import PrivacyLedger, Refusal
 from fedlr.privacy.mechanism import Mechanism
@@ -132,7 +135,7 @@ class Device:
         if not isinstance(outcome, ClientUpdate):
             reason: RefusalReason = "budget_exhausted" if outcome.reason == "budget_exhausted" else "already_reserved"
             raise Refused(reason, f"the ledger says {outcome.reason}")
-        reply = Reply(self._facts(request, asked, None), outcome.tensors)
+        reply = Reply(self._facts(request, asked, None), message_of(request, outcome, enrolled))
         replies.write(Kept(reply, *pool.kept.of(request.client_id)))
         return reply
 
@@ -206,6 +209,17 @@ class Device:
         if self._key is None or self._ledger is None:
             return facts
         return facts.model_copy(update={"signature": sign(facts.model_dump(), self._key)})
+
+
+def message_of(request: Request, update: ClientUpdate, enrolled: AdapterState) -> Mapping[Slot, Tensor]:
+    """Return an update as it travels: a function of the update, which is noised, and of public words."""
+    codec, task = request.terms.built_codec(), request.task
+    if codec is None:
+        return update.tensors
+    place = Place(request.terms.seed, request.client_id, task.round_index)
+    with torch_threads(1):
+        sent_down = enrolled.overlaid(task.broadcast).select(task.shared)
+        return encoded(codec, update.tensors, narrowed(sent_down, task.ranks.get(request.client_id)), place)
 
 
 def _key_of(settings: Settings) -> ec.EllipticCurvePrivateKey | None:

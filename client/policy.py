@@ -18,6 +18,7 @@ ledger are touched:
     task                                    one that the owner allows, and that the device's own data are for
     task.template, task.max_response        a name of a fixed set, never a template; a bounded number (`Terms`)
     task.score_range                        that of the device's own data
+    codec                                   a name of a fixed set, after the noise; none that picks what is large
     label_names                             equal to the device's own, in order
     pairs                                   as the device's own table has two texts a row, or one
     label_weights                           of these labels, positive, at most 1e9 (`Terms`); they act before the clip
@@ -129,6 +130,8 @@ def check_terms(terms: Terms, settings: Settings) -> None:
         if rule is not None:
             _check_section(rule, where, policy.allowed_rules, "policy.allowed_rules")
     _check_buildable(terms)
+    if terms.codec is not None:
+        _check_codec(terms)
     _check_room(terms, settings)
 
 
@@ -254,6 +257,18 @@ def _check_buildable(terms: Terms) -> None:
                 build_choice(rule.section(), where)
     except InputError as error:
         raise PolicyRefusal(str(error)) from error
+
+
+def _check_codec(terms: Terms) -> None:
+    """Refuse a codec that private steps do not go with; whatever it is, it sees noised values alone."""
+    try:
+        codec = terms.built_codec()
+    except InputError as error:
+        raise PolicyRefusal(str(error)) from error
+    if codec is not None and terms.mechanism is not None and not codec.is_for_private():
+        _refuse("codec", terms.codec.target if terms.codec else None, "another, as it would send noise alone")
+    if terms.client_rule is not None and build_choice(terms.client_rule.section(), "client_rule").remembers:
+        _refuse("codec", terms.codec.target if terms.codec else None, "null with a client_rule that remembers")
 
 
 def _check_room(terms: Terms, settings: Settings) -> None:

@@ -16,6 +16,7 @@ from fedlr.adapters.state import num_bytes
 from fedlr.config.parts import OWN_PARTS, require_registered
 from fedlr.config.schema import Experiment, check_experiment
 from fedlr.errors import InputError
+from fedlr.methods.codecs.codec import num_coded_bytes
 from fedlr.models.peft_state import read_adapter
 from fedlr.server.nodes import Nodes, PartitionNodes, RosterNodes
 from fedlr.server.pool import GridPool
@@ -39,7 +40,8 @@ def serve(run: Run, grid: Grid) -> None:
     """Ask the clients behind a Grid for all rounds that are left."""
     e, terms = run.experiment, run.served.terms
     if isinstance(grid, ReplyGrid):
-        grid.most_bytes = num_bytes(read_adapter(run.served.model).tensors.values())  # of the largest rank
+        largest = read_adapter(run.served.model).tensors  # of the largest rank
+        grid.most_bytes = max(num_bytes(largest.values()), num_coded_bytes(terms.built_codec(), largest))
     nodes: Nodes
     members = grace_s = public_keys = None
     if e.runtime.kind == "superlink":

@@ -14,6 +14,7 @@ from fedlr.adapters.state import ClientUpdate, Slot
 from fedlr.errors import InputError
 from fedlr.flower.messages import Reply, ReplyFacts, reply_limits
 from fedlr.flower.records import RecordDict
+from fedlr.methods.codecs.codec import Codec, Place, decoded
 from fedlr.rounds.round import Dropout
 
 
@@ -26,6 +27,8 @@ class Asked:
     round_index: int
     task_sha256: str
     expected: Mapping[Slot, Tensor]  # of the shapes and dtypes that must come back
+    codec: Codec | None = None  # that a reply came through; then `expected` has the values that it is a change of
+    place: Place | None = None
     delta: float | None = None  # of the budget; then an update comes with what its sender has spent, at this or less
 
 
@@ -45,7 +48,7 @@ def answer_of(record: RecordDict, asked: Asked, *, weight: float) -> Answer:
     """
     client = asked.client_id
     try:
-        reply = Reply.read(record, reply_limits(asked.expected))
+        reply = Reply.read(record, reply_limits(asked.expected, asked.codec))
     except InputError:
         return Answer(Dropout(client, "rejected", "malformed"))
     facts = reply.facts
@@ -63,7 +66,13 @@ def answer_of(record: RecordDict, asked: Asked, *, weight: float) -> Answer:
         return Answer(Dropout(client, "refused", facts.refused), facts)
     if asked.delta is not None and not is_stated(facts, asked.delta):
         return Answer(Dropout(client, "rejected", "no_statement"))
-    return Answer(ClientUpdate(client, reply.tensors, weight, facts.round_index), facts)
+    tensors = reply.tensors
+    if asked.codec is not None and asked.place is not None:
+        try:
+            tensors = decoded(asked.codec, tensors, asked.expected, asked.place)
+        except InputError:  # which says what; a reason is a word of a closed set
+            return Answer(Dropout(client, "rejected", "bad_code"), facts)
+    return Answer(ClientUpdate(client, tensors, weight, facts.round_index), facts)
 
 
 def is_stated(facts: ReplyFacts, delta: float) -> bool:

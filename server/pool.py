@@ -16,6 +16,7 @@ from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.flower.messages import Request
 from fedlr.flower.terms import Terms
+from fedlr.methods.codecs.codec import Place
 from fedlr.rounds.round import Dropout, RoundRequest
 from fedlr.server.gate import Answer, Asked, answer_of, is_stated
 from fedlr.server.nodes import Nodes
@@ -64,6 +65,7 @@ class GridPool:
         self._has_adapter: set[int] = set()  # clients that answered, so they hold what they were given
         self.reports = reports or Reports()
         self._public_keys = public_keys or dict
+        self._codec = terms.built_codec()
 
     def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
         """Ask every client that is reachable; yield what comes of it, in the order in which it comes."""
@@ -129,7 +131,8 @@ class GridPool:
     def _asked(self, task: RoundRequest, client: int, task_sha256: str, expected: Mapping[Slot, Tensor]) -> Asked:
         own = dict(narrowed(expected, task.ranks.get(client)))
         delta = None if self._terms.mechanism is None else self._terms.mechanism.delta
-        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, own, delta)
+        place = Place(self._terms.seed, client, task.round_index)
+        return Asked(self._terms.experiment_id, client, task.round_index, task_sha256, own, self._codec, place, delta)
 
     def _take(self, reply: Message, node_id: int, asked: Asked) -> ClientUpdate | Dropout:
         client = asked.client_id

@@ -148,6 +148,7 @@ class Run:
             quorum=e.deployment.min_updates,
             max_update_ratio=e.max_update_ratio,
             average_last=e.average_last,
+            codec=self.served.terms.built_codec(),
             members=None if members is None else lambda: may_be_drawn(e, members(), done.participations),
         )
         with torch_threads(1):

@@ -12,11 +12,12 @@ from fedlr.adapters.client_ranks import num_rows_and_columns
 from fedlr.adapters.state import num_values
 from fedlr.config.auto_rates import arm, resolved_rates
 from fedlr.config.build import build, build_method
-from fedlr.config.schema import Experiment
+from fedlr.config.schema import Experiment, Target
 from fedlr.data.partition import Partition
 from fedlr.data.persons import capped
 from fedlr.data.placement import all_texts, num_shared_texts
 from fedlr.data.table import Table
+from fedlr.methods.codecs.codec import NONE
 from fedlr.methods.method import Method
 from fedlr.models.base_delta import SideWeights
 from fedlr.models.network import AdaptedModel, BaseModel
@@ -115,7 +116,9 @@ class Federation:
         rows = np.sort(np.concatenate([client.rows for client in f.clients]))
         return replace(
             f,
-            experiment=e.model_copy(update={**one, "trainer": trainer, "privacy": privacy}),
+            experiment=e.model_copy(
+                update={**one, "trainer": trainer, "privacy": privacy, "codec": Target(_target_=NONE)}
+            ),
             method=f.method.of_one_client(),
             clients=(Share(f.clients[0].table, rows),),
             client_tests=None,

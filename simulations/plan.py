@@ -13,8 +13,10 @@ import numpy as np
 
 from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import SHIPPED, num_bytes, num_values, roles_of
+from fedlr.config.build import build_codec
 from fedlr.config.language_rules import CAUSAL_LM
 from fedlr.config.schema import Experiment
+from fedlr.methods.codecs.codec import num_coded_bytes
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.correlated import sum_noise
 from fedlr.privacy.sampling import PoissonSampler
@@ -154,16 +156,18 @@ def client_unit_lines(federation: Federation) -> list[str]:
 def traffic_lines(federation: Federation) -> list[str]:
     """Say what each client sends and receives in the first round, and all of them in the run."""
     e, adapter = federation.experiment, federation.start.adapter
-    task = federation.request()
+    task, codec = federation.request(), build_codec(e.codec)
     ranks = federation.ranks or (None,)  # a mean over clients of different ranks
-    up = round(statistics.fmean(num_bytes(narrowed(adapter.select(task.shared), rank).values()) for rank in ranks))
+    sent = adapter.select(task.shared)
+    up = round(statistics.fmean(num_coded_bytes(codec, narrowed(sent, rank)) for rank in ranks))
+    by = "" if codec is None else f" by {e.codec.target} ({size(num_bytes(sent.values()))} without)"
     down = round(statistics.fmean(task.num_bytes(rank) for rank in ranks))
     a_round = (e.cohort_size * up, e.cohort_size * down)
     # What is folded into the base, or keeps clients from drifting, goes down from later rounds on.
     least = "at least " if federation.method.folds or federation.training.rule.remembers else ""
     return [
         f"adapter     {federation.num_trained_values:,} trained values, {places(federation)}",
-        f"bytes       {size(up)} up and {size(down)} down for a client in a round",
+        f"bytes       {size(up)} up{by} and {size(down)} down for a client in a round",
         f"            {size(a_round[0])} up and {size(a_round[1])} down a round, "
         f"{size(e.num_rounds * a_round[0])} and {least}{size(e.num_rounds * a_round[1])} in all {e.num_rounds}",
     ]

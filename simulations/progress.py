@@ -56,6 +56,8 @@ class Progress:
         of_budget = "" if row["epsilon_max"] is None else f" of {budget:g}"
         if privacy.epsilon is not None and row.get("epsilon_client") is not None:
             of_budget += f" of rows, {epsilon_text(row['epsilon_client'])} of {privacy.client_epsilon:g} of clients"
+        if "codec_error" in row:
+            of_budget += f"   codec {percent(row['codec_error'])}"
         absent = f"   without an update: {counted(row['reasons'])}" if row["reasons"] else ""
         self.say(
             f"  round {number}  {self._scored(row)}   {epsilon}{of_budget}"
@@ -127,3 +129,12 @@ class Progress:
 def loss_text(row: dict[str, Any]) -> str:
     """Write the loss of a state; one that is not finite has no number."""
     return "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
+
+
+def percent(share: float | None) -> str:
+    """Write how far a codec moved an update, relative to how far that moved.
+
+    >>> percent(0.0071), percent(None)
+    ('0.71 %', 'not finite')
+    """
+    return "not finite" if share is None else f"{100 * share:.2g} %"

@@ -18,12 +18,13 @@ from torch import nn
 from fedlr.config.auto_rates import provisional
 from fedlr.config.parts import GET_METHOD, PATH, TARGET, is_part, name_of, place_of, section_of
 from fedlr.config.schedules import server_rates
-from fedlr.config.schema import DataSection, Experiment, TrainerSection
+from fedlr.config.schema import DataSection, Experiment, Target, TrainerSection
 from fedlr.config.slots import check_kind, check_name
 from fedlr.data.partition import Partition
 from fedlr.data.table import Table
 from fedlr.errors import InputError, in_range
 from fedlr.errors.messages import dotted, first_problem, keyed, one_line, shown, unknown_key
+from fedlr.methods.codecs.codec import NONE, Codec
 from fedlr.methods.method import Method
 from fedlr.models.network import BaseModel
 from fedlr.tasks.task import Task
@@ -36,6 +37,7 @@ SECTIONS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "partition": (Partition, ("data", "num_clients", "seed")),
     "model": (BaseModel, ("label_names", "seed")),
     "task": (Task, ("label_names", "label_weights")),
+    "codec": (Codec, ()),
 }
 CHOICES = ("block_schedule", "aggregate", "finalise", "broadcast", "client")
 
@@ -78,6 +80,16 @@ def build_task(experiment: Experiment, label_names: Sequence[str]) -> Task:
     weights = experiment.data.label_weights
     task: Task = build(experiment.task.section(), "task", label_names=tuple(label_names), label_weights=weights)
     return task
+
+
+def build_codec(section: Target) -> Codec | None:
+    """Build what updates travel through; None: nothing.
+
+    Raises:
+        InputError: as `build`.
+    """
+    codec: Codec = build(section.section(), "codec")
+    return None if section.target == NONE else codec
 
 
 @contextmanager

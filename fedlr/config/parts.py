@@ -44,6 +44,13 @@ RULES: Mapping[str, str] = {
     "scaled_gradient": "fedlr.methods.client_rules.preconditioned.ScaledGradient",
     "tail_penalty": "fedlr.methods.client_rules.tail.TailPenalty",
 }
+CODECS: Mapping[str, str] = {
+    "bf16": "fedlr.methods.codecs.rounding.Bfloat16",
+    "int8": "fedlr.methods.codecs.rounding.Int8",
+    "none": "fedlr.methods.codecs.codec.Exact",
+    "projection": "fedlr.methods.codecs.projection.Projection",
+    "top_k": "fedlr.methods.codecs.top_k.TopK",
+}
 # As protocol 1 and the policies of devices write them.
 RULES_OF_PROTOCOL: tuple[RuleName, ...] = get_args(RuleName)
 # By the section in which they may stand: name, and the function or class.
@@ -78,6 +85,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
         "text_classification": "fedlr.tasks.text_classification.text_classification",
         "text_regression": "fedlr.tasks.text_regression.text_regression",
     },
+    "codec": CODECS,
     "method": {
         "method": "fedlr.methods.method.Method",
     },

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fedlr.adapters.state import ClientUpdate
-from fedlr.config import method_rules, robust_rules, system_rules, unit_methods
+from fedlr.config import codec_rules, method_rules, robust_rules, system_rules, unit_methods
 from fedlr.config.choice import Choice
 from fedlr.config.rule import Rules, rule, rules_of
 from fedlr.config.schema import Experiment
@@ -43,7 +43,7 @@ def ray(c: Choice) -> Iterator[str]:
 OF_A_METHOD: Rules[Choice] = Rules(
     "The method",
     "Asked of the configuration with the method that is built from it, before any row is read.",
-    rules_of(unit_methods, system_rules, robust_rules, method_rules),
+    rules_of(unit_methods, system_rules, robust_rules, method_rules, codec_rules),
 )
 OF_THIS_MACHINE: Rules[Choice] = Rules(
     "This machine",

@@ -257,6 +257,7 @@ class Experiment(Section):
     partition: Target
     adapter: AdapterConfig
     method: dict[str, Any]
+    codec: Target = Target(_target_="none")  # as every run before there was a choice
     privacy: PrivacySection
     trainer: TrainerSection
     runtime: RuntimeSection

@@ -20,6 +20,7 @@ from fedlr.data.partition import Partition
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.methods.client_rules.rule import ClientRule
+from fedlr.methods.codecs.codec import Codec
 from fedlr.methods.method import Method
 from fedlr.models.network import BaseModel
 from fedlr.tasks.task import Task
@@ -45,6 +46,7 @@ KINDS: Mapping[str, Kind] = {
     "partition": Kind(Partition),
     "model": Kind(BaseModel),
     "task": Kind(Task),
+    "codec": Kind(Codec),
     "method": Kind(Method),
     "method.block_schedule": Kind(frozenset, 2),
     "method.aggregate": Kind(AdapterState, 2),

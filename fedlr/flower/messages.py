@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from fedlr.adapters.state import SIDE_A, SIDE_B, AdapterState, Block, LoraFactors, Slot, num_bytes, side_tensors
+from fedlr.adapters.state import SIDE_A, SIDE_B, AdapterState, Block, LoraFactors, Slot, side_tensors
 from fedlr.config.schema import Section
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_problem
 from fedlr.flower.records import ANY, Limits, RecordDict, facts_of, from_record, to_record
 from fedlr.flower.task_terms import Sha256
 from fedlr.flower.terms import Terms
+from fedlr.methods.codecs.codec import Codec, Exact, num_coded_bytes
 from fedlr.rounds.round import RoundRequest
 
 BROADCAST, SIDE, CONTROL, ENROLLED = GROUPS = ("broadcast", "side", "control", "enrolled")
@@ -179,9 +180,15 @@ class Reply:
         return cls(_checked(ReplyFacts, facts_of(record, limits), "reply"), from_record(record, limits))
 
 
-def reply_limits(expected: Mapping[Slot, Tensor]) -> Limits:
-    """Return what a reply may hold whose tensors are these."""
-    return Limits(num_bytes=num_bytes(expected.values()) + 1, num_tensors=len(expected) + 1, fact_chars=10_000)
+def reply_limits(expected: Mapping[Slot, Tensor], codec: Codec | None = None) -> Limits:
+    """Return what a reply may hold whose tensors are these, as they travel."""
+    num_tensors = len((codec or Exact()).form(expected))
+    return Limits(
+        num_bytes=num_coded_bytes(codec, expected) + 1,
+        num_tensors=num_tensors + 1,
+        fact_chars=10_000,
+        coded=codec is not None,
+    )
 
 
 def _side(tensors: Mapping[Slot, Tensor]) -> dict[str, LoraFactors]:

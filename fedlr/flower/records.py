@@ -28,6 +28,9 @@ from fedlr.errors import InputError
 ARRAYS, LAYOUT, FACTS = "arrays", "layout", "facts"
 # Flower's arrays are numpy's, which has no bfloat16: such tensors travel as the integers of their bits.
 CARRIERS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.int16}
+# What a codec makes of an update besides: only a server that asked for such takes them.
+OF_CODECS = {"int8": torch.int8, "int32": torch.int32}
+ALL_CARRIERS = CARRIERS | OF_CODECS
 NUMPY_HEADER = 128  # bytes before the numbers of a one-dimensional array
 
 
@@ -47,24 +50,28 @@ class Limits:
     num_bytes: int = 1 << 32  # of all tensors
     num_tensors: int = 100_000
     fact_chars: int = 1 << 20
+    coded: bool = False  # integers too
 
 
 ANY = Limits()  # what comes from a server
 
 
 def to_record(tensors: Mapping[Slot, Tensor], facts: Mapping[str, Any] | None = None) -> RecordDict:
-    """Pack tensors (float32, float64 or bfloat16) into a record that Flower sends as one object a dtype.
+    """Pack tensors into a record that Flower sends as one object a dtype.
 
-    `facts` is whatever JSON can hold; None leaves it out.
+    They are float32, float64 or bfloat16, and of a codec's message also int8 or int32. `facts` is whatever JSON can
+    hold; None leaves it out.
     """
     parts: dict[str, list[Tensor]] = {}
     layout: list[Entry] = []
     for slot, tensor in sorted(tensors.items()):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in CARRIERS:
-            raise InputError(f"Expected a float32, float64 or bfloat16 tensor to send, got {dtype} for {slot}")
+        if dtype not in ALL_CARRIERS:
+            raise InputError(
+                f"Expected a float32, float64, bfloat16, int8 or int32 tensor to send, got {dtype} for {slot}"
+            )
         layout.append(Entry(path=slot.path, role=slot.role, dtype=dtype, shape=list(tensor.shape)))
-        parts.setdefault(dtype, []).append(tensor.detach().reshape(-1).view(CARRIERS[dtype]))
+        parts.setdefault(dtype, []).append(tensor.detach().reshape(-1).view(ALL_CARRIERS[dtype]))
     arrays = {dtype: Array(torch.cat(flat).numpy()) for dtype, flat in parts.items()}
     record = RecordDict({ARRAYS: ArrayRecord(arrays), LAYOUT: ConfigRecord({LAYOUT: json.dumps(layout)})})
     if facts is not None:
@@ -84,7 +91,7 @@ def from_record(record: RecordDict, limits: Limits = ANY) -> dict[Slot, Tensor]:
         others = set(record) - {ARRAYS, LAYOUT, FACTS}
         if others or list(record.config_records[LAYOUT]) != [LAYOUT] or not isinstance(text, str):
             raise ValueError("there is more in it")
-        if not arrays.keys() <= CARRIERS.keys():
+        if not arrays.keys() <= (ALL_CARRIERS if limits.coded else CARRIERS).keys():
             raise ValueError("there are other arrays in it")
         if len(text) > 1000 * limits.num_tensors + 100 or sum(map(_num_bytes, arrays.values())) > limits.num_bytes:
             raise ValueError("it is too large")
@@ -121,7 +128,7 @@ def _num_bytes(array: Array) -> int:
 
 def _numbers(array: Array, dtype: str) -> np.ndarray:
     """Return the numbers of an array whose bytes, header included, are those that numpy itself writes for them."""
-    carrier = torch.empty(0, dtype=CARRIERS[dtype]).numpy().dtype
+    carrier = torch.empty(0, dtype=ALL_CARRIERS[dtype]).numpy().dtype
     size = _num_bytes(array) // carrier.itemsize
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": carrier.str, "fortran_order": False, "shape": (size,)})
@@ -145,7 +152,7 @@ def _unpack(layout: list[Entry], flat: Mapping[str, np.ndarray]) -> dict[Slot, T
         dtype, shape, start = entry["dtype"], entry["shape"], taken[entry["dtype"]]
         end = start + math.prod(shape)
         part = torch.from_numpy(flat[dtype][start:end].copy())
-        if part.dtype != CARRIERS[dtype] or part.shape != (end - start,):
+        if part.dtype != ALL_CARRIERS[dtype] or part.shape != (end - start,):
             raise ValueError("an array is not what the layout says")
         tensors[Slot(entry["path"], entry["role"])] = part.view(getattr(torch, dtype)).reshape(shape)
         taken[dtype] = end

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from fedlr.config.build import build_codec
 from fedlr.config.old_names import OLD_NAMES
-from fedlr.config.parts import RULES_OF_PROTOCOL, TARGET
+from fedlr.config.parts import CODECS, RULES_OF_PROTOCOL, TARGET
 from fedlr.config.schema import (
     AUTO,
     Experiment,
@@ -29,6 +30,7 @@ from fedlr.errors import InputError
 from fedlr.errors.messages import first_problem
 from fedlr.errors.ranges import MOST_STEPS
 from fedlr.flower.task_terms import WITH_CLASSES, Sha256, TaskName, TaskTerms, task_of_terms
+from fedlr.methods.codecs.codec import NONE, Codec
 from fedlr.models.adapter_config import AdapterConfig
 from fedlr.privacy.grid import ReleaseNoise
 from fedlr.privacy.mechanism import Mechanism
@@ -68,6 +70,8 @@ class Terms(Section):
     client_rule: Target | None
     mechanism: MechanismTerms | None
     randomness: Literal["seeded", "os"]
+    # Of which devices of earlier releases know none; None: an update travels as it is.
+    codec: Annotated[Target | None, Field(exclude_if=lambda codec: codec is None)] = None
     task: Annotated[TaskTerms | None, Field(exclude_if=lambda task: task is None)] = None  # None: text_classification
 
     @field_validator("label_weights")
@@ -89,6 +93,13 @@ class Terms(Section):
     def _has_numbers(cls, value: TrainerSection) -> TrainerSection:
         if AUTO in (value.divisor, value.optimizer.section().get("lr")):
             raise ValueError("numbers in divisor and optimizer.lr: auto is found by the server, and sent as a number")
+        return value
+
+    @field_validator("codec")
+    @classmethod
+    def _is_of_the_release(cls, value: Target | None, info: ValidationInfo) -> Target | None:
+        if value is not None and value.target not in CODECS:  # compared as text: nothing a server names is imported
+            raise ValueError(f"one of {', '.join(CODECS)}, or null")
         return value
 
     @model_validator(mode="after")
@@ -130,6 +141,7 @@ class Terms(Section):
             client_rule=_as_protocol_1(None if rule is None else Target.model_validate(rule)),
             mechanism=None if mechanism is None else MechanismTerms(**mechanism.constants(), delta=e.privacy.delta),
             randomness=e.privacy.randomness,
+            codec=None if e.codec.target == NONE else e.codec,
             task=task,
         )
 
@@ -162,6 +174,14 @@ class Terms(Section):
     def built_task(self) -> Task:
         """Return the task: the server's, made anew."""
         return task_of_terms(self.task, self.label_names, self.label_weights)
+
+    def built_codec(self) -> Codec | None:
+        """Return what updates travel through; None: nothing.
+
+        Raises:
+            InputError: arguments that the codec does not take.
+        """
+        return None if self.codec is None else build_codec(self.codec)
 
     def private_steps(self) -> Mechanism | None:
         """Return the mechanism of every step; None without privacy."""

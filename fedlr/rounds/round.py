@@ -31,6 +31,7 @@ from fedlr.errors import InputError
 from fedlr.methods.aggregate.held import TooFewUpdates
 from fedlr.methods.aggregate.last_models import mean_model, with_past
 from fedlr.methods.client_rules.rule import CONTROL
+from fedlr.methods.codecs.codec import Codec, CodecError, num_coded_bytes
 from fedlr.methods.measure.diagnostics import (
     ChangeWatch,
     MeanChange,
@@ -125,6 +126,7 @@ class RoundDiagnostics:
     aggregation_error_sd: Mapping[str, float] = field(default_factory=dict)  # by layer: 0.0 where the error is exact
     ranks: Mapping[int, int] = field(default_factory=dict)  # by client of the cohort; empty: all have the adapter's
     change: MeanChange | None = None  # of the updates that were used; None: there was none, or ranks differ
+    codec_error: CodecError | None = None  # None: no codec, or not known here
     is_secret: bool = False  # the client unit: who took part, and what came of it, is told to nobody
 
 
@@ -159,6 +161,7 @@ def run_round(
     ranks: Sequence[int] | None = None,
     max_update_ratio: float | None = MAX_UPDATE_RATIO,
     client_unit: ClientUnit | None = None,
+    codec: Codec | None = None,
 ) -> tuple[ServerState, RoundDiagnostics]:
     """Broadcast, train, validate, aggregate, finalise.
 
@@ -168,7 +171,8 @@ def run_round(
     needs, keeps the adapter, and counts.
 
     With `client_unit` the aggregate sees one noised mean in place of the updates, of an empty cohort too; then the clip
-    bounds each update by itself, and no update is measured against others.
+    bounds each update by itself, and no update is measured against others. With `codec`, what the pool gives came
+    through it: it is asked how many bytes an update has.
     """
     method = method.at(state.round_index)
     task = request_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
@@ -203,7 +207,7 @@ def run_round(
             dropouts=(),
             aggregation_error={},
             singular_values=singular_values(adapter),
-            bytes_up=client_unit.cohort_size * num_bytes(expected.values()),
+            bytes_up=client_unit.cohort_size * num_coded_bytes(codec, expected),
             bytes_down=client_unit.cohort_size * task.num_bytes(),
             train_s=answers.train_s,
             aggregate_s=time.perf_counter() - started - answers.train_s,
@@ -217,7 +221,7 @@ def run_round(
         aggregation_error=aggregation_error(ideal, aggregated) if answers.trained else {},
         aggregation_error_sd=aggregation_error_sd(ideal, aggregated) if answers.trained else {},
         singular_values=singular_values(adapter),
-        bytes_up=_total(answers.trained, task, lambda rank: num_bytes(narrowed(expected, rank).values())),
+        bytes_up=_total(answers.trained, task, lambda rank: num_coded_bytes(codec, narrowed(expected, rank))),
         bytes_down=_total(cohort, task, task.num_bytes),
         train_s=answers.train_s,
         aggregate_s=time.perf_counter() - started - answers.train_s,
@@ -356,6 +360,7 @@ def federated_rounds(
     members: Callable[[], Collection[int]] | None = None,
     poisson: Callable[[int], tuple[int, ...]] | None = None,
     client_unit: ClientUnit | None = None,
+    codec: Codec | None = None,
 ) -> Iterator[tuple[ServerState, RoundDiagnostics]]:
     """Yield the state after each round: evaluation, logs and checkpoints are the caller's plain lines.
 
@@ -378,6 +383,7 @@ def federated_rounds(
         ranks=ranks,
         max_update_ratio=max_update_ratio,
         client_unit=client_unit,
+        codec=codec,
     )
     for cohort in islice(draws, state.round_index, num_rounds):
         while True:

@@ -96,6 +96,7 @@ def metrics_row(
         "noise_to_signal": d.change.noise_to_signal(noise_now) if d and d.change else None,
         "bytes_up": d.bytes_up if d else 0,
         "bytes_down": d.bytes_down if d else 0,
+        **codec_columns(d),
         "seconds": {
             "train": train_s,
             "aggregate": aggregate_s,
@@ -103,6 +104,19 @@ def metrics_row(
             "round": train_s + aggregate_s + evaluate_s,
         },
     }
+
+
+def codec_columns(diagnostics: RoundDiagnostics | None) -> dict[str, Any]:
+    """Return what a codec added to the updates of a round; nothing where there was none, or where it is not known."""
+    error = diagnostics.codec_error if diagnostics else None
+    return (
+        {}
+        if error is None
+        else {
+            "codec_error": finite(error.update),
+            "codec_error_of_mean": None if error.mean is None else finite(error.mean),
+        }
+    )
 
 
 def _at(noise_sd: float | None, rates: Mapping[str, float] | None) -> float | None:

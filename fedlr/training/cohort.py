@@ -225,9 +225,9 @@ def sum_over_cohort(
 
     def part(places: NDArray[np.int64]) -> ClippedSums:
         batch = table.batch(rows[places]).to(device)
-        owner = torch.from_numpy(owners[places]).to(device)
+        owner = torch.from_numpy(owners[places])
         return sums(
-            batch.to(device),
+            batch,
             owner=owner,
             stacks=stacks,
             max_grad_norm=max_grad_norm,

@@ -91,6 +91,7 @@ class FusedGradients:
         Args:
             batch: N rows, of any clients in any order.
             owner: (N,), the place in the cohort of the client that each row belongs to; None: all rows are client 0's.
+                Best on the CPU: then nothing here waits for another device.
             stacks: of each trained slot every client's tensor, (C, ...) float32.
             max_grad_norm: C > 0; infinity means no clipping.
             ranks: (C,), the rank of each client, whose tensors are zero beyond it; None: all have the adapter's.
@@ -101,11 +102,14 @@ class FusedGradients:
             whatever the row holds: a gradient that is not finite counts as zero. It moves no other client's sum by
             more than rounding. The result is *not* private.
         """
-        clients, local = torch.zeros(1, dtype=torch.long, device=batch.targets.device), None
+        shared, device = self._shared, batch.targets.device
+        clients = torch.zeros(1, dtype=torch.long)
         if owner is not None:
             clients, local = owner.unique(return_inverse=True)
-        shared = self._shared
-        shared.owner = local if len(clients) > 1 else None
+            if len(clients) > 1:
+                shared.places = [(local == i).nonzero().squeeze(1).to(device) for i in range(len(clients))]
+                shared.owner = local.to(device)
+        clients = clients.to(device)
         shared.values = {slot: stack.index_select(0, clients) for slot, stack in stacks.items()}
         shared.ranks = None if ranks is None else ranks[clients]
         try:
@@ -114,6 +118,7 @@ class FusedGradients:
             return ClippedSums(clients, self._sums(max_grad_norm, len(clients), batch.num_examples, active))
         finally:
             shared.owner, shared.values, shared.ranks, shared.found = None, {}, None, {}
+            shared.places = ()
 
     def close(self) -> None:
         """Do nothing: the model has no hooks."""

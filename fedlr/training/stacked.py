@@ -8,7 +8,7 @@ one forward and one backward give every per-example gradient, and the ordinary g
 Legend: N examples (rows) of a micro-batch, P clients in it, T tokens, K in_features, D out_features, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -52,7 +52,7 @@ class Rows:
     def weighted_sums(self, weights: Tensor, out: Tensor) -> None:
         """See `PerExample`."""
         silent = (weights == 0).all(dim=0)
-        self.values[silent] = 0.0  # 0 * nan is nan
+        self.values.masked_fill_(silent[:, None], 0.0)  # 0 * nan is nan
         torch.mm(weights, self.values, out=out)
 
     def rows(self) -> Tensor:
@@ -66,6 +66,7 @@ class Outer:
 
     backprops: Tensor  # g, (N, D), float32
     activations: Tensor  # a, (N, K), float32
+    places: Sequence[Tensor | slice] = ()  # of each client's rows; none: all are one client's
 
     def squared_norms(self) -> Tensor:
         """See `PerExample`: |g a^T| = |g| |a|."""
@@ -75,10 +76,12 @@ class Outer:
 
     def weighted_sums(self, weights: Tensor, out: Tensor) -> None:
         """See `PerExample`."""
-        for share, result in zip(weights, out, strict=True):
-            mine = share.nonzero().squeeze(1)
-            g = self.backprops[mine] * share[mine, None]
-            torch.mm(g.T, self.activations[mine], out=result.view(g.shape[1], -1))
+        places = self.places or [slice(None)]
+        for share, mine, result in zip(weights, places, out, strict=True):
+            own = share[mine, None]
+            is_loud = own != 0  # 0 * nan is nan
+            g = (self.backprops[mine] * own).where(is_loud, 0.0)
+            torch.mm(g.T, self.activations[mine].where(is_loud, 0.0), out=result.view(g.shape[1], -1))
 
     def rows(self) -> Tensor:
         """See `PerExample`."""
@@ -91,6 +94,7 @@ class Pass:
 
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))  # makes autograd come by
     owner: Tensor | None = None  # (N,), in [0, P); None where P is 1
+    places: Sequence[Tensor] = ()  # of each client's rows, found on the host: no layer waits for the device
     values: Mapping[Slot, Tensor] = field(default_factory=dict)  # trained tensors, (P, ...) each
     ranks: Tensor | None = None  # (P,): rows of lora_A and columns of lora_B that a client has; None: all
     found: dict[Slot, PerExample] = field(default_factory=dict)
@@ -215,7 +219,7 @@ class _StackedLinear(torch.autograd.Function):
         layer: StackedLinear = ctx.layer
         (x,) = ctx.saved_tensors
         if x.dim() == 2:
-            layer.shared.add(layer.slots["weight"], Outer(g, x))
+            layer.shared.add(layer.slots["weight"], Outer(g, x, layer.shared.places))
         else:
             products = _row_products(g.reshape(len(g), -1, g.shape[-1]), x.reshape(len(x), -1, x.shape[-1]))
             layer.shared.add(layer.slots["weight"], Rows(products))
@@ -234,8 +238,7 @@ def _by_client(shared: Pass, x: Tensor) -> list[tuple[int, Tensor | slice]]:
     """Return each client of the pass with its rows."""
     if shared.owner is None:
         return [(0, slice(None))]
-    num_clients = len(next(iter(shared.values.values())))
-    return [(client, (shared.owner == client).nonzero().squeeze(1)) for client in range(num_clients)]
+    return list(enumerate(shared.places))
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:

@@ -64,6 +64,17 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "a divisor that blows steps up": noise("divisor", 0.01),
     "a divisor without an end": noise("divisor", 1e300),
     "no mechanism at all": {"mechanism": None},
+    "a codec that sends the largest noise": {"codec": {"_target_": "top_k", "keep": 0.1}},
+    "a codec that nobody has": {"codec": {"_target_": "os.system"}},
+    "a codec of nothing": {"codec": {"_target_": "projection", "keep": 0.0}},
+    "a codec beside what must be remembered to the bit": {
+        "codec": {"_target_": "int8"},
+        "client_rule": {
+            "_target_": "fedlr.client_rules.scaffold.ScaffoldClient",
+            "lr": 0.5,
+            "optimizer": "torch.optim.SGD",
+        },
+    },
     "a smaller delta than the device's ledger has": {"mechanism.delta": 1e-9},
     "a delta that is no probability": {"mechanism.delta": 2.0},
     "a mechanism without its noise": {"mechanism.noise_multiplier": ...},

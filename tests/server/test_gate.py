@@ -174,7 +174,7 @@ GATE_MUTANTS = {
         ("weight, facts.round_index)", "weight, asked.round_index)"),
     ],
     "refusal_with_tensors": [("if reply.tensors:", "if False:")],
-    "facts_without_end": [("Reply.read(record, reply_limits(asked.expected))", "Reply.read(record)")],
+    "facts_without_end": [("Reply.read(record, reply_limits(asked.expected, asked.codec))", "Reply.read(record)")],
     "impossible_epsilon": [("except InputError", "except KeyError")],
 }
 
@@ -255,7 +255,7 @@ def weights(gate: ModuleType) -> set[float]:
 def test_nothing_that_a_reply_holds_moves_its_weight() -> None:
     assert weights(fedlr.server.gate) == {0.25}
     assert weights(
-        mutant(fedlr.server.gate, ("reply.tensors, weight,", "reply.tensors, facts.epsilon or weight,"))
+        mutant(fedlr.server.gate, ("tensors, weight, facts", "tensors, facts.epsilon or weight, facts"))
     ) != {0.25}
 
 

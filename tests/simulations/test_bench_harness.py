@@ -153,7 +153,7 @@ def test_a_result_holds_the_machine_and_every_number_and_can_be_read(tmp_path: P
     assert {"git", "time", "fedlr", "setting", "raw"} <= tree.keys()
     first = tree["measures"][0]
     assert first["values"] == [2.0, 2.5, 3.0, 3.5] and first["spread"]["median"] == 2.75
-    assert first["goal"]["bound"] == 2.2 and first["reached"] is True and tree["measures"][2]["goal"] is None
+    assert first["goal"]["bound"] == 3.2 and first["reached"] is False and tree["measures"][2]["goal"] is None
     found, machine = read_outcome(path)
     assert found == OUTCOME and machine["size"] == "tiny"
     path.write_text("{}", encoding="utf-8")
@@ -167,8 +167,8 @@ def test_the_table_shows_every_goal_with_what_was_reached(tmp_path: Path) -> Non
     lines = report.table_text(tmp_path).splitlines()
     assert len(lines) == 1 + len(GOALS)
     by_text = {goal.key: lines[1 + place] for place, goal in enumerate(GOALS)}
-    assert "at least 2.20 x" in by_text["cohort"] and "2.75 x" in by_text["cohort"]
-    assert "2.38 to 3.12 (4)" in by_text["cohort"] and by_text["cohort"].endswith("yes")
+    assert "at least 3.20 x" in by_text["cohort"] and "2.75 x" in by_text["cohort"]
+    assert "2.38 to 3.12 (4)" in by_text["cohort"] and by_text["cohort"].endswith("no")
     assert by_text["cohort-bf16"].endswith("1 value             no")
     assert by_text["gpu-110m"].endswith("not run: no GPU") and by_text["memory"].endswith("not measured")
     markdown = report.table_markdown(tmp_path)

@@ -90,7 +90,8 @@ class SafeSums:
         except Exception as error:  # whatever a foreign forward makes of a row
             self.rehearsal.failed(error, batch.num_examples)
         num_values = sum(stack[0].numel() for stack in stacks.values())
-        return ClippedSums(owner, torch.zeros(1, num_values, device=owner.device))
+        device = batch.targets.device
+        return ClippedSums(owner.to(device), torch.zeros(1, num_values, device=device))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def traffic(run: Run) -> Picture:
         "Left: what all clients together sent and received in each round; right: the sum so far, in the end "
         f"{bytes_text(sum(up))} up and {bytes_text(sum(down))} down."
     )
+    if errors := [state.codec_error for state in states if state.codec_error is not None]:
+        caption += f" What goes up went through a codec, which moved an update by {100 * max(errors):.3g} % at most."
     return drawn("traffic", "Bytes sent", caption, paint, is_wide=True, height_in=2.9)
 
 

@@ -53,6 +53,7 @@ class State:
     bytes_up: int
     bytes_down: int
     noise_to_signal: float | None
+    codec_error: float | None  # None: no codec, or not known
     num_trained: int | None  # None: not stated
     reasons: Mapping[str, float]  # of the clients without a usable update, with their counts
     seconds: Mapping[str, float]
@@ -257,6 +258,7 @@ def _state(row: Record, metric: Metric = ACCURACY) -> State:
         bytes_up=int(row.optional_number("bytes_up") or 0),
         bytes_down=int(row.optional_number("bytes_down") or 0),
         noise_to_signal=row.optional_number("noise_to_signal", may_diverge=True),
+        codec_error=row.optional_number("codec_error", may_diverge=True),
         num_trained=None if row.values.get("num_trained") is None else row.integer("num_trained"),
         reasons=row.numbers("reasons"),
         seconds=row.numbers("seconds"),
@@ -391,8 +393,7 @@ def _budget_epsilon(statement: Mapping[str, object], config: str, where: str) ->
         parsed = plain_yaml(config)
     except ValueError as error:
         raise InputError(f"{where} is not valid YAML: {error}") from error
-    sections = (statement.get("budget"), parsed.get("privacy") if isinstance(parsed, dict) else None)
-    for section in sections:
+    for section in (statement.get("budget"), parsed.get("privacy") if isinstance(parsed, dict) else None):
         epsilon = section.get("epsilon") if isinstance(section, dict) else None
         if isinstance(epsilon, int | float):
             return Record({"epsilon": epsilon}, where).number("epsilon")

@@ -1,0 +1,1 @@
+"""How an update travels: codecs between what a client trained and the update that the server aggregates."""
