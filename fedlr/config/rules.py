@@ -6,6 +6,7 @@ from fedlr.config.language_rules import check_language
 from fedlr.config.ledger_rules import check_ledger
 from fedlr.config.schedules import check_schedules
 from fedlr.config.start_rules import check_start
+from fedlr.config.trials_rules import check_trials
 from fedlr.config.unit_rules import check_privacy
 from fedlr.config.validation_rules import check_validation
 from fedlr.errors import InputError
@@ -37,6 +38,7 @@ def check_together(experiment: "Experiment") -> None:
     check_schedules(e)
     check_privacy(e)
     check_ledger(e, BASELINES)
+    check_trials(e, BASELINES)
     if e.num_clients == 0 and e.runtime.kind != "local":
         raise InputError(
             f"Expected num_clients to be a number with runtime={e.runtime.kind}, got null: a server counts devices, "
