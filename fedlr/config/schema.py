@@ -150,6 +150,7 @@ class PrivacySection(Section):
     bands: Count | None = None
     ledger: Annotated[str, Field(min_length=1, exclude_if=lambda path: path is None)] | None = None  # of all runs
     ledger_epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None = None
+    client_clip_quantile: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, IF_GIVEN] = None
     trials: Annotated[Annotated[float, Field(ge=1, le=1000)] | None, IF_GIVEN] = None  # of `fedlr tune`, on average
     trials_law: Annotated[Literal["geometric", "poisson"] | None, IF_GIVEN] = None
     trials_epsilon: Annotated[Annotated[float, between(1e-4, 1e6)] | None, IF_GIVEN] = None

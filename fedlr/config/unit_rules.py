@@ -22,6 +22,7 @@ def check_privacy(experiment: "Experiment") -> None:
         _check_client(e)
     _check_person(e)
     _check_ftrl(e)
+    _check_quantile(e)
     _check_cyclic(e)
     if e.cohort == "poisson" and e.max_participations < e.num_rounds:
         raise InputError(
@@ -118,6 +119,27 @@ def _check_ftrl(e: "Experiment") -> None:
         raise InputError(
             f"Expected privacy.bands in [1, {between}], the rounds from one participation of a client to its next, "
             f"got {p.bands}: beyond them its columns overlap, and no sensitivity is proven"
+        )
+
+
+def _check_quantile(e: "Experiment") -> None:
+    p, quantile = e.privacy, e.privacy.client_clip_quantile
+    if quantile is None:
+        return
+    expected = "Expected privacy.client_clip_quantile=null"
+    if p.unit != "client":
+        raise InputError(
+            f"{expected} with privacy.unit={p.unit}, got {quantile:g}: a device's own noise has no sum over clients, "
+            "and a count of rows needs noise in every step; set privacy=client, or choose privacy.max_grad_norm"
+        )
+    if p.mechanism != "dp_sgd":
+        raise InputError(
+            f"{expected} with privacy.mechanism={p.mechanism}, got {quantile:g}: noise of one bound is taken back "
+            "under another, and no sensitivity of that is proven"
+        )
+    if p.release_noise != "float":
+        raise InputError(
+            f"{expected} with privacy.release_noise={p.release_noise}, got {quantile:g}: no grid for a count"
         )
 
 
