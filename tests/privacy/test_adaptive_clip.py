@@ -116,6 +116,8 @@ def is_right(rule: Rule) -> bool:
 def test_what_leaves_is_two_noised_sums_and_the_bound_is_made_of_them() -> None:
     assert sums(moved_by(0.05, 0.1, 5.0, math.nan), DOWN, max_norm=0.7)[1] == 0.0  # two within, and two not
     assert is_right(adaptive_update)
+    total, halves = sums(moved_by(0.05, 0.1), DOWN, max_norm=0.7)
+    assert halves == 1.0 and torch.allclose(total[A], torch.full((3, 2), 0.15, dtype=torch.float64), atol=1e-6)
     for old, new in (
         ("* mechanism.count_noise", "* 0"),
         ("* mechanism.count_noise", "* std"),
@@ -207,4 +209,5 @@ def test_mechanisms_that_cannot_be_are_refused() -> None:
         Mechanism(1.0, 1.0, 1.0, 4.0, separation=4, bands=2, clip_quantile=0.5, count_noise=3.0)
     with pytest.raises(InputError, match="count_noise above 2"):
         sum_multiplier(Mechanism(4.0, 1.0, 1.0, 4.0, clip_quantile=0.5, count_noise=1.0))
+    assert sum_multiplier(Mechanism(0.0, 1.0, 1.0, 4.0, clip_quantile=0.5, count_noise=1.0)) == 0.0
     assert adaptive_clip.COUNT_SENSITIVITY == 0.5

@@ -5,8 +5,8 @@ a fair coin. The auditor sees the released model alone and guesses the coins by 
 What so many right guesses refute must lie below the epsilon in the server's ledger.
 
 Mutants killed: noise off; noise on the divisor's scale but not the sum's; a clip eight times as wide; clips that were
-forgotten. A clip four times as wide is not seen (0.96 of 1.0), nor half the noise: `test_client_sum.py` measures those. Seeded: the coins and the noise
-are always the same, so nothing is left to chance; with fresh ones the check would fail in 5 % of runs at most.
+forgotten. Four times as wide is not seen (0.96 of 1.0), nor half the noise: `test_client_sum.py` measures those.
+Seeded: the coins and the noise are always the same, so nothing is left to chance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
