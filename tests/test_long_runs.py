@@ -68,17 +68,19 @@ def rounds(f: Federation, pool: object, num_rounds: int) -> Iterator[ServerState
 @pytest.mark.slow
 def test_a_third_of_the_clients_missing_moves_the_loss_after_fifty_rounds_by_little() -> None:
     losses: dict[float, list[float]] = {0.0: [], CHANCE: []}
+    starts: list[float] = []
     for seed in range(3):
         f = federation(*WORDS, seed=seed)
         evaluator = evaluator_of(f)
         start = evaluator.score(f.start)[0].loss
+        starts.append(start)
         for chance, found in losses.items():
             pool = DroppingOut(pool_here(f, None), seed, chance=chance)
             *_, last = rounds(f, pool, 50)
             assert last.round_index == 50 and (pool.num_left_out > 200) is (chance > 0)
             found.append(evaluator.score(last)[0].loss)
-            assert found[-1] < 0.97 * start
         print(f"seed {seed}: loss {start:.4f} at first, {losses[0.0][-1]:.4f}, {losses[CHANCE][-1]:.4f} with dropout")
+    assert np.mean(losses[0.0]) < 0.9 * np.mean(starts)  # it learns
     assert np.mean(losses[CHANCE]) == pytest.approx(np.mean(losses[0.0]), rel=0.05)
 
 
