@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,20 +146,24 @@ def survives(module: types.ModuleType, tree: ast.Module, tests: list[str]) -> bo
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def main(name: str, tests: list[str], most: int = 60) -> int:
-    """Try mutants of a module, `most` of them drawn at random; return how many survived."""
+def main(name: str, tests: list[str], *, most: int, limit_s: float) -> int:
+    """Try mutants of a module, `most` of them drawn at random, while there is time; return how many survived."""
     module = importlib.import_module(name)
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     number = sum(1 for _ in mutants(tree))
     chosen = set(random.Random(0).sample(range(number), min(most, number)))
+    tried, until = 0, time.monotonic() + limit_s
     if pytest.main([*tests, "-q", "--no-header", "-p", "no:cacheprovider"]):
         raise SystemExit("Expected tests that pass, got a failure")
     survivors = 0
     for index, (line, changed) in enumerate(mutants(tree)):
-        if index in chosen and survives(module, changed, tests):
+        if index not in chosen or time.monotonic() > until:
+            continue
+        tried += 1
+        if survives(module, changed, tests):
             survivors += 1
             print(f"survived: {module.__file__}:{line}: {ast.unparse(_statement(changed, line))}", flush=True)
-    print(f"{name}: {len(chosen) - survivors} of {len(chosen)} mutants killed ({number} there are)")
+    print(f"{name}: {tried - survivors} of {tried} mutants killed ({number} there are)")
     return survivors
 
 
@@ -168,4 +173,13 @@ def _statement(tree: ast.Module, line: int) -> ast.AST:
 
 
 if __name__ == "__main__":
-    raise SystemExit(bool(main(sys.argv[1], sys.argv[2:], int(os.environ.get("MOST", "60")))))
+    raise SystemExit(
+        bool(
+            main(
+                sys.argv[1],
+                sys.argv[2:],
+                most=int(os.environ.get("MOST", "60")),
+                limit_s=float(os.environ.get("WITHIN_S", "600")),
+            )
+        )
+    )
