@@ -20,7 +20,7 @@ INSTALLED = .venv/.installed
 FETCHED = .assets/.fetched
 
 .PHONY: help demo lm images federation test test-slow check format format-check lint types install clean
-.PHONY: lock bandit audit sbom
+.PHONY: lock bandit audit sbom mutants
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make format     rewrite the code as 'make check' wants it"
 	@echo "make lock       write requirements-lock.txt anew: every version of constraints.txt, with its hashes"
 	@echo "make bandit     look for insecure calls (fetches bandit); make audit: for known holes in what is installed"
+	@echo "make mutants    break MODULE in MOST ways, one after the other, and say which its TESTS let pass"
 	@echo "make sbom       write build/sbom.json, what this environment is made of (CycloneDX)"
 	@echo "make clean      remove .venv, fetched data and caches (outputs/ stays)"
 
@@ -88,6 +89,13 @@ bandit: $(INSTALLED)
 # Asks a database on the network for known vulnerabilities. Strict: without one it would look at nothing and pass.
 audit: $(INSTALLED)
 	@$(UVX) pip-audit --strict --require-hashes --disable-pip -r requirements-lock.txt
+
+# One module against its tests: make mutants MODULE=fedlr.privacy.grid TESTS=tests/privacy/test_grid.py MOST=60
+MODULE ?= fedlr.privacy.client_sum
+TESTS ?= tests/privacy/test_client_sum.py
+MOST ?= 60
+mutants: $(INSTALLED)
+	@$(RUN) MOST=$(MOST) .venv/bin/python -m tests.mutation $(MODULE) $(TESTS)
 
 sbom: $(INSTALLED)
 	@mkdir -p build

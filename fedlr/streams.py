@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     SKETCH = 10  # random directions a server multiplies released products with
     AUDIT = 11  # an auditor's rows and coins
     SERVER_NOISE = 12  # what hides one client's update in the sum of a round
+    TRIALS = 13  # how many trials a private selection has, and which
     CODEC = 17  # how an update is rounded or projected on its way to the server
     ATTACK = 18  # who is hostile in a simulated attack, and what noise they send
 

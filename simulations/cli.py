@@ -53,6 +53,10 @@ def simulate(arguments: list[str]) -> None:
     experiments = [ready(overrides) for overrides in jobs]
     for experiment in experiments:
         check_output_dir(experiment)
+        if experiment.privacy.trials is not None:
+            raise InputError(
+                f"Expected privacy.trials=null to simulate, got {experiment.privacy.trials:g}: trials are of fedlr tune"
+            )
     check_side_by_side(experiments, num_jobs)
     from fedlr.simulations.sweep import run_sweep
 
@@ -78,22 +82,32 @@ def tune(arguments: list[str]) -> None:
     the rows that data.num_validation or data.validation_path set apart, and writes what was best for each arm into
     tuned.yaml, which `fedlr simulate --tuned FILE` takes. The runs lie in outputs/NAME-tune; a grid that was
     interrupted goes on. --jobs N has N runs side by side; --out FILE names another file.
+    In a private run each try spends a budget of its own on the same rows, and tuned.yaml tells of all of them: their
+    epsilons add up. privacy.trials=MEAN chooses the best of a random number of trials instead, deletes the others, and
+    states the epsilon of the choice; the chosen run is in outputs/NAME-selection.
     """
     from fedlr.runs.tuned import write_tuned
     from fedlr.simulations.sweep import run_sweep
-    from fedlr.simulations.tune import check_on, chosen, grid_of, runs_of, told
+    from fedlr.simulations.tune import ON_VALIDATION, check_on, chosen, grid_of, runs_of, told
 
     typed = list(arguments)
     points = options(arguments, "--grid", "KEY=VALUE,VALUE")
     check_on(option(arguments, "--on", "the rows to choose on"))
     num_jobs = jobs_option(arguments, is_sweep=True)
-    out = new_file(option(arguments, "--out", "a file name") or "tuned.yaml", "--out", ".yaml")
-    assert out is not None
+    named = new_file(option(arguments, "--out", "a file name"), "--out", ".yaml")
     words = [word for word in arguments if word not in MULTIRUN]
     grid = grid_of(words, points)
     expand(arguments)  # refuses several values of a key without -m
     jobs = expand([*words, *points, "-m"])
+    if ready([*jobs[0], *ON_VALIDATION]).privacy.trials is not None:
+        from fedlr.simulations.private_tune import choose_privately
+
+        if grid.arms or num_jobs > 1 or named is not None or len(expand(arguments)) > 1:
+            raise InputError("Expected a --grid alone with privacy.trials, got -m, --jobs or --out: it is one choice")
+        return say(f"the chosen run is {choose_privately(jobs, command=typed, say=say)}")
     jobs = runs_of(jobs, name=ready(jobs[0]).name)
+    out = named or new_file("tuned.yaml", "--out", ".yaml")
+    assert out is not None
     experiments = [ready(overrides) for overrides in jobs]
     check_side_by_side(experiments, num_jobs)
     found = run_sweep(jobs, experiments, num_jobs=num_jobs, skip_done=True, say=say)

@@ -76,7 +76,11 @@ def noise_of_update(federation: Federation) -> float | None:
     m = federation.client_mechanism
     if m is None:
         return update_noise(federation.training, federation.mechanism)
-    return None if federation.mechanism or m.bands > 1 else m.noise_multiplier * m.max_grad_norm / m.divisor
+    return (
+        None
+        if federation.mechanism or m.bands > 1 or m.clip_quantile
+        else m.noise_multiplier * m.max_grad_norm / m.divisor
+    )
 
 
 def noise_as_of_one(federation: Federation) -> float | None:

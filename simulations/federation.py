@@ -36,7 +36,7 @@ from fedlr.runs.prepare import (
     working_model,
 )
 from fedlr.runs.tables import load_tables, num_rows_of
-from fedlr.runs.units import client_mechanism, unit_notes
+from fedlr.runs.units import client_mechanism, loud_count_notes, unit_notes
 from fedlr.simulations.client_accuracy import ClientTests, client_tests
 from fedlr.streams import OsRandomness, Randomness, SeededRandomness
 from fedlr.tasks.examples import Examples, Share
@@ -250,6 +250,7 @@ def prepare(experiment: Experiment, *, seed: int, calibrated: Mechanism | None =
             *left_out_note(partition, data.source),
             *parts.notes,
             *unit_notes(experiment),
+            *loud_count_notes(of_clients),
         ),
         client_budget=client_budget,
         client_mechanism=of_clients,

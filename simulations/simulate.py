@@ -25,6 +25,7 @@ from fedlr.privacy.all_runs import all_runs, with_all_runs
 from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
+from fedlr.privacy.trials import with_trials
 from fedlr.privacy.units import rounded_up
 from fedlr.rounds.evaluate import MOST_SCORED
 from fedlr.rounds.pools.local import sharing_base
@@ -366,6 +367,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
     statement = with_earlier(statement, federation.earlier)
     shared = federation.experiment.privacy.ledger
     statement = with_all_runs(statement, None if shared is None else all_runs(shared))
+    statement = with_trials(statement, run_dir)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)

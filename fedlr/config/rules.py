@@ -5,7 +5,16 @@ Those of a method are in `fedlr.config.runtime_rules`: they are asked when it is
 
 from typing import TYPE_CHECKING
 
-from fedlr.config import language_rules, ledger_rules, run_rules, schedules, start_rules, unit_rules, validation_rules
+from fedlr.config import (
+    language_rules,
+    ledger_rules,
+    run_rules,
+    schedules,
+    start_rules,
+    trials_rules,
+    unit_rules,
+    validation_rules,
+)
 from fedlr.config.rule import Rules, rules_of
 
 if TYPE_CHECKING:
@@ -14,5 +23,7 @@ if TYPE_CHECKING:
 OF_EVERY_RUN: "Rules[Experiment]" = Rules(
     "Every run",
     "Asked of the configuration alone, as soon as it is composed.",
-    rules_of(start_rules, language_rules, validation_rules, schedules, unit_rules, ledger_rules, run_rules),
+    rules_of(
+        start_rules, language_rules, validation_rules, schedules, unit_rules, ledger_rules, trials_rules, run_rules
+    ),
 )

@@ -87,6 +87,9 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 LabelWeights = Annotated[dict[str, PositiveFloat], BeforeValidator(label_names)]
 Rate = Annotated[float, Field(gt=0, le=1), between(1e-7, 1)]  # below, Renyi divergences round to less than nothing
 LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+IF_GIVEN = Field(
+    exclude_if=lambda value: value is None
+)  # keys that came later: runs without them are written as before
 LearningRate = Annotated[float, Field(allow_inf_nan=False), between(1e-12, 1e6)]
 
 
@@ -147,6 +150,10 @@ class PrivacySection(Section):
     bands: Count | None = None
     ledger: Annotated[str, Field(min_length=1, exclude_if=lambda path: path is None)] | None = None  # of all runs
     ledger_epsilon: Annotated[float, Field(allow_inf_nan=False), between(1e-4, 1e6)] | None = None
+    client_clip_quantile: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, IF_GIVEN] = None
+    trials: Annotated[Annotated[float, Field(ge=1, le=1000)] | None, IF_GIVEN] = None  # of `fedlr tune`, on average
+    trials_law: Annotated[Literal["geometric", "poisson"] | None, IF_GIVEN] = None
+    trials_epsilon: Annotated[Annotated[float, between(1e-4, 1e6)] | None, IF_GIVEN] = None
 
     @property
     def rows_of_unit(self) -> int:

@@ -190,6 +190,27 @@ def rounds_between(e: "Experiment") -> Iterator[str]:
         )
 
 
+@rule("privacy.client_clip_quantile", "privacy.unit", "privacy.mechanism", "privacy.release_noise")
+def adaptive_clip(e: "Experiment") -> Iterator[str]:
+    """A clip bound that follows a quantile is for the client unit, whose noised sum has room for a noised count."""
+    p, quantile = e.privacy, e.privacy.client_clip_quantile
+    if quantile is None:
+        return
+    expected = "Expected privacy.client_clip_quantile=null"
+    if p.unit != "client":
+        yield (
+            f"{expected} with privacy.unit={p.unit}, got {quantile:g}: a device's own noise has no sum over clients, "
+            "and a count of rows needs noise in every step; set privacy=client, or choose privacy.max_grad_norm"
+        )
+    if p.mechanism != "dp_sgd":
+        yield (
+            f"{expected} with privacy.mechanism={p.mechanism}, got {quantile:g}: noise of one bound is taken back "
+            "under another, and no sensitivity of that is proven"
+        )
+    if p.release_noise != "float":
+        yield f"{expected} with privacy.release_noise={p.release_noise}, got {quantile:g}: no grid for a count"
+
+
 @rule("cohort", "runtime", "privacy.unit", "privacy.max_participations")
 def cyclic_cohorts(e: "Experiment") -> Iterator[str]:
     """Clients take part in a fixed order in a simulation, privately only with the client unit, in every cycle."""

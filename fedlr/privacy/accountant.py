@@ -78,6 +78,11 @@ def renyi_epsilon(events: Events, delta: float, *, order: float) -> float:
     return _composed(accountant, _merged(events), lambda found: float(found.get_epsilon(delta)))
 
 
+def composed_renyi(event: dp_accounting.DpEvent, delta: float) -> float:
+    """Return the epsilon of one event, at this delta, by Renyi accounting over all orders."""
+    return _composed(dp_accounting.rdp.RdpAccountant(), [(event, 1)], lambda found: float(found.get_epsilon(delta)))
+
+
 @lru_cache(maxsize=1024)
 def longest_lasting_order(event: dp_accounting.DpEvent, budget: PrivacyBudget) -> float:
     """Return the Renyi order by which the most repetitions of an event stay within a budget.

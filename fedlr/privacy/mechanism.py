@@ -65,6 +65,9 @@ class Mechanism:
         separation: of the client unit, rounds from one participation of a client to its next, at least: it is charged
             once in so many.
         bands: of correlated noise (`fedlr.privacy.correlated`), at most `separation`; 1: each round's is its own.
+        clip_quantile: of the client unit, the share of clients whose change the bound is to hold
+            (`fedlr.privacy.adaptive_clip`), which begins at `max_grad_norm`; 0: the bound is fixed.
+        count_noise: standard deviation of the noise on the count behind it; `noise_multiplier` is of both together.
     """
 
     noise_multiplier: float
@@ -74,6 +77,8 @@ class Mechanism:
     release_noise: ReleaseNoise = "float"
     separation: int = 1
     bands: int = 1
+    clip_quantile: float = 0.0
+    count_noise: float = 0.0
 
     def __post_init__(self) -> None:
         require_noise_multiplier(self.noise_multiplier)
@@ -89,6 +94,13 @@ class Mechanism:
             )
         if self.separation > 1 and self.sample_rate != 1:
             raise InputError(f"Expected a sample_rate of 1 of clients in a fixed order, got {self.sample_rate}")
+        if not (0 <= self.clip_quantile < 1 and (self.clip_quantile > 0) is (self.count_noise > 0)):
+            raise InputError(
+                f"Expected a clip_quantile in (0, 1) and count_noise > 0, or 0 of both, got {self.clip_quantile} and "
+                f"{self.count_noise}"
+            )
+        if self.clip_quantile and (self.bands > 1 or self.release_noise != "float"):
+            raise InputError("Expected bands=1 and release_noise=float with a clip_quantile, got others: no proof")
         if self.bands > 1 and self.release_noise != "float":
             raise InputError("Expected privacy.release_noise=float with correlated noise, got grid: it has no integers")
 

@@ -72,6 +72,8 @@ class MechanismRow(Section):
     release_noise: ReleaseNoise = "float"
     separation: NumSteps = 1
     bands: NumSteps = 1
+    clip_quantile: float = 0.0
+    count_noise: float = 0.0
 
 
 class ReserveRow(Chained):

@@ -19,6 +19,7 @@ from fedlr.privacy.charges import Charge, Charges, Header, read_ledger
 from fedlr.privacy.earlier import with_earlier
 from fedlr.privacy.mechanism import Mechanism
 from fedlr.privacy.profile import is_same_profile, profile_of
+from fedlr.privacy.trials import with_trials
 from fedlr.privacy.units import CLIENT, EXAMPLE, PERSON, UNITS, rounded_up
 
 PROTECTS_AGAINST = [
@@ -226,6 +227,7 @@ def recompute(run_dir: str | os.PathLike[str], *, say: Callable[[str], None] = l
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
     found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
     found = _without_newer(_as_earlier(found, stated), stated)
+    found = with_trials(found, run_dir)
     others, unchecked = checked_all_runs(stated.get("all_runs"), Path(run_dir))
     found = _with_told_curve(with_all_runs(found, others), stated)
     if unchecked is not None:

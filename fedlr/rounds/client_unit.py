@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from fedlr.adapters.state import ClientUpdate, Slot
+from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
 from fedlr.errors import InputError
+from fedlr.privacy.adaptive_clip import adaptive_update, bound_of, with_bound
 from fedlr.privacy.client_sum import released_update
 from fedlr.privacy.correlated import CorrelatedNoise
 from fedlr.privacy.ledger import PrivacyLedger
@@ -46,6 +47,7 @@ class ClientUnit:
         self._computed = f"{computed} {randomness!r}"
         self._reserved: int | None = None  # of the ledger: the charge that this round is the first of
         self._correlated: CorrelatedNoise | None = None
+        self._next_bound: float | None = None
         if mechanism.bands > 1:
             self._correlated = CorrelatedNoise(
                 mechanism.bands,
@@ -87,18 +89,38 @@ class ClientUnit:
             )
         self._reserved = number
 
+    def asked(self, task: str, adapter: AdapterState) -> str:
+        """Return what names a round that asks `task`: with a clip bound of its own, that too."""
+        return f"{task} {bound_of(adapter, self._mechanism)!r}" if self._mechanism.clip_quantile else task
+
     def release(
-        self, updates: Iterable[ClientUpdate], sent_down: Mapping[Slot, Tensor], *, round_index: int
+        self,
+        updates: Iterable[ClientUpdate],
+        sent_down: Mapping[Slot, Tensor],
+        *,
+        round_index: int,
+        before: AdapterState | None = None,
     ) -> ClientUpdate:
-        """Return the one update that leaves the round; also of nobody's updates there is one."""
-        released = released_update(
-            updates,
-            sent_down,
-            self._mechanism,
-            generator=self._randomness.server_noise(round_index=round_index),
-            round_index=round_index,
-            correlated=self._correlated,
-        )
+        """Return the one update that leaves the round; also of nobody's updates there is one.
+
+        `before`, the adapter that the round began with, remembers the clip bound where it follows a quantile.
+        """
+        m, noise = self._mechanism, self._randomness.server_noise(round_index=round_index)
+        if m.clip_quantile:
+            if before is None:
+                raise ValueError("Expected the adapter that the round began with, whose memory has the bound, got none")
+            norm, where = bound_of(before, m), round_index
+            released, self._next_bound = adaptive_update(
+                updates, sent_down, m, max_norm=norm, generator=noise, round_index=where
+            )
+        else:
+            released = released_update(
+                updates, sent_down, m, generator=noise, round_index=round_index, correlated=self._correlated
+            )
         if self._reserved is not None:
             self._ledger.settle_all(self._reserved, {EVERYBODY: 1})
         return released
+
+    def remembered(self, adapter: AdapterState) -> AdapterState:
+        """Return the adapter that a round made, with the clip bound for the next one where it follows a quantile."""
+        return adapter if self._next_bound is None else with_bound(adapter, self._next_bound)

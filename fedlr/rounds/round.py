@@ -178,14 +178,14 @@ def run_round(
     task = request_of(state, method, train_head=train_head, ranks=ranks_now(state.adapter, cohort, ranks))
     expected = state.adapter.select(task.shared)
     if client_unit is not None:
-        client_unit.charge(state.round_index, task.fingerprint())
+        client_unit.charge(state.round_index, client_unit.asked(task.fingerprint(), state.adapter))
         max_update_ratio = None
 
     started = time.perf_counter()
     answers = Answers(pool, task, cohort, adapter=state.adapter, max_update_ratio=max_update_ratio)
     updates, ideal, change = iter(answers), Ideal(state.adapter), ChangeWatch(expected)
     if client_unit is not None:
-        updates = iter([client_unit.release(updates, expected, round_index=state.round_index)])
+        updates = iter([client_unit.release(updates, expected, round_index=state.round_index, before=state.adapter)])
     first = next(updates, None)
     if first is None:
         aggregated = adapter = state.adapter
@@ -201,6 +201,7 @@ def run_round(
             aggregated = adapter = state.adapter
     method.check_finalised(state.adapter, adapter)
     if client_unit is not None:
+        adapter = client_unit.remembered(adapter)
         return ServerState(adapter, state.round_index + 1), RoundDiagnostics(
             cohort=(),
             trained=(),

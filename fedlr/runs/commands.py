@@ -3,9 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
@@ -19,14 +22,15 @@ if TYPE_CHECKING:
 
 Command = Callable[[Sequence[str]], int]
 USAGE_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> Command:
     """Make `fedlr HOUSE NAME ...` out of a function NAME of a module of HOUSE; of simulations it is `fedlr NAME ...`.
 
     --help prints its docstring; an InputError is one line and its exit code (2: bad input, 75: passes by itself, 77:
-    shut out), a full disk is one line and 75, an interrupt is 130, with the line `interrupted` if there is one.
+    shut out), a full disk is one line and 75, an interrupt is 130 and SIGTERM 143, with the
+    line `interrupted` if there is one.
     """
     house = function.__module__.removeprefix("fedlr.").partition(".")[0]
     name = f"fedlr {function.__name__}" if house == "simulations" else f"fedlr {house} {function.__name__}"
@@ -38,7 +42,8 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
             return 0
         quiet_libraries()
         try:
-            function(list(arguments))
+            with ending_by_signal():
+                function(list(arguments))
         except InputError as error:
             print(f"{name}: {error}", file=sys.stderr)
             return error.exit_code
@@ -57,13 +62,36 @@ def command(function: Callable[[list[str]], None], *, interrupted: str = "") -> 
                 file=sys.stderr,
             )
             return PassingError.exit_code
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if interrupted:
                 print(f"\n{interrupted}", file=sys.stderr)
-            return INTERRUPTED
+            return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
         return 0
 
     return run
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what is in hand ends as by Ctrl-C, with another exit code."""
+
+
+@contextmanager
+def ending_by_signal() -> Iterator[None]:
+    """Raise `Terminated` where SIGTERM comes, once; nothing where somebody else handles it, or in a thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    is_ours = is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)
+    raise Terminated
 
 
 def dispatch(house: str, doc: str | None, commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> int:

@@ -3,11 +3,13 @@
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import calibrate_noise_multiplier, epsilon
+from fedlr.privacy.adaptive_clip import count_noise
 from fedlr.privacy.correlated import best_bands
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
 
 LARGE_DELTA = 0.01
+LOUD_COUNT = 0.2  # of the cohort: noise that drowns a share of clients
 
 
 def client_delta(experiment: Experiment) -> float:
@@ -71,7 +73,20 @@ def client_mechanism(experiment: Experiment) -> tuple[PrivacyBudget | None, Mech
         divisor=float(e.cohort_size),
         release_noise=p.release_noise,
         separation=separation(e),
+        clip_quantile=p.client_clip_quantile or 0.0,
+        count_noise=count_noise(noise, e.cohort_size) if p.client_clip_quantile else 0.0,
         bands=(p.bands or best_bands(separation(e), e.num_rounds)) if p.mechanism == "dp_ftrl" else 1,
+    )
+
+
+def loud_count_notes(mechanism: Mechanism | None) -> tuple[str, ...]:
+    """Say that the count behind a clip bound is mostly noise; nothing where it is not, or there is none."""
+    share = mechanism.count_noise / mechanism.divisor if mechanism else 0.0
+    if share <= LOUD_COUNT:
+        return ()
+    return (
+        f"the share of clients within the clip bound is known to {share:.2g} only: of so small a cohort "
+        "privacy.client_clip_quantile follows noise; set it to null, or take more clients a round",
     )
 
 
