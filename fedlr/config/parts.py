@@ -52,6 +52,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
         "conversations": "fedlr.data.conversations.load_conversations",
         "images": "fedlr.data.images.load_images",
         "made_up_images": "fedlr.tasks.made_up_images.made_up_images",
+        "multilabel_table": "fedlr.data.multilabel.load_multilabel_table",
         "scored_table": "fedlr.data.scored.load_scored_table",
         "synthetic": "fedlr.tasks.synthetic.synthetic_text",
         "synthetic_chat": "fedlr.tasks.synthetic_chat.synthetic_chat",
@@ -76,6 +77,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
         "causal_lm": "fedlr.tasks.causal_lm.causal_lm",
         "image_classification": "fedlr.tasks.image_classification.image_classification",
         "text_classification": "fedlr.tasks.text_classification.text_classification",
+        "text_multilabel": "fedlr.tasks.text_multilabel.text_multilabel",
         "text_regression": "fedlr.tasks.text_regression.text_regression",
     },
     "method": {
