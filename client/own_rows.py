@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from fedlr.client.settings import Settings
 from fedlr.config.build import build
 from fedlr.data.conversations import Conversations
+from fedlr.data.multilabel import MultiLabelText
 from fedlr.data.scored import ScoredText
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.errors.messages import first_line
-from fedlr.flower.task_terms import LanguageTask, ScoreTask
+from fedlr.flower.task_terms import LanguageTask, MultiLabelTask, ScoreTask
 from fedlr.flower.terms import Terms
 from fedlr.privacy.mechanism import check_delta
 from fedlr.rounds.pools.rehearsal import Rehearsal
@@ -71,6 +72,10 @@ def check_form(data: Table, terms: Terms) -> None:
         if list(data.score_range) != terms.task.score_range:
             wanted_range, got_range = terms.task.score_range, list(data.score_range)
             raise InputError(f"Expected data.score_range={wanted_range}, as the terms say, got {got_range}")
+    if isinstance(terms.task, MultiLabelTask) and isinstance(data, MultiLabelText):
+        if list(data.output_names) != terms.task.labels:
+            wanted_labels, got_labels = terms.task.labels, list(data.output_names)
+            raise InputError(f"Expected data.labels={wanted_labels}, as the terms say, got {got_labels}")
 
 
 def encode_readable(

@@ -35,6 +35,7 @@ HOW_IT_RUNS = ("foreach", "fused", "capturable", "differentiable")  # of torch's
 TASK_OF_DATA: Mapping[str, TaskName] = {
     "table": "text_classification",
     "synthetic": "text_classification",
+    "multilabel_table": "text_multilabel",
     "scored_table": "text_regression",
     "conversations": "causal_lm",
     "synthetic_chat": "causal_lm",
@@ -43,6 +44,7 @@ TASK_OF_DATA: Mapping[str, TaskName] = {
 }
 MODELS_OF_TASK: Mapping[TaskName, tuple[str, ...]] = {
     "text_classification": ("pretrained", "tiny_random"),
+    "text_multilabel": ("pretrained", "tiny_random"),
     "text_regression": ("pretrained", "tiny_random"),
     "causal_lm": ("pretrained_causal", "tiny_random_causal"),
     "image_classification": ("pretrained_images", "tiny_vit"),
@@ -66,6 +68,7 @@ class Policy(Section):
     # A language model can repeat what it was trained on, word for word: its owner says that it may be one.
     allowed_tasks: Annotated[list[TaskName], Field(min_length=1)] = [
         "text_classification",
+        "text_multilabel",
         "text_regression",
         "image_classification",
     ]

@@ -19,6 +19,7 @@ ledger are touched:
     task.template, task.max_response        a name of a fixed set, never a template; a bounded number (`Terms`)
     task.score_range                        that of the device's own data
     codec                                   a name of a fixed set, after the noise; none that picks what is large
+    task.labels                             those of the device's own data, in order
     label_names                             equal to the device's own, in order
     pairs                                   as the device's own table has two texts a row, or one
     label_weights                           of these labels, positive, at most 1e9 (`Terms`); they act before the clip
@@ -80,13 +81,13 @@ from fedlr.errors import InputError
 from fedlr.errors.messages import shown
 from fedlr.errors.ranges import LEAST_GRAD_NORM
 from fedlr.flower.messages import Request
-from fedlr.flower.task_terms import ScoreTask
+from fedlr.flower.task_terms import MultiLabelTask, ScoreTask
 from fedlr.flower.terms import Terms
 from fedlr.models.adapter_config import AUTO_TARGETS
 from fedlr.models.places import ALL_LINEAR
 from fedlr.models.tuners.blocks import LORA, entry_of, role_of
 
-WITH_PAIRS = ("text_classification", "text_regression")  # tasks whose rows may be of two texts
+WITH_PAIRS = ("text_classification", "text_multilabel", "text_regression")  # tasks whose rows may be of two texts
 
 
 class PolicyRefusal(InputError):
@@ -198,6 +199,8 @@ def _check_task(terms: Terms, settings: Settings) -> None:
     declared = settings.data.section().get("score_range")
     if isinstance(terms.task, ScoreTask) and declared is not None and list(declared) != terms.task.score_range:
         _refuse("task.score_range", terms.task.score_range, f"{shown(list(declared))} (data.score_range)")
+    if isinstance(terms.task, MultiLabelTask) and own == name and list(settings.output_names) != terms.task.labels:
+        _refuse("task.labels", terms.task.labels, f"{shown(list(settings.output_names))} (data.labels)")
 
 
 def _check_privacy(terms: Terms, settings: Settings) -> None:

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from fedlr.client.owner_limits import MODELS_OF_TASK, TASK_OF_DATA, Policy
 from fedlr.config.parts import name_of
 from fedlr.config.schema import PositiveFloat, PositiveInt, Section, Target, device_name
+from fedlr.data.multilabel import declared_labels
 from fedlr.data.values import named
 from fedlr.errors import InputError
 from fedlr.errors.messages import dotted, first_problem, one_line, shown
@@ -82,6 +83,8 @@ class Settings(Section):
     @property
     def label_names(self) -> tuple[str, ...]:
         """The names of the labels, in their order: from the file, never from the data."""
+        if self.task == "text_multilabel":  # whose labels are outputs, and no row is of one
+            return ()
         section = self.data.section()
         return tuple(named(label) for label in section.get("labels") or section.get("label_groups") or ())
 
@@ -93,6 +96,8 @@ class Settings(Section):
     @property
     def output_names(self) -> tuple[str, ...]:
         """What the outputs of the model's head stand for, in their order."""
+        if self.task == "text_multilabel":
+            return declared_labels(self.data.section().get("labels"))
         return ("score",) if self.task == "text_regression" else self.label_names
 
     @property

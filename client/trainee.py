@@ -18,7 +18,7 @@ from fedlr.data.store import TableStore
 from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.flower.messages import RefusalReason
-from fedlr.flower.task_terms import LanguageTask, ScoreTask, reading_sha256
+from fedlr.flower.task_terms import LanguageTask, MultiLabelTask, ScoreTask, reading_sha256
 from fedlr.flower.terms import Terms
 from fedlr.methods.client_rules.rule import ClientRule
 from fedlr.models.base_delta import SideWeights
@@ -242,7 +242,7 @@ def check_tokenizer(base: BaseModel, terms: Terms) -> None:
     Raises:
         InputError: with the two hashes.
     """
-    if terms.task is None or isinstance(terms.task, ScoreTask):
+    if terms.task is None or isinstance(terms.task, ScoreTask | MultiLabelTask):
         return
     if isinstance(terms.task, LanguageTask):
         what, asked = "tokenizer with its chat template", terms.task

@@ -16,6 +16,7 @@ from fedlr.config.build import build, build_task
 from fedlr.config.schema import Experiment
 from fedlr.data.conversations import Conversations
 from fedlr.data.images import LabelledImages
+from fedlr.data.multilabel import MultiLabelText
 from fedlr.data.partition import Partition
 from fedlr.data.scored import ScoredText
 from fedlr.data.table import LabelledText, Table
@@ -90,11 +91,15 @@ def write_rows(share: Table, own: Path) -> dict[str, Any]:
             Image.fromarray(share.pixels[row]).save(own / name)
             rows.append({"image": name, "label": share.label_names[label]})
         section |= {"_target_": "images", "image_size": list(share.image_size), "labels": list(share.label_names)}
-    elif isinstance(share, ScoredText | LabelledText):
+    elif isinstance(share, ScoredText | MultiLabelText | LabelledText):
         told: list[dict[str, Any]]
         if isinstance(share, ScoredText):
             told = [{"score": float(score)} for score in share.scores]
             section |= {"_target_": "scored_table", "score_range": [float(end) for end in share.score_range]}
+        elif isinstance(share, MultiLabelText):
+            told = [{"labels": [share.output_names[k] for k in row.nonzero()[0]]} for row in share.has_label]
+            more = {"label_separator": "\x1f"}  # in no name
+            section |= {"_target_": "multilabel_table", "labels": list(share.output_names), **more}
         else:
             told = [{"label": share.label_names[label]} for label in share.labels]
             section |= {"_target_": "table", "labels": list(share.label_names)}

@@ -186,7 +186,8 @@ def open_run(run_dir: Path, experiment: Experiment, summary: Mapping[str, Any]) 
         )
     label_names = [str(name) for name in names]
     task = build_task(experiment, label_names)
-    base: BaseModel = build(experiment.model.section(), "model", label_names=tuple(label_names), seed=seed)
+    outputs = task.declared_outputs(experiment.data.section(), label_names)
+    base: BaseModel = build(experiment.model.section(), "model", label_names=outputs, seed=seed)
     if base.fingerprint != summary.get("base_sha256"):
         raise InputError(
             f"Expected the base model of the run (SHA-256 {summary.get('base_sha256')!s:.16}), got another from "
@@ -223,7 +224,7 @@ def of_rows(run: Opened, asked: Asked, *, say: Callable[[str], None]) -> list[Ev
 
 def measures_of(found: Evaluation, task: str) -> dict[str, float]:
     """Return the numbers of an evaluation by the names that a reader knows."""
-    first = {"causal_lm": "next tokens right", "text_regression": None}.get(task, "accuracy")
+    first = {"causal_lm": "next tokens right", "text_regression": None, "text_multilabel": None}.get(task, "accuracy")
     told = {} if first is None else {first: found.accuracy}
     if found.scores is not None:
         scores = {name: value for name, value in asdict(found.scores).items() if name != "confusion"}

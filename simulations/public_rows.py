@@ -24,6 +24,7 @@ NOT_COVERED = "no score is noised, and the privacy statement does not cover it"
 SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "causal_lm": {"_target_": "conversations", "format": "messages"},
     "text_classification": {"_target_": "table"},
+    "text_multilabel": {"_target_": "multilabel_table"},
     "text_regression": {"_target_": "scored_table"},
     "image_classification": {"_target_": "images"},
 }

@@ -100,18 +100,23 @@ class LabelledText(Table):
 
 
 class Columns(NamedTuple):
-    """The names of the columns of a table that are read; `group`, `pair` and `person` may be none."""
+    """The names of the columns of a table that are read; `group`, `pair` and `person` may be none.
+
+    `more` are further columns, behind the others: one for each label where a text may have several.
+    """
 
     text: str
     label: str
     group: str | None = None
     pair: str | None = None
     person: str | None = None
+    more: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """Return the names in the order in which a row has their values: the label is the second."""
-        return [name for name in self if name is not None]
+        single = (self.text, self.label, self.group, self.pair, self.person)
+        return [*(name for name in single if name is not None), *self.more]
 
 
 class Example(NamedTuple):

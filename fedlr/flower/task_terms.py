@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fedlr.config.schema import Section
 from fedlr.data.conversations import Conversations
+from fedlr.data.multilabel import MultiLabelText
 from fedlr.data.scored import ScoredText
 from fedlr.data.table import Table
 from fedlr.errors import InputError
@@ -24,9 +25,10 @@ from fedlr.tasks.image_classification import ImageClassification
 from fedlr.tasks.pictures import PictureProcessor
 from fedlr.tasks.task import Base, Task
 from fedlr.tasks.text_classification import TextClassification
+from fedlr.tasks.text_multilabel import TextMultilabel
 from fedlr.tasks.text_regression import TextRegression
 
-TaskName = Literal["text_classification", "text_regression", "causal_lm", "image_classification"]
+TaskName = Literal["text_classification", "text_multilabel", "text_regression", "causal_lm", "image_classification"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 WITH_CLASSES: tuple[TaskName, ...] = ("text_classification", "image_classification")
 MOST_RESPONSE = 10**6  # tokens
@@ -58,10 +60,18 @@ class ScoreTask(Section):
     score_range: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 
 
-TaskTerms = Annotated[LanguageTask | PictureTask | ScoreTask, Field(discriminator="name")]
+class MultiLabelTask(Section):
+    """Texts with any of several labels, whose outputs of the model are in this order."""
+
+    name: Literal["text_multilabel"]
+    labels: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=2, max_length=10_000)]
 
 
-def terms_of_task(task: Task, base: Base, table: Table) -> LanguageTask | PictureTask | ScoreTask | None:
+OtherTask = LanguageTask | PictureTask | ScoreTask | MultiLabelTask
+TaskTerms = Annotated[OtherTask, Field(discriminator="name")]
+
+
+def terms_of_task(task: Task, base: Base, table: Table) -> OtherTask | None:
     """Return what a server's task asks of devices; None for a text classification.
 
     Args:
@@ -89,13 +99,15 @@ def terms_of_task(task: Task, base: Base, table: Table) -> LanguageTask | Pictur
         return PictureTask(name="image_classification", reading_sha256=reading_sha256(base))
     if isinstance(task, TextRegression) and isinstance(table, ScoredText):
         return ScoreTask(name="text_regression", score_range=[float(end) for end in table.score_range])
+    if isinstance(task, TextMultilabel) and isinstance(table, MultiLabelText):
+        return MultiLabelTask(name="text_multilabel", labels=list(table.output_names))
     if isinstance(task, TextClassification):
         return None
     raise InputError(f"Expected task to be one of {', '.join(TASKS)} for devices, got {task.name}")
 
 
 def task_of_terms(
-    terms: LanguageTask | PictureTask | ScoreTask | None,
+    terms: OtherTask | None,
     label_names: Sequence[str],
     label_weights: Mapping[str, float] | None,
 ) -> Task:
@@ -106,6 +118,8 @@ def task_of_terms(
         return ImageClassification(tuple(label_names), label_weights)
     if isinstance(terms, ScoreTask):
         return TextRegression()
+    if isinstance(terms, MultiLabelTask):
+        return TextMultilabel()
     return TextClassification(tuple(label_names), label_weights)
 
 

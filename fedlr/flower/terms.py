@@ -107,7 +107,7 @@ class Terms(Section):
         if (len(self.label_names) < 2) if self.task_name in WITH_CLASSES else bool(self.label_names):
             how_many = "two or more" if self.task_name in WITH_CLASSES else "no"
             raise ValueError(f"a section with {how_many} label_names for task {self.task_name}")
-        if self.pairs and self.task_name not in ("text_classification", "text_regression"):
+        if self.pairs and self.task_name not in ("text_classification", "text_multilabel", "text_regression"):
             raise ValueError(f"a section without pairs for task {self.task_name}")
         return self
 

@@ -14,7 +14,7 @@ from fedlr.data.table import Table
 from fedlr.errors import InputError
 from fedlr.runs.validation import scored_rows, with_validation
 
-WITHOUT_CLASSES = ("causal_lm", "text_regression")  # tasks whose rows have no label
+WITHOUT_CLASSES = ("causal_lm", "text_multilabel", "text_regression")  # tasks whose rows have not one class each
 
 
 def load_examples(experiment: Experiment, *, seed: int) -> tuple[Table, Table]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlr.data.conversations import ASSISTANT, TEXT, USER, Conversations, Turn
 from fedlr.data.images import LabelledImages
+from fedlr.data.multilabel import MultiLabelText
 from fedlr.data.scored import ScoredText
 from fedlr.data.table import LabelledText, Table
 from fedlr.tasks.causal_lm import CausalLM
@@ -18,6 +19,7 @@ from fedlr.tasks.examples import Share
 from fedlr.tasks.image_classification import ImageClassification
 from fedlr.tasks.pictures import PictureProcessor
 from fedlr.tasks.task import Base, Task
+from fedlr.tasks.text_multilabel import TextMultilabel
 from fedlr.tasks.text_regression import TextRegression
 from fedlr.tasks.tokenise import TokenisedText
 from fedlr.tasks.tokenised_turns import TokenisedTurns
@@ -49,6 +51,10 @@ def constant_table(
     pairs = texts if has_pairs else None
     if isinstance(task, TextRegression):
         return ScoredText(texts, np.zeros(len(texts), dtype=np.float32), (0.0, 1.0), None, SOURCE, pairs=pairs)
+    if isinstance(task, TextMultilabel):
+        outputs = tuple(map(str, range(base.network.config.num_labels)))
+        has_label = np.zeros((len(texts), len(outputs)), dtype=np.float32)
+        return MultiLabelText(texts, has_label, outputs, None, SOURCE, pairs=pairs)
     return LabelledText(texts, labels, names, None, SOURCE, pairs=pairs)
 
 

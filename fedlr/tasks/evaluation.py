@@ -21,6 +21,16 @@ class Metric:
     higher_is_better: bool
     is_share: bool
 
+    @property
+    def heading(self) -> str:
+        """Return how it is called at the head of a column or a picture.
+
+        >>> MICRO_F1.heading, ACCURACY.heading
+        ('Micro-F1', 'Accuracy')
+        """
+        name = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "auc": "ROC area"}.get(self.name, self.name)
+        return name[:1].upper() + name[1:].replace("_", " ")
+
     def text(self, value: float) -> str:
         """Write a value for a terminal.
 
@@ -32,6 +42,7 @@ class Metric:
         return f"{value:,.{decimals}f}"
 
 
+MICRO_F1 = Metric("micro_f1", higher_is_better=True, is_share=True)
 ACCURACY = Metric("accuracy", higher_is_better=True, is_share=True)
 
 

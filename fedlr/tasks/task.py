@@ -45,6 +45,10 @@ class Task(ABC):
         """Return the names of a classification head's outputs, in their order: the classes, where rows have some."""
         return table.label_names
 
+    def declared_outputs(self, data: Mapping[str, Any], label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return what `output_names` does, without a table: from the section `data` and the names of the classes."""
+        return tuple(label_names)
+
     @abstractmethod
     def check(self, base: Base, table: Table, *, max_length: int) -> None:
         """Check that a base model reads whatever rows of such a table hold; no row passes it.

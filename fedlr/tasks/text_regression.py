@@ -40,6 +40,10 @@ class TextRegression(Task):
         """Return the name of the one output."""
         return ("score",)
 
+    def declared_outputs(self, data: Mapping[str, Any], label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return the name of the one output."""
+        return ("score",)
+
     def check(self, base: Base, table: Table, *, max_length: int) -> None:
         """See `fedlr.tasks.task.Task.check`."""
         check_reading(base, max_length=max_length, has_pairs=_scored(table).pairs is not None)

@@ -34,7 +34,7 @@ class TokenisedText:
     num_truncated: int  # texts longer than max_length, when they were tokenised
     # (total T,): which text of a pair a token belongs to, where there are pairs and the tokenizer says so
     token_type_ids: NDArray[np.int8] | None = None
-    scores: NDArray[np.float32] | None = None  # (N,), what a model should say where rows have a number and no class
+    scores: NDArray[np.float32] | None = None  # (N,) or (N, K): what a model should say where rows have no one class
     # (total T, H): what a frozen prefix made of ids (fedlr.models.prefix); uint16 holds the bits of bfloat16
     hidden: NDArray[np.float32] | NDArray[np.uint16] | None = None
 

@@ -264,6 +264,10 @@ OTHER_DEVICES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         {"data": {"_target_": "scored_table", "path": "letters.csv", "score_range": [0, 5]}},
         {"task": {"name": "text_regression", "score_range": [0.0, INF]}, "label_names": ...},
     ),
+    "labels that the owner did not declare": (
+        {"data": {"_target_": "multilabel_table", "path": "letters.csv", "labels": ["a", "b"]}},
+        {"task": {"name": "text_multilabel", "labels": ["b", "a"]}, "label_names": ...},
+    ),
     "another template": (LANGUAGE, language_terms({"task.reading_sha256": "f" * 64})),
     "another language model": (LANGUAGE, language_terms({"model_sha256": "f" * 64})),
     "pixels of another scale": (PICTURES, picture_terms({"task.reading_sha256": "f" * 64})),

@@ -53,8 +53,9 @@ def test_terms_of_labelled_texts_stay_what_they_were_to_the_byte(changes: Mappin
         {"task": {**LANGUAGE, "has_turns": False, "max_response": 64}, "label_names": ...},
         {"task": PICTURES},
         {"task": {"name": "text_regression", "score_range": [0.0, 5.0]}, "label_names": ..., "pairs": True},
+        {"task": {"name": "text_multilabel", "labels": ["odd", "late"]}, "label_names": ..., "pairs": True},
     ],
-    ids=["conversations", "plain texts", "pictures", "numbers"],
+    ids=["conversations", "plain texts", "pictures", "numbers", "several labels"],
 )
 def test_terms_of_another_task_are_read_as_they_were_written(changes: Mapping[str, Any]) -> None:
     terms = read(changes)

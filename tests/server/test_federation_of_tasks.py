@@ -79,6 +79,16 @@ def scores_of(folder: Path) -> tuple[str, ...]:
     return ("experiment=tiny", *given, f"data.path={path}", "data.score_range=[0,5]", "data.max_length=32", *SIZE)
 
 
+def several_labels(folder: Path) -> tuple[str, ...]:
+    """Write made-up texts of several labels each; return the words that train on them."""
+    path = folder / "labels.jsonl"
+    names = ("odd", "round", "late")
+    rows = [{"text": f"word number {n} of the letters", "labels": names[: n % 4]} for n in range(60)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    given = ("task=text_multilabel", "data=multilabel_table", "partition=iid", "data.public=true", "data.num_test=12")
+    return ("experiment=tiny", *given, f"data.path={path}", "data.labels=[odd,round,late]", "data.max_length=32", *SIZE)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -87,11 +97,13 @@ def scores_of(folder: Path) -> tuple[str, ...]:
         PICTURES,
         (*PICTURES, "method=fedavg", "adapter.train_head=true", "trainer.engine=opacus"),
         ("scores",),
+        ("several labels", "adapter.train_head=true"),
     ],
-    ids=["conversations", "conversations, a limit", "pictures", "pictures, a head", "scores"],
+    ids=["conversations", "conversations, a limit", "pictures", "pictures, a head", "scores", "several labels"],
 )
 def test_devices_train_what_the_simulation_trains(words: tuple[str, ...], tmp_path: Path) -> None:
-    words = scores_of(tmp_path) if words == ("scores",) else words
+    rows = {"scores": scores_of, "several labels": several_labels}.get(words[0])
+    words = words if rows is None else (*rows(tmp_path), *words[1:])
     run = Federation(served(*words), tmp_path).finish()
     expected = simulated(tmp_path / "simulated", *words)
     assert run.progress.state.round_index == expected.round_index == 2

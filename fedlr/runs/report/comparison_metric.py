@@ -40,7 +40,7 @@ def title_of(metric: Metric) -> str:
     >>> title_of(ACCURACY)
     'accuracy'
     """
-    return TITLES.get(metric.name, metric.name)
+    return {**TITLES, "micro_f1": "micro-F1"}.get(metric.name, metric.name)
 
 
 def measured_by(run: Run, metric: Metric, run_dir: Path) -> Run:

@@ -49,7 +49,7 @@ def accuracy_by_round(run: Run) -> Picture:
     caption += "; the band spans the clients that train alone, lowest to highest" if run.alone else ""
     return drawn(
         "accuracy",
-        f"{metric.name.capitalize()} after each round",
+        f"{metric.heading} after each round",
         caption + "; mind that the vertical axis need not start at zero.",
         paint,
     )
@@ -58,7 +58,7 @@ def accuracy_by_round(run: Run) -> Picture:
 def accuracy_by_epsilon(run: Run) -> Picture:
     """Score against the privacy spent to reach it."""
     metric = run.summary.metric
-    name, title = "accuracy-epsilon", f"{metric.name.capitalize()} against privacy spent"
+    name, title = "accuracy-epsilon", f"{metric.heading} against privacy spent"
     states = [state for state in scored(run.states) if _is_finite(state.epsilon_max)]
     points = [(state.epsilon_max or 0.0, state.score, state.rounds_completed) for state in states]
     if not points:

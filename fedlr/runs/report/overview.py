@@ -79,7 +79,7 @@ def worth(run: Run) -> list[str]:
         )
     parts = [
         table(
-            ["Training", "Privacy", summary.metric.name.capitalize(), "Beside this run"],
+            ["Training", "Privacy", summary.metric.heading, "Beside this run"],
             rows + _alone_rows(run),
             text_columns=2,
             strong_row=1,
@@ -112,7 +112,7 @@ def _each_alone(run: Run) -> list[str]:
     beaten = sum(one.score < final if metric.higher_is_better else one.score > final for one in run.alone)
     told = f"The shared adapter is {_better(metric)} than {beaten:,} of {count(len(run.alone), 'client')} alone"
     told += " (trained with privacy too)." if run.alone_privacy != "none" else " (trained without privacy)."
-    header = f"{metric.name.capitalize()} alone"
+    header = f"{metric.heading} alone"
     if len(run.alone) > MOST_CLIENTS:
         tenths = quantiles([one.score for one in run.alone], n=10, method="inclusive")
         rows = [

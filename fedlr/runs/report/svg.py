@@ -160,7 +160,7 @@ def percent_axis(axes: Axes, *, label: str = "Accuracy (%)") -> None:
 
 def score_axis(axes: Axes, metric: Metric) -> None:
     """Label the vertical axis of scores: shares in percent."""
-    name = metric.name.capitalize()
+    name = metric.heading
     if metric.is_share:
         percent_axis(axes, label=f"{name} (%)")
     else:
