@@ -145,8 +145,8 @@ def client_unit_lines(federation: Federation) -> list[str]:
         drawn += f"; noise of {m.bands} rounds is correlated, and {less:.2f} times smaller in the sum of rounds"
     then = f" at first, then to about the {m.clip_quantile:g} quantile of the norms" if m.clip_quantile else ""
     return [
-        f"unit        one client: an update is clipped to {m.max_grad_norm:g}{then}, noise multiplier {m.noise_multiplier:g} "
-        f"on the sum, divided by {m.divisor:g}; {drawn}",
+        f"unit        one client: an update is clipped to {m.max_grad_norm:g}{then}, noise multiplier "
+        f"{m.noise_multiplier:g} on the sum, divided by {m.divisor:g}; {drawn}",
         f"epsilon     {epsilon_text(spent)} of one client after {e.num_rounds} rounds; budget {budget.epsilon:g} at "
         f"delta {budget.delta:.3g}; the server is trusted, and sees updates in the clear",
     ]
