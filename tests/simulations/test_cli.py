@@ -68,7 +68,8 @@ def test_every_method_with_and_without_privacy_ends_in_one_table(
     methods: Sequence[str], privacy: Sequence[str], here: Path, capsys
 ) -> None:
     asked = [f"method={','.join(methods)}", f"privacy={','.join(privacy)}"]
-    words = [*TINY, "cohort_size=5", "-m", *asked]  # multi-Krum needs five
+    few = ("data.num_examples=120", "data.num_test=24", "cohort_size=5")  # multi-Krum needs five clients
+    words = [*TINY, *few, "-m", *asked]
     assert cli.simulate(words) == 0
     out = capsys.readouterr().out
     rows = table_rows(out)
