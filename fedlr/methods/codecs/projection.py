@@ -88,4 +88,5 @@ def orthonormal_rows(num_rows: int, width: int, seed: int, round_index: int) -> 
     """Return (num_rows, width) orthonormal rows in float64, uniform among all such: the same for one seed and round."""
     draws = stream(seed, Purpose.CODEC, client=width, round_index=round_index, step=num_rows)
     gaussian = torch.from_numpy(draws.standard_normal((width, num_rows)))
-    return torch.linalg.qr(gaussian).Q.T.contiguous()
+    rows: Tensor = torch.linalg.qr(gaussian).Q.T.contiguous()
+    return rows
