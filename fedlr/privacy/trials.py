@@ -22,8 +22,8 @@ import yaml
 from scipy.stats import geom, poisson
 
 from fedlr.errors import InputError
-from fedlr.errors.ranges import require_delta
-from fedlr.privacy.accountant import MOST_STEPS, composed_renyi
+from fedlr.errors.ranges import MOST_STEPS, require_delta
+from fedlr.privacy.accountant import composed_renyi
 from fedlr.privacy.charges import read_ledger
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.units import rounded_up
