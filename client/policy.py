@@ -268,10 +268,13 @@ def _check_codec(terms: Terms) -> None:
         codec = terms.built_codec()
     except InputError as error:
         raise PolicyRefusal(str(error)) from error
-    if codec is not None and terms.mechanism is not None and not codec.is_for_private():
-        _refuse("codec", terms.codec.target if terms.codec else None, "another, as it would send noise alone")
-    if terms.client_rule is not None and build_choice(terms.client_rule.section(), "client_rule").remembers:
-        _refuse("codec", terms.codec.target if terms.codec else None, "null with a client_rule that remembers")
+    if codec is None or terms.codec is None:
+        return
+    if terms.mechanism is not None and not codec.is_for_private():
+        _refuse("codec", terms.codec.target, "another, as it would send noise alone")
+    rule: Any = None if terms.client_rule is None else build_choice(terms.client_rule.section(), "client_rule")
+    if rule is not None and rule.remembers:
+        _refuse("codec", terms.codec.target, "null with a client_rule that remembers")
 
 
 def _check_room(terms: Terms, settings: Settings) -> None:

@@ -182,7 +182,7 @@ def drawn(experiment: Experiment, num_points: int) -> list[Trial]:
     # As `simulate` has it: with a seed all can be drawn again, without one nothing.
     draws: Draws = stream(seed, Purpose.TRIALS) if seed is not None else Keystream(token_bytes(32))
     number = Trials(privacy.trials, privacy.trials_law or "geometric").draw(draws)
-    uniform = draws.random(number) if number else []
+    uniform: Sequence[float] = draws.random(number).tolist() if number else []
     points = [min(num_points - 1, int(one * num_points)) for one in uniform]
     names = [draws.bytes(16).hex() for _ in points]
     seeds = [int.from_bytes(draws.bytes(4), "little") if seed is not None else None for _ in points]
