@@ -253,7 +253,8 @@ def test_a_run_directory_is_finished_from_its_checkpoint_with_the_server_s_ledge
 
 
 LATE = (
-    "        client_unit.charge(state.round_index, client_unit.asked(task.fingerprint(), state.adapter))\n        max_update_ratio = None\n",
+    "        client_unit.charge(state.round_index, client_unit.asked(task.fingerprint(), state.adapter))\n"
+    "        max_update_ratio = None\n",
     "        max_update_ratio = None\n",
 )
 ROUNDS = {
