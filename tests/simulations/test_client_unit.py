@@ -253,13 +253,14 @@ def test_a_run_directory_is_finished_from_its_checkpoint_with_the_server_s_ledge
 
 
 LATE = (
-    "        client_unit.charge(state.round_index, task.fingerprint())\n        max_update_ratio = None\n",
+    "        client_unit.charge(state.round_index, client_unit.asked(task.fingerprint(), state.adapter))\n"
+    "        max_update_ratio = None\n",
     "        max_update_ratio = None\n",
 )
 ROUNDS = {
     "not charged": LATE,
     "noise after the aggregate": (
-        "updates = iter([client_unit.release(updates, expected, round_index=state.round_index)])",
+        "updates = iter([client_unit.release(updates, expected, round_index=state.round_index, before=state.adapter)])",
         "client_unit.release(iter(()), expected, round_index=state.round_index)",
     ),
     "told of": (
