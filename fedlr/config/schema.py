@@ -87,9 +87,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 LabelWeights = Annotated[dict[str, PositiveFloat], BeforeValidator(label_names)]
 Rate = Annotated[float, Field(gt=0, le=1), between(1e-7, 1)]  # below, Renyi divergences round to less than nothing
 LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
-IF_GIVEN = Field(
-    exclude_if=lambda value: value is None
-)  # keys that came later: runs without them are written as before
+IF_GIVEN = Field(exclude_if=lambda value: value is None)  # a later key: runs without it are written as before
 LearningRate = Annotated[float, Field(allow_inf_nan=False), between(1e-12, 1e6)]
 
 
