@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fedlr.config.schema import compose_experiment
 from fedlr.data.multilabel import MultiLabelText, load_multilabel_table
 from fedlr.errors import InputError
-from fedlr.models.peft_state import train_only
 from fedlr.simulations.cli import simulate
 from fedlr.simulations.evaluate_command import evaluate
 from fedlr.simulations.federation import assemble
@@ -24,9 +23,10 @@ from fedlr.tasks.text_multilabel import LabelAnswers, TextMultilabel, text_multi
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
 from tests.server.whole_federation import lines
-from tests.training.small_models import B_AND_HEAD, batch, difference, joint_norm, random_rows, small_model
+from tests.training.one_row import check_a_sum_is_that_of_its_rows, largest_move, rows_with
 
 TASK = TextMultilabel()
+ROWS = rows_with((torch.rand(6, 3, generator=torch.Generator().manual_seed(1)) < 0.5).float())
 NAMES = ("joy", "anger", "love")
 TINY = ("experiment=tiny", "task=text_multilabel", "data=multilabel_table", "partition=iid", "data.public=true")
 
@@ -125,41 +125,18 @@ def batch_balanced(model: nn.Module, rows: Batch) -> Tensor:
     ).sum(dim=1)
 
 
-def some_rows(num_labels: int) -> Batch:
-    has = torch.rand(6, num_labels, generator=torch.Generator().manual_seed(1)) < 0.5
-    return Batch(batch(random_rows(6, seed=3)), has.float())
-
-
 @pytest.mark.parametrize("engine", [HookGradients, GhostGradients, FusedGradients, LoopGradients])
 def test_one_row_moves_the_clipped_sum_by_at_most_c(engine: type) -> None:
-    model, bound = small_model("bert"), 0.01
-    gradients = engine(model, train_only(model, B_AND_HEAD), loss=TASK.losses)
-    rows = some_rows(model.config.num_labels)
-    whole = gradients.clipped_sum(rows, max_grad_norm=bound)
-    moves = []
-    for row in range(6):
-        rest = rows.rows(torch.arange(6) != row)
-        moves.append(joint_norm(difference(whole, gradients.clipped_sum(rest, max_grad_norm=bound))) / bound)
-    assert 0.9 < max(moves) <= 1 + 1e-4
-
-
-def check_a_sum_is_that_of_its_rows(loss: object) -> None:
-    model = small_model("bert")
-    gradients = HookGradients(model, train_only(model, B_AND_HEAD), loss=loss)
-    rows = some_rows(model.config.num_labels)
-    whole = gradients.clipped_sum(rows, max_grad_norm=1e3)
-    parts = [gradients.clipped_sum(rows.one(row), max_grad_norm=1e3) for row in range(6)]
-    summed = {slot: torch.stack([part[slot] for part in parts]).sum(dim=0) for slot in whole}
-    assert joint_norm(difference(whole, summed)) <= 1e-4 * joint_norm(summed)
+    assert 0.9 < largest_move(engine, TASK.losses, ROWS, bound=0.01) <= 1 + 1e-4  # it is reached: rows are clipped
 
 
 def test_a_sum_is_that_of_its_rows() -> None:
-    check_a_sum_is_that_of_its_rows(TASK.losses)
+    check_a_sum_is_that_of_its_rows(TASK.losses, ROWS)
 
 
 def test_a_loss_that_knows_how_often_a_label_occurs_is_caught() -> None:
     with pytest.raises(AssertionError):
-        check_a_sum_is_that_of_its_rows(batch_balanced)
+        check_a_sum_is_that_of_its_rows(batch_balanced, ROWS)
 
 
 def test_a_run_learns_writes_its_metric_and_is_scored_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fedlr.config.schema import compose_experiment
 from fedlr.data.scored import ScoredText, load_scored_table
 from fedlr.errors import InputError
-from fedlr.models.peft_state import train_only
 from fedlr.simulations.cli import simulate
 from fedlr.simulations.federation import assemble
 from fedlr.tasks.batch import Batch
@@ -23,9 +22,10 @@ from fedlr.tasks.text_regression import Predictions, TextRegression, correlation
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
 from tests.server.whole_federation import lines
-from tests.training.small_models import B_AND_HEAD, batch, difference, joint_norm, random_rows, small_model
+from tests.training.one_row import check_a_sum_is_that_of_its_rows, largest_move, rows_with
 
 TASK = TextRegression()
+ROWS = rows_with(torch.rand(6, generator=torch.Generator().manual_seed(1)))
 TINY = ("experiment=tiny", "task=text_regression", "data=scored_table", "partition=iid", "data.public=true")
 
 
@@ -123,42 +123,18 @@ def batch_mean(model: nn.Module, rows: Batch) -> Tensor:
     return TASK.losses(model, rows) / rows.num_examples
 
 
-def largest_move(engine: type, loss: object, bound: float) -> float:
-    """Return how far one row moves the clipped sum, in units of the bound."""
-    model = small_model("bert")
-    gradients = engine(model, train_only(model, B_AND_HEAD), loss=loss)
-    rows = Batch(batch(random_rows(6, seed=3)), torch.rand(6, generator=torch.Generator().manual_seed(1)))
-    whole = gradients.clipped_sum(rows, max_grad_norm=bound)
-    moves = []
-    for row in range(6):
-        rest = rows.rows(torch.arange(6) != row)
-        moves.append(joint_norm(difference(whole, gradients.clipped_sum(rest, max_grad_norm=bound))))
-    return max(moves) / bound
-
-
 @pytest.mark.parametrize("engine", [HookGradients, GhostGradients, FusedGradients, LoopGradients])
 def test_one_row_moves_the_clipped_sum_by_at_most_c(engine: type) -> None:
-    assert largest_move(engine, TASK.losses, 0.01) <= 1 + 1e-4
-    assert largest_move(engine, TASK.losses, 0.01) > 0.9  # the bound is reached: rows are clipped
-
-
-def check_a_sum_is_that_of_its_rows(loss: object) -> None:
-    model = small_model("bert")
-    gradients = HookGradients(model, train_only(model, B_AND_HEAD), loss=loss)
-    rows = Batch(batch(random_rows(6, seed=3)), torch.rand(6, generator=torch.Generator().manual_seed(1)))
-    whole = gradients.clipped_sum(rows, max_grad_norm=1e3)
-    parts = [gradients.clipped_sum(rows.one(row), max_grad_norm=1e3) for row in range(6)]
-    summed = {slot: torch.stack([part[slot] for part in parts]).sum(dim=0) for slot in whole}
-    assert joint_norm(difference(whole, summed)) <= 1e-4 * joint_norm(summed)
+    assert 0.9 < largest_move(engine, TASK.losses, ROWS, bound=0.01) <= 1 + 1e-4  # it is reached: rows are clipped
 
 
 def test_a_sum_is_that_of_its_rows() -> None:
-    check_a_sum_is_that_of_its_rows(TASK.losses)
+    check_a_sum_is_that_of_its_rows(TASK.losses, ROWS)
 
 
 def test_a_loss_that_knows_how_many_rows_there_are_is_caught() -> None:
     with pytest.raises(AssertionError):
-        check_a_sum_is_that_of_its_rows(batch_mean)
+        check_a_sum_is_that_of_its_rows(batch_mean, ROWS)
 
 
 def test_a_private_run_learns_writes_its_metric_and_goes_into_a_page(tmp_path: Path) -> None:
