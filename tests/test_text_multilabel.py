@@ -114,6 +114,9 @@ def test_scores_are_those_of_their_definitions() -> None:
     assert found.measures["macro_f1"] == pytest.approx(np.mean([f1(true[:, k], answered[:, k]) for k in range(4)]))
     assert found.measures["hamming_loss"] == pytest.approx((true ^ answered).sum() / 200)
     assert found.accuracy == found.measures["exact_match"] == pytest.approx((true == answered).all(axis=1).mean())
+    rates = torch.tensor(true.mean(axis=0)).expand(50, 4)
+    least = F.binary_cross_entropy(rates, torch.tensor(true).double()).item() * 4
+    assert found.measures["loss_of_one_answer"] == pytest.approx(least)
     nothing = TASK.evaluation([LabelAnswers(answered & False, true & False, np.ones(50))])
     assert nothing.measures["micro_f1"] == nothing.measures["macro_f1"] == 0.0
 

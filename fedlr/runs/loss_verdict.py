@@ -1,6 +1,7 @@
 """Did it learn? The rule for tasks without classes, whose rows have no right answer to count.
 
-*Learned*: the 95 % interval of the final mean loss of held-out rows lies below the loss at the start. *Did not learn*:
+*Learned*: the 95 % interval of the final mean loss of held-out rows lies below the loss at
+the start, and below that of the best answer that is the same for all rows, where the task has one. *Did not learn*:
 nothing of the run counted, or it lies above. *Cannot be told*: all else. The interval is that of a mean over
 independent rows (normal approximation), and does not use that both losses are of the same rows: it says less often that
 a model learned than a paired one would.
@@ -33,7 +34,8 @@ def judge_loss(
     last: Mapping[str, float | None],
 ) -> Verdict:
     """Say whether a run learned, by the rule above; `first` and `last` are the measures of its start and its end, the
-    last of them with `loss_error`, the standard error of the mean loss.
+    last of them with `loss_error`, the standard error of the mean loss, and where targets are few numbers with
+    `loss_of_one_answer`, the mean loss of the best answer that is the same for all rows.
 
     >>> from fedlr.tasks.evaluation import ACCURACY
     >>> result = Result(0.2, 0.3, 4.0, 3.0)
@@ -48,12 +50,13 @@ def judge_loss(
         word, why = CANNOT_BE_TOLD, "its losses are not finite"
     else:
         low, high = final - DEVIATIONS * error, final + DEVIATIONS * error
-        if high < start:
-            word, why = LEARNED, "its loss on held-out rows is below that of the start"
-        elif low >= start:
-            word, why = DID_NOT_LEARN, "its loss on held-out rows is not below that of the start"
+        bar, whose = min((start, "the start"), (last.get("loss_of_one_answer") or start, "one answer for all rows"))
+        if high < bar:
+            word, why = LEARNED, f"its loss on held-out rows is below that of {whose}"
+        elif low >= bar:
+            word, why = DID_NOT_LEARN, f"its loss on held-out rows is not below that of {whose}"
         else:
-            word, why = CANNOT_BE_TOLD, f"{held_out.num_rows} held-out rows do not tell it from the start"
+            word, why = CANNOT_BE_TOLD, f"{held_out.num_rows} held-out rows do not tell it from {whose}"
     return Verdict(
         word=word,
         why=why,

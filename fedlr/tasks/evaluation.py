@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlr.tasks.class_scores import Scores, mean_scores
 
 
@@ -69,6 +72,18 @@ class Evaluation:
         0.5
         """
         return self.measures[metric.name] if metric.name in self.measures else float(getattr(self, metric.name))
+
+
+def entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the entropy of a yes or no of each probability, in nats: the least mean loss of one answer for all rows.
+
+    >>> [round(float(x), 4) for x in entropy(np.array([0.0, 0.5, 1.0]))]
+    [0.0, 0.6931, 0.0]
+    """
+    inside = np.clip(shares, 1e-300, 1.0)
+    outside = np.clip(1.0 - np.asarray(shares), 1e-300, 1.0)
+    found: NDArray[np.float64] = -(shares * np.log(inside) + (1.0 - shares) * np.log(outside)) + 0.0
+    return found
 
 
 def mean_evaluation(found: Sequence[Evaluation]) -> Evaluation:

@@ -13,7 +13,7 @@ from fedlr.data.multilabel import MultiLabelText, declared_labels
 from fedlr.data.table import LabelledText, Table
 from fedlr.errors import InputError
 from fedlr.tasks.batch import Batch
-from fedlr.tasks.evaluation import MICRO_F1, Evaluation, Metric
+from fedlr.tasks.evaluation import MICRO_F1, Evaluation, Metric, entropy
 from fedlr.tasks.probe import in_training, probe_inputs
 from fedlr.tasks.reading import check_reading, read_texts
 from fedlr.tasks.task import Base, Task
@@ -81,14 +81,16 @@ class TextMultilabel(Task):
         hits, named, held = ((x.sum(axis=0)) for x in (answered & true, answered, true))
         counted = named + held > 0
         each = 2 * hits[counted] / (named + held)[counted]
+        exact = float((answered == true).all(axis=1).mean())
         return Evaluation(
-            accuracy=float((answered == true).all(axis=1).mean()),
+            accuracy=exact,
             loss=float(losses.mean()),
             measures={
                 "micro_f1": float(2 * hits.sum() / max(1, (named + held).sum())),
                 "macro_f1": float(each.mean()) if len(each) else 0.0,
-                "exact_match": float((answered == true).all(axis=1).mean()),
+                "exact_match": exact,
                 "hamming_loss": float((answered != true).mean()),
+                "loss_of_one_answer": float(entropy(true.mean(axis=0)).sum()),
                 "loss_error": float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else 0.0,
             },
         )

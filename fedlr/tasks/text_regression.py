@@ -14,7 +14,7 @@ from fedlr.data.scored import ScoredText
 from fedlr.data.table import LabelledText, Table
 from fedlr.errors import InputError
 from fedlr.tasks.batch import Batch
-from fedlr.tasks.evaluation import Evaluation, Metric
+from fedlr.tasks.evaluation import Evaluation, Metric, entropy
 from fedlr.tasks.probe import in_training, probe_inputs
 from fedlr.tasks.reading import check_reading, read_texts
 from fedlr.tasks.task import Base, Task
@@ -91,6 +91,7 @@ class TextRegression(Task):
                 "spearman": correlation(rankdata(predicted), rankdata(target)),
                 "rmse": float(np.sqrt((error**2).mean())),
                 "mae": float(np.abs(error).mean()),
+                "loss_of_one_answer": float(entropy(target.mean())),
                 "loss_error": float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else 0.0,
             },
         )

@@ -108,3 +108,11 @@ def test_a_verdict_is_of_the_interval_of_the_loss(losses, error, word: str) -> N
     )
     assert told.word == word and told.num_rows == 50
     assert bool(told.advice) == (word != "learned")
+
+
+@pytest.mark.parametrize(("final", "word"), [(3.0, "did not learn"), (1.9, "cannot be told"), (1.7, "learned")])
+def test_a_model_that_learned_is_better_than_one_answer_for_all_rows(final: float, word: str) -> None:
+    last = {"loss_error": 0.1, "loss_of_one_answer": 2.0}
+    result = Result(0.1, 0.2, 4.0, final)
+    told = judge_loss(HeldOut({}, 50), result, Recipe(False), metric=PERPLEXITY, first={}, last=last)
+    assert told.word == word and "one answer for all rows" in told.why
