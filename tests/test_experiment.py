@@ -34,6 +34,7 @@ OWN_DATA = {  # by experiment
 NEEDED = {
     "runtime=superlink": ["deployment.rehearsal=true"],
     "data=table": ["data.path=reviews.csv"],
+    "data=multilabel_table": ["data.path=mails.csv", "data.labels=[billing,delivery]"],
     "data=scored_table": ["data.path=reviews.csv", "data.score_range=[0,5]"],
     "data=chat": ["data.path=chats.jsonl", "data.max_length=64"],
     "data=dictionaries": ["data.max_length=64"],
