@@ -124,8 +124,8 @@ def _of_names(value: Any, column: str, names: tuple[str, ...], separator: str) -
         name = as_name(part.strip() if isinstance(part, str) else part, known=names)[0]
         if name not in has:
             return None, (
-                f", column {column!r}: a label is none of {', '.join(map(repr, names[:20]))}; if data.labels is wrong, "
-                "spell it as the file does (case counts); what stands between two is data.label_separator"
+                f", column {column!r}: a label is none of {', '.join(map(repr, names[:20]))}; names there are "
+                f"separated by data.label_separator={separator!r}, and spelt as in data.labels (case counts): set what differs"
             )
         has[name] = 1.0
     return list(has.values()), ""
