@@ -16,10 +16,13 @@ from fedlr.config.schema import compose_experiment
 from fedlr.data.multilabel import MultiLabelText, load_multilabel_table
 from fedlr.errors import InputError
 from fedlr.models.peft_state import train_only
+from fedlr.runs.loss_verdict import judge_loss
+from fedlr.runs.verdict import HeldOut, Recipe, Result
 from fedlr.simulations.cli import simulate
 from fedlr.simulations.evaluate_command import evaluate
 from fedlr.simulations.federation import assemble
 from fedlr.tasks.batch import Batch
+from fedlr.tasks.evaluation import MICRO_F1
 from fedlr.tasks.text_multilabel import LabelAnswers, TextMultilabel, text_multilabel
 from fedlr.training.fused import FusedGradients
 from fedlr.training.gradients import GhostGradients, HookGradients, LoopGradients
@@ -101,6 +104,19 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         assemble(compose_experiment(["experiment=tiny", "task=text_multilabel"]), seed=0)
     with pytest.raises(InputError, match="data.label_weights=null"):
         text_multilabel(label_names=(), label_weights={"a": 2.0})
+
+
+@pytest.mark.parametrize(("f1_at_end", "word"), [(0.07, "cannot be told"), (0.3, "learned"), (None, "learned")])
+def test_a_lower_loss_is_not_what_was_learned_where_f1_fell(f1_at_end: float | None, word: str) -> None:
+    told = judge_loss(
+        HeldOut({}, 30),
+        Result(0.25, f1_at_end or 0.0, 2.306, 2.0),
+        Recipe(False),
+        metric=MICRO_F1,
+        first={"micro_f1": 0.25},
+        last={"micro_f1": f1_at_end, "loss_error": 0.05},
+    )
+    assert told.word == word
 
 
 def f1(true: np.ndarray, answered: np.ndarray) -> float:

@@ -1,9 +1,10 @@
 """Did it learn? The rule for tasks without classes, whose rows have no right answer to count.
 
 *Learned*: the 95 % interval of the final mean loss of held-out rows lies below the loss at the start. *Did not learn*:
-nothing of the run counted, or it lies above. *Cannot be told*: all else. The interval is that of a mean over
-independent rows (normal approximation), and does not use that both losses are of the same rows: it says less often that
-a model learned than a paired one would.
+nothing of the run counted, or it lies above. *Cannot be told*: all else, and where rows have any of several labels and
+micro-F1 fell: to answer "no label" more often lowers that loss too, whatever a text says. The interval is that of a
+mean over independent rows (normal approximation), and does not use that both losses are of the same rows: it says less
+often that a model learned than a paired one would.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from fedlr.runs.verdict import (
     Verdict,
     rate_and_noise_advice,
 )
-from fedlr.tasks.evaluation import Metric
+from fedlr.tasks.evaluation import MICRO_F1, Metric
 
 DEVIATIONS = 1.96  # of a standard normal variable, in 95 of 100 cases
 
@@ -48,7 +49,9 @@ def judge_loss(
         word, why = CANNOT_BE_TOLD, "its losses are not finite"
     else:
         low, high = final - DEVIATIONS * error, final + DEVIATIONS * error
-        if high < start:
+        if high < start and metric == MICRO_F1 and _fell(first.get(metric.name), last.get(metric.name)):
+            word, why = CANNOT_BE_TOLD, "its loss on held-out rows is below that of the start, and so is its micro-F1"
+        elif high < start:
             word, why = LEARNED, "its loss on held-out rows is below that of the start"
         elif low >= start:
             word, why = DID_NOT_LEARN, "its loss on held-out rows is not below that of the start"
@@ -68,6 +71,10 @@ def judge_loss(
         final_loss=final,
         noise_to_signal=outcome.noise_to_signal,
     )
+
+
+def _fell(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and after < before
 
 
 def _seen(
