@@ -142,7 +142,7 @@ def _answer_for_ever(connection: Connection, device: Device, *, say: Callable[[s
 def _require_admission(interrupt: KeyboardInterrupt, settings: Settings, node_id: int) -> None:
     """Tell a person's interrupt from Flower's, which ends the process by one where a server refuses its signature."""
     causes = (cause for cause in causes_of(interrupt) if isinstance(cause, httpx.HTTPStatusError))
-    error = next(causes, None)
+    error = next((one for one in causes if one.response.status_code == httpx.codes.UNAUTHORIZED), None)
     if error is None:  # by the thread that says that this device is there, or by a person
         certificates = load_root_certificates(settings.server.root_certificates)
         key = load_node_key(settings.server.private_key)

@@ -9,6 +9,7 @@ cannot show every letter: none of these is a traceback.
 """
 
 import ast
+import contextlib
 import difflib
 import errno
 import importlib.util
@@ -71,10 +72,13 @@ def _flushed(code: int) -> int:
 
 
 def _lost(error: OSError) -> int:
-    """Say that output is lost, where its reader does not know; return the exit code."""
+    """Say that something could not be written, where its reader does not know; return the exit code."""
     if error.errno == errno.EPIPE:
         return READER_LEFT
-    print(f"fedlr: Expected to print all of the output, got: {error.strerror}; send it elsewhere", file=sys.stderr)
+    where = f" in {error.filename}" if error.filename else ""
+    fix = "make room, or send what is printed elsewhere"  # it may be a file of the command's own
+    with contextlib.suppress(OSError):  # standard error is on the same disk: the code alone is left to say it
+        print(f"fedlr: Expected room for all that is written{where}, got: {error.strerror}; {fix}", file=sys.stderr)
     return OUTPUT_LOST
 
 

@@ -102,11 +102,16 @@ def losing_link() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         cause: BaseException | None = interrupt
-        while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
+        while cause is not None and not _is_refused_token(cause):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        raise LinkLost(f"HTTP {cause.response.status_code}: it does not know this run any more") from interrupt
+        raise LinkLost("HTTP 401: it does not know this run any more") from interrupt
+
+
+def _is_refused_token(error: BaseException) -> bool:
+    """Say whether it is what Flower interrupts for: at 502 to 504 it waits, and a person may interrupt the wait."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
 
 
 def _acquire(

@@ -52,12 +52,12 @@ class Reports:
         known = self.remembered.of(client)
         before = max(self.epsilon.get(client, 0.0), known.epsilon)
         self.epsilon[client] = max(self.epsilon.get(client, 0.0), facts.epsilon)
+        self.signed.pop(client, None)
         if facts.epsilon < before * (1 - ROUNDING):
             return FELL
         heads = self.heads.setdefault(client, [])
         was_last_here = heads[-1:] == [facts.ledger_head] and self._tasks.get(client) == task_sha256
         is_old = facts.ledger_head in heads[:-1] or facts.ledger_head in known.heads[:-1]
-        self.signed.pop(client, None)
         if public_key is not None and facts.signature and not is_old:
             told = {key: word[key] for key in (*SIGNED, "signature")}
             self.signed[client] = {**told, "public_key": canonical_public_key(public_key)}

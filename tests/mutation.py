@@ -155,6 +155,10 @@ def main(name: str, tests: list[str], *, most: int, limit_s: float) -> int:
     tried, until = 0, time.monotonic() + limit_s
     if pytest.main([*tests, "-q", "--no-header", "-p", "no:cacheprovider"]):
         raise SystemExit("Expected tests that pass, got a failure")
+    if not survives(module, tree, tests):  # else every mutant would count as killed, whatever the tests ask
+        raise SystemExit(
+            f"Expected tests that pass with {name} read a second time, got a failure: it cannot be changed"
+        )
     survivors = 0
     for index, (line, changed) in enumerate(mutants(tree)):
         if index not in chosen or time.monotonic() > until:

@@ -34,6 +34,9 @@ def long(argv):
 def cut(argv):
     raise BrokenPipeError(32, "a connection of its own")
 
+def full(argv):
+    raise OSError(28, 'No space left on device', 'x/model')
+
 def odd(argv):
     print("\\u00e9\\udcff")
     return 0
@@ -46,7 +49,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "a_house", raising=False)
     targets = {"add": "a_house:add", "fail": "a_house:fail", "lost": "no_such_house:run"}
-    targets |= {name: f"a_house:{name}" for name in ("long", "cut", "odd")}
+    targets |= {name: f"a_house:{name}" for name in ("long", "cut", "full", "odd")}
     return [EntryPoint(name, target, GROUP) for name, target in targets.items()]
 
 
@@ -111,6 +114,14 @@ def test_output_on_a_full_disk_is_one_line(words, commands, monkeypatch, capsys)
         assert main(words, commands=commands) == 75
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and os.strerror(errno.ENOSPC) in told
+
+
+def test_a_full_disk_of_a_command_is_named_and_counts_where_nothing_can_be_said(commands, monkeypatch, capsys):
+    assert main(["full"], commands=commands) == 75
+    assert "room" in (told := capsys.readouterr().err) and "x/model" in told
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["full"], commands=commands) == 75
 
 
 def test_a_letter_that_the_terminal_lacks_is_shown_by_its_number(commands, monkeypatch):

@@ -80,6 +80,12 @@ def test_a_column_of_a_label_holds_nothing_but_0_and_1(tmp_path: Path) -> None:
     path = table(tmp_path, ["fine;0;1", "bad;2;0", "so so;1;1"], header="text;joy;anger")
     with pytest.raises(InputError, match="row 3, column 'joy': expected 0 or 1"):
         load_multilabel_table(path, labels=["joy", "anger"], label_column=None)
+    path = table(
+        tmp_path, ["fine;0;1", "good;1;0", "so so;1;1"], header="text;joy|delight;anger"
+    )  # nothing is separated here
+    names = ["joy|delight", "anger"]
+    found = load_multilabel_table(path, labels=names, label_column=None, label_separator="|")
+    assert found.targets() == [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize("wrong", [["joy"], ["joy", "joy"], "joy,anger", ["joy", ""], None])

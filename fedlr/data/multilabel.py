@@ -60,7 +60,7 @@ def load_multilabel_table(
         text_column, text_pair_column, group_column, encoding, on_bad_row, train_split, fetched_by: as there.
         label_column: of the names of a row's labels; empty: it has none. None: each label has a column of its own, of
             0 and 1.
-        label_separator: what stands between two names.
+        label_separator: what stands between two names of a cell.
 
     Raises:
         InputError: which names the file, the row and what to change.
@@ -72,7 +72,7 @@ def load_multilabel_table(
         columns = columns_of(text_column, label_column, group_column, text_pair_column)
     if len(set(columns.names)) < len(columns.names):
         raise InputError(f"Expected different columns for text, labels and group, got {columns.names}")
-    if not label_separator or any(label_separator in name for name in names):
+    if label_column is not None and (not label_separator or any(label_separator in name for name in names)):
         raise InputError(
             f"Expected data.label_separator to be a mark that is in no label, got {label_separator!r}; set the mark "
             "that stands between the labels of a row"
@@ -124,8 +124,8 @@ def _of_names(value: Any, column: str, names: tuple[str, ...], separator: str) -
         name = as_name(part.strip() if isinstance(part, str) else part, known=names)[0]
         if name not in has:
             return None, (
-                f", column {column!r}: a label is none of {', '.join(map(repr, names[:20]))}; if data.labels is wrong, "
-                "spell it as the file does (case counts); what stands between two is data.label_separator"
+                f", column {column!r}: a label is none of {', '.join(map(repr, names[:20]))}; names there are "
+                f"separated by data.label_separator={separator!r}, and spelt as in data.labels (case counts): set what differs"
             )
         has[name] = 1.0
     return list(has.values()), ""

@@ -5,6 +5,7 @@ a coded reply of another form, or integers that nobody asked for; bytes of updat
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,13 @@ from fedlr.errors import InputError
 from fedlr.flower.messages import Request
 from fedlr.flower.records import Limits, RecordDict, facts_of, from_record, to_record
 from fedlr.flower.terms import Terms
-from fedlr.methods.codecs.codec import Place, decoded, encoded
+from fedlr.methods.codecs.codec import Codec, Place, decoded, encoded
+from fedlr.methods.codecs.rounding import Bfloat16, Int8
+from fedlr.methods.codecs.top_k import TopK
 from fedlr.models.network import tiny_random
 from fedlr.models.peft_state import read_adapter
 from fedlr.models.tuners.attach import attach
+from fedlr.rounds.pools.coded import CodedPool
 from fedlr.rounds.round import Dropout, RoundRequest
 from fedlr.runs.recorder import metrics_row
 from fedlr.server.gate import Asked, answer_of
@@ -176,3 +180,22 @@ def test_clients_of_several_ranks_send_what_they_have(tmp_path: Path) -> None:
     _, (row,) = trained(federation, tmp_path / "ledger.jsonl")
     assert row["num_trained"] == len(federation.clients) or row["num_trained"] == federation.experiment.cohort_size
     assert 0 < float(str(row["codec_error"])) < 0.03 and row["codec_error_of_mean"] is None
+
+
+@pytest.mark.parametrize("codec", [Int8(), Bfloat16(), TopK(0.5)])
+@pytest.mark.parametrize("worst", [torch.nan, torch.inf])
+def test_a_client_whose_numbers_are_none_is_dropped_and_ends_no_round(codec: Codec, worst: float) -> None:
+    slot = Slot("layer", LORA_B)
+    enrolled = AdapterState({slot: torch.zeros(2, 3)}, scale=1.0)
+
+    class Pool:
+        def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
+            for client in cohort:
+                yield ClientUpdate(client, {slot: torch.full((2, 3), worst if client == 1 else 0.5)}, 1.0, 0)
+
+    pool = CodedPool(Pool(), codec, enrolled=enrolled, seed=0)
+    outcomes = list(pool.train(RoundRequest(0, enrolled.tensors, frozenset({LORA_B})), (0, 1, 2)))
+    assert outcomes[1] == Dropout(1, "rejected", "bad_code"), "as a server's gate says"
+    assert all(isinstance(outcome, ClientUpdate) for outcome in (outcomes[0], outcomes[2]))
+    error = pool.error()
+    assert error is not None and error.update < 1, "of those that arrived alone"

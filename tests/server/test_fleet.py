@@ -146,6 +146,11 @@ def test_a_superlink_that_forgot_the_run_is_a_link_lost_and_no_interrupt() -> No
             raise KeyboardInterrupt  # noqa: B904 - as a signal does
     with pytest.raises(KeyboardInterrupt), losing_link():
         raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), losing_link():  # by a person, while a proxy's 503 is waited for
+        try:
+            httpx.Response(503, request=request).raise_for_status()
+        except httpx.HTTPStatusError:
+            raise KeyboardInterrupt  # noqa: B904 - as a signal does
 
 
 CODES = [

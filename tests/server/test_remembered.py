@@ -217,6 +217,7 @@ def signatures_hold(folder: Path, module: object = fedlr.server.reports) -> None
     rounded = signed(1.9999, HEADS[1], round_index=1)
     assert reports.hear(2, rounded, "2" * 64, public_key=line) is None
     assert reports.hear(2, signed(1.0, HEADS[0]), "3" * 64, public_key=line) == "epsilon_fell"
+    assert reports.signed == {}, "its last word is a lower one"
     refusal = signed(2.5, HEADS[2], round_index=2, refused="budget_exhausted")
     for word, epsilon in ((rounded, 2.0), (refusal, 2.5)):
         assert reports.hear(2, word, "2" * 64, public_key=line) is None

@@ -1,10 +1,11 @@
-"""What an uplink codec is: an update as fewer bytes, after the noise, and back.
+"""What an uplink codec is: an update as fewer bytes, after a client's noise, and back.
 
 A codec sees the *change* of an update, its values less those that were broadcast, which both sides know. It is a
 function of that change and of public words alone, so whatever it does is post-processing: no epsilon and no clip bound
-knows of it (Dwork and Roth 2014, proposition 2.1). A message has one form for all clients of a round, whatever their
-rows are: which slots, shapes and dtypes is `form`, a function of the shapes alone. A codec that picks what is large
-(`top_k`) would pick noise, and is refused in private runs: `is_for_private`.
+knows of it (Dwork and Roth 2014, proposition 2.1). With the client unit alone it sees updates without noise, before the
+server's clip; epsilon holds there since the server clips what it decoded, never what was sent. A message has one form
+for all clients of a round, whatever their rows are: which slots, shapes and dtypes is `form`, a function of the shapes
+alone. A codec that picks what is large (`top_k`) would pick noise, and is refused in private runs: `is_for_private`.
 
 The same functions run in a simulation (`fedlr.rounds.pools.coded`), on a device and in the server's gate, in one
 thread, so that one machine makes the same bits of them everywhere.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedlr.adapters.client_ranks import narrowed
 from fedlr.adapters.state import AdapterState, ClientUpdate, Slot
+from fedlr.errors import InputError
 from fedlr.methods.codecs.codec import Codec, CodecError, Place, decoded, encoded
 from fedlr.rounds.round import ClientPool, Dropout, RoundRequest
 from fedlr.training.threads import torch_threads
@@ -29,16 +30,23 @@ class CodedPool:
         self._mean_is_known = True  # all had one rank
 
     def train(self, task: RoundRequest, cohort: Sequence[int]) -> Iterator[ClientUpdate | Dropout]:
-        """Yield what the pool yields, every update as it comes out of its message."""
+        """Yield what the pool yields, every update as it comes out of its message.
+
+        One that no message can hold, as numbers that are not finite, is dropped as a server's gate drops it.
+        """
         self._squares, self._sums, self._mean_is_known = [0.0, 0.0], {}, True
         whole = self._enrolled.overlaid(task.broadcast).select(task.shared)
         for outcome in self._pool.train(task, cohort):
             if isinstance(outcome, ClientUpdate):
                 sent_down = narrowed(whole, task.ranks.get(outcome.client_id))
                 place = Place(self._seed, outcome.client_id, task.round_index)
-                with torch_threads(1):
-                    message = encoded(self._codec, outcome.tensors, sent_down, place)
-                    arrived = decoded(self._codec, message, sent_down, place)
+                try:
+                    with torch_threads(1):
+                        message = encoded(self._codec, outcome.tensors, sent_down, place)
+                        arrived = decoded(self._codec, message, sent_down, place)
+                except InputError:  # never the run's end: with the client unit that would tell one client's fate
+                    yield Dropout(outcome.client_id, "rejected", "bad_code")
+                    continue
                 self._measure(outcome.tensors, arrived, sent_down)
                 outcome = replace(outcome, tensors=arrived)
             yield outcome
