@@ -364,10 +364,9 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
     )
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     statement = with_choices(statement, choices_of(federation.experiment, released))
-    statement = with_earlier(statement, federation.earlier)
+    statement = with_earlier(with_trials(statement, run_dir), federation.earlier)
     shared = federation.experiment.privacy.ledger
     statement = with_all_runs(statement, None if shared is None else all_runs(shared))
-    statement = with_trials(statement, run_dir)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)
