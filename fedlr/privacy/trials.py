@@ -133,9 +133,10 @@ def _asked(run_dir: Path) -> tuple[Trials, int, str] | None:
         if privacy.get("trials") is None:
             return None
         trials = Trials(float(privacy["trials"]), privacy.get("trials_law") or "geometric")
-        rounds = int(privacy.get("max_participations") or tree["num_rounds"])
+        rounds = int(tree["num_rounds"])
         if privacy.get("client_epsilon") is None:
-            return trials, rounds * int(tree["trainer"]["num_steps"]), "ledger.jsonl"
+            most = int(privacy.get("max_participations") or rounds)
+            return trials, most * int(tree["trainer"]["num_steps"]), "ledger.jsonl"
         if tree["cohort"] == "cyclic":
             rounds = -(-rounds // -(-int(tree["num_clients"]) // int(tree["cohort_size"])))
         return trials, rounds, "server_ledger.jsonl"

@@ -16,6 +16,8 @@ from fedlr.errors import InputError
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
 from fedlr.privacy.trials import Trials
+from fedlr.privacy.trials import _asked as steps_of_trial
+from fedlr.runs.directory import write_origin
 from fedlr.simulations import cli, private_tune
 from fedlr.simulations.private_tune import CHOSEN, SELECTION, TRIALS, choose_privately, cost_of
 from tests.simulations.small_runs import SMALL
@@ -161,6 +163,22 @@ def test_what_has_no_bound_is_refused_before_anything_is_charged(words: list[str
             ]
         )
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["privacy.max_participations=1", "num_rounds=2"],
+        ["privacy=client", "cohort=fixed", "num_rounds=4", "privacy.max_participations=2"],
+        ["privacy=client", "cohort=cyclic", "cohort_size=1", "num_rounds=4"],
+        ["privacy=client", "cohort=poisson", "num_rounds=3"],
+    ],
+)
+def test_a_trial_is_charged_as_many_steps_as_its_statement_allows(words: list[str], tmp_path: Path) -> None:
+    experiment = compose_experiment([*WORDS, *words])
+    write_origin(tmp_path, experiment)
+    asked = steps_of_trial(tmp_path)
+    assert asked is not None and asked[1] == cost_of([experiment]).num_steps
 
 
 @pytest.mark.parametrize(
