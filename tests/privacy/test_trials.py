@@ -24,7 +24,7 @@ from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import no_privacy_statement
 from fedlr.privacy.trials import Law, Trials, with_trials
 
-NUM_DRAWS = 800
+NUM_DRAWS = 4000
 FALSE_ALARM = 1e-10  # of each check of a law
 
 

@@ -168,8 +168,8 @@ def test_what_has_no_bound_is_refused_before_anything_is_charged(words: list[str
 @pytest.mark.parametrize(
     "words",
     [
-        ["privacy.max_participations=1", "num_rounds=2"],
-        ["privacy=client", "cohort=fixed", "num_rounds=4", "privacy.max_participations=2"],
+        ["privacy.max_participations=1", "cohort=fixed", "cohort_size=2"],
+        ["privacy=client", "cohort=fixed", "cohort_size=2", "num_rounds=4", "privacy.max_participations=2"],
         ["privacy=client", "cohort=cyclic", "cohort_size=1", "num_rounds=4"],
         ["privacy=client", "cohort=poisson", "num_rounds=3"],
     ],
@@ -188,6 +188,8 @@ def test_a_trial_is_charged_as_many_steps_as_its_statement_allows(words: list[st
         (["privacy=client", "privacy.epsilon=6", "cohort=fixed"], "one budget, of rows or of clients"),
         (["privacy.ledger=x", "privacy.ledger_epsilon=20"], "privacy.ledger=null"),
         (["runtime=flower", "data.num_validation=null"], "runtime=local"),
+        (["tracking.tracker=wandb", "runtime.offline=false"], "tracking.tracker=null with privacy.trials"),
+        (["tracking.tracker=mlflow"], "tracking.tracker=null with privacy.trials"),
         (["tracking.run_centralised=true"], "tracking.run_centralised=false"),
         (["privacy.trials=0.5"], "privacy.trials"),
         (["privacy.trials_law=uniform"], "privacy.trials_law"),
