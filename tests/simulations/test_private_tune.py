@@ -13,11 +13,12 @@ import pytest
 
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
+from fedlr.files import NotWritten
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
 from fedlr.privacy.trials import Trials
 from fedlr.privacy.trials import _asked as steps_of_trial
-from fedlr.runs.directory import write_origin
+from fedlr.runs.directory import BeingWritten, sole_writer, write_origin
 from fedlr.simulations import cli, private_tune
 from fedlr.simulations.private_tune import CHOSEN, SELECTION, TRIALS, choose_privately, cost_of
 from tests.simulations.small_runs import SMALL
@@ -141,6 +142,41 @@ def test_nothing_that_came_out_stays_charged(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match="stays charged"):
         choose_privately(points("seed=1"), command=["x"], say=nothing)
     assert (Path("outputs/tiny-selection") / SELECTION).exists()
+    seen = stubbed(monkeypatch, dict.fromkeys(RATES, 0.5))
+    with pytest.raises(InputError, match="a selection that is not done"):  # that none came out was the one draw
+        choose_privately(points("seed=1"), command=["x"], say=nothing)
+    assert not seen
+
+
+@pytest.mark.parametrize("kind", ["full", "written by another", "came to nothing"])
+def test_what_says_nothing_of_a_trial_ends_the_command_and_deletes_nothing(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = next(s for s in range(100) if len(_trials(s)) > 2 and {t.point for t in _trials(s)} == {0, 1})
+    seen = stubbed(monkeypatch, {RATES[0]: 0.5, RATES[1]: 0.7})
+    run, folder = private_tune.run_job, Path("outputs/tiny-selection")
+    full = NotWritten("No space left on device")
+    full.exit_code = 75
+    errors = {"full": full, "written by another": BeingWritten("another"), "came to nothing": KeyboardInterrupt()}
+
+    def cut_off(*args: Any, **kwargs: Any) -> Path:
+        if len(seen) == 2:
+            raise errors[kind]
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(private_tune, "run_job", cut_off)
+    with pytest.raises(type(errors[kind])):
+        choose_privately(points(f"seed={seed}"), command=["x"], say=nothing)
+    found = sorted((folder / TRIALS).glob("*/*/summary.json"))
+    assert len(found) == 2 and not (folder / CHOSEN).exists()
+    if kind == "came to nothing":
+        for path in found:  # however high its score is
+            path.write_text(json.dumps({"finished": True, "score": 0.99, "problem": "nothing moved"}))
+    monkeypatch.setattr(private_tune, "run_job", run)
+    with sole_writer(folder), pytest.raises(BeingWritten):
+        choose_privately(points(f"seed={seed}"), command=["x"], say=nothing)
+    chosen = choose_privately(points(f"seed={seed}"), command=["x"], say=nothing)
+    assert json.loads((chosen / "summary.json").read_text())["score"] in (0.5, 0.7)
 
 
 @pytest.mark.parametrize(
