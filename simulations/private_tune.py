@@ -229,7 +229,7 @@ def _done(trial: Trial, words: Sequence[str], folder: Path) -> Path | None:
             return None if summary.get("problem") else run_dir  # as where nothing was cut off
         unfinished = run_dir
     try:
-        return run_job(ready(overrides), unfinished, say=_nothing)
+        return run_job(ready(overrides), unfinished, say=_nothing, is_trial=True)
     except InputError as error:
         if isinstance(error, NotWritten | BeingWritten) or error.exit_code != InputError.exit_code:
             raise  # a full disk and the like say nothing of a trial: the same command goes on from here

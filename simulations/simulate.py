@@ -71,14 +71,18 @@ from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.threads import torch_threads
 
 
-def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
-    """Run an experiment and return its directory.
+def simulate(experiment: Experiment, *, say: Callable[[str], None], is_trial: bool = False) -> Path:
+    """Run an experiment and return its directory; `is_trial`: as one of those of `fedlr tune` with privacy.trials.
 
     Everything that can be wrong with the configuration or the data is found before the directory exists.
 
     Raises:
         InputError: for an experiment that cannot run.
     """
+    if experiment.privacy.trials is not None and not is_trial:  # its statement would tell of a choice that nobody made
+        raise InputError(
+            f"Expected privacy.trials=null to simulate, got {experiment.privacy.trials:g}: trials are of fedlr tune"
+        )
     if experiment.runtime.kind == "flower":
         from fedlr.simulations.flower_run import simulate_with_flower
 

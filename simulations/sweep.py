@@ -79,7 +79,7 @@ def run_sweep(
     return [done.get(job.number) for job in all_jobs]
 
 
-def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say) -> Path:
+def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say, is_trial: bool = False) -> Path:
     """Run an experiment, or finish an earlier run of it that was cut off, and return its directory.
 
     Raises:
@@ -99,7 +99,7 @@ def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say) -> Pat
             if isinstance(error, NotWritten) or error.exit_code != InputError.exit_code:
                 raise  # a full disk: with room made it goes on
             say(f"note: {unfinished} stays as it is, and the run starts anew: {error}")
-    return simulate(experiment, say=say)
+    return simulate(experiment, say=say, is_trial=is_trial)
 
 
 def _own_parts(experiment: Experiment) -> list[str]:

@@ -20,6 +20,7 @@ from fedlr.privacy.trials import Trials
 from fedlr.privacy.trials import _asked as steps_of_trial
 from fedlr.runs.directory import BeingWritten, sole_writer, write_origin
 from fedlr.simulations import cli, private_tune
+from fedlr.simulations.notebook import simulate
 from fedlr.simulations.private_tune import CHOSEN, SELECTION, TRIALS, choose_privately, cost_of
 from tests.simulations.small_runs import SMALL
 
@@ -46,7 +47,8 @@ Run = Callable[..., Path]
 def run_with_score(scores: dict[str, float | None], folder: Path, seen: list[str]) -> Run:
     """A trial that trains nothing: its directory has a score by its rate; None: it fails."""
 
-    def run(experiment: Any, unfinished: Path | None, *, say: Any) -> Path:
+    def run(experiment: Any, unfinished: Path | None, *, say: Any, is_trial: bool) -> Path:
+        assert is_trial
         assert (folder / SELECTION).exists(), "trained before it was charged"
         rate = f"trainer.optimizer.lr={experiment.trainer.optimizer.section()['lr']}"
         seen.append(rate)
@@ -93,6 +95,8 @@ def test_a_choice_is_charged_first_states_its_epsilon_and_leaves_one_run(capsys:
     assert f"epsilon {spent:.2f}"[:-1] in told and "round" not in told
     assert cli.tune(words) == 2 and "Expected a selection that is not done" in capsys.readouterr().err
     assert cli.simulate(list(WORDS)) == 2 and "trials are of fedlr tune" in capsys.readouterr().err
+    with pytest.raises(InputError, match="trials are of fedlr tune"):
+        simulate(*WORDS, say=None)
     statement["trials"]["epsilon"] /= 2
     (folder / CHOSEN / "privacy.json").write_text(json.dumps(statement))
     with pytest.raises(InputError, match="other values of trials"):
