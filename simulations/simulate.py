@@ -25,7 +25,7 @@ from fedlr.privacy.all_runs import all_runs, with_all_runs
 from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
-from fedlr.privacy.trials import with_trials
+from fedlr.privacy.trials import of_choice, with_trials
 from fedlr.privacy.units import rounded_up
 from fedlr.rounds.evaluate import MOST_SCORED
 from fedlr.rounds.pools.local import sharing_base
@@ -79,10 +79,8 @@ def simulate(experiment: Experiment, *, say: Callable[[str], None], is_trial: bo
     Raises:
         InputError: for an experiment that cannot run.
     """
-    if experiment.privacy.trials is not None and not is_trial:  # its statement would tell of a choice that nobody made
-        raise InputError(
-            f"Expected privacy.trials=null to simulate, got {experiment.privacy.trials:g}: trials are of fedlr tune"
-        )
+    if (trials := experiment.privacy.trials) is not None and not is_trial:  # else it states a choice that was not made
+        raise InputError(f"Expected privacy.trials=null to simulate, got {trials:g}: trials are of fedlr tune")
     if experiment.runtime.kind == "flower":
         from fedlr.simulations.flower_run import simulate_with_flower
 
@@ -157,7 +155,7 @@ def run(
     if sheet := contact_sheet(federation, state):
         write_json(run_dir / CONTACT_SHEET, sheet)
     result = summary(federation, state, rows, seconds=seconds)
-    leave_behind(federation, run_dir, state, result["released"])
+    result |= of_choice(leave_behind(federation, run_dir, state, result["released"]))
     result |= {"base_sha256": federation.base.fingerprint, "adapter_files": released_files(run_dir / "adapter")}
     finish_run(run_dir, result, draw=write_report)
     progress.judged(result["verdict"], result["released"])
@@ -360,8 +358,10 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates, _ in found))
 
 
-def leave_behind(federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]) -> None:
-    """Write the privacy statement and the adapter."""
+def leave_behind(
+    federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the privacy statement, which is returned, and the adapter."""
     num_clients = federation.experiment.num_clients
     statement = run_statement(
         run_dir, num_clients, placed_by=federation.placed_by, expected=ledgers_of(federation.experiment)
@@ -387,6 +387,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
         has_pairs=federation.has_pairs,
         released=told(released),
     )
+    return statement
 
 
 def with_other_noise(federation: Federation) -> Federation:

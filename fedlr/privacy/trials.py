@@ -124,6 +124,15 @@ def with_trials(statement: dict[str, Any], run_dir: str | os.PathLike[str]) -> d
     return {**statement, "statement": f"{statement['statement']} {sentence}", "trials": told}
 
 
+def of_choice(statement: Mapping[str, Any]) -> dict[str, float]:
+    """Return what summary.json says in place of the epsilon of one trial, where a run was chosen among trials.
+
+    >>> of_choice({"epsilon": {"maximum": 5.13}, "trials": {"epsilon": 8.96}}), of_choice({})
+    ({'epsilon_max': 8.96}, {})
+    """
+    return {"epsilon_max": float(statement["trials"]["epsilon"])} if statement.get("trials") else {}
+
+
 def _asked(run_dir: Path) -> tuple[Trials, int, str] | None:
     """Return the law of the trials, the steps of one and the name of its ledger; None of a run that is no trial."""
     path = run_dir / "config.yaml"

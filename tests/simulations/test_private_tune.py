@@ -19,6 +19,8 @@ from fedlr.privacy.statement import recompute
 from fedlr.privacy.trials import Trials
 from fedlr.privacy.trials import _asked as steps_of_trial
 from fedlr.runs.directory import BeingWritten, sole_writer, write_origin
+from fedlr.runs.report import comparison_table
+from fedlr.runs.report.wording import epsilon_text
 from fedlr.simulations import cli, private_tune
 from fedlr.simulations.notebook import simulate
 from fedlr.simulations.private_tune import CHOSEN, SELECTION, TRIALS, choose_privately, cost_of
@@ -92,6 +94,12 @@ def test_a_choice_is_charged_first_states_its_epsilon_and_leaves_one_run(capsys:
     assert statement["trials"]["epsilon"] == kept["cost"]["epsilon"] == spent > statement["epsilon"]["maximum"]
     assert "best of a random number of trials" in (folder / CHOSEN / "adapter" / "README.md").read_text()
     assert recompute(folder / CHOSEN) == statement
+    summary = json.loads((folder / CHOSEN / "summary.json").read_text())
+    assert summary["epsilon_max"] == spent and summary["problem"] is None
+    page = (folder / CHOSEN / "report.html").read_text()
+    assert f"ε = {epsilon_text(spent)}" in page and "The files disagree" not in page
+    assert f"ε = {epsilon_text(statement['epsilon']['maximum'])}" not in page
+    assert epsilon_text(spent) in comparison_table([folder / CHOSEN])
     assert f"epsilon {spent:.2f}"[:-1] in told and "round" not in told
     assert cli.tune(words) == 2 and "Expected a selection that is not done" in capsys.readouterr().err
     assert cli.simulate(list(WORDS)) == 2 and "trials are of fedlr tune" in capsys.readouterr().err
