@@ -1,7 +1,7 @@
 """`fedlr tune` with privacy.trials: the best of a random number of private trials, charged for before the first.
 
 A trial is one point of the grid, drawn at random, trained with a seed of its own. How many there are is drawn first,
-from a law that reads no data (`fedlr.privacy.trials`). selection.json, on the disk before a row is read, says what
+from a law that reads no data (`fedlr.privacy.trials`). selection.json, on the disk before the first trial, says what
 trials and choice cost together; it also holds what was drawn, so that the same command goes on where it was cut off,
 and is for nobody else's eyes. The best run stays; the others are deleted, and none of their scores is told.
 """
@@ -146,7 +146,7 @@ def _told_cost(cost: Cost, num_points: int) -> str:
 
 
 def charged(folder: Path, cost: Cost, experiments: Sequence[Experiment], *, command: Sequence[str]) -> list[Trial]:
-    """Write what a selection costs and what was drawn for it, before a row is read; return the trials, or those of the
+    """Write what a selection costs and what was drawn for it, before the first trial; return the trials, or those of the
     same command that was cut off.
 
     Raises:
