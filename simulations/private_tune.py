@@ -1,7 +1,7 @@
 """`fedlr tune` with privacy.trials: the best of a random number of private trials, charged for before the first.
 
 A trial is one point of the grid, drawn at random, trained with a seed of its own. How many there are is drawn first,
-from a law that reads no data (`fedlr.privacy.trials`). selection.json, on the disk before a row is read, says what
+from a law that reads no data (`fedlr.privacy.trials`). selection.json, on the disk before the first trial, says what
 trials and choice cost together; it also holds what was drawn, so that the same command goes on where it was cut off,
 and is for nobody else's eyes. The best run stays; the others are deleted, and none of their scores is told.
 """
@@ -21,13 +21,13 @@ from typing import Any
 from fedlr.config.auto_rates import noise_multiplier_of
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
-from fedlr.files import create_whole, make_folder, sync_folder
+from fedlr.files import NotWritten, create_whole, make_folder, sync_folder, write_whole
 from fedlr.privacy.accountant import epsilon
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.trials import MEANS, Trials
 from fedlr.privacy.units import rounded_up
 from fedlr.runs.commands import ready
-from fedlr.runs.directory import FINISHED, summary_so_far
+from fedlr.runs.directory import FINISHED, BeingWritten, sole_writer, summary_so_far
 from fedlr.runs.report.run_files import read_run
 from fedlr.runs.units import client_mechanism, most_participations
 from fedlr.simulations.federation import assemble
@@ -37,6 +37,7 @@ from fedlr.streams import Draws, Keystream, Purpose, stream
 from fedlr.training.threads import torch_threads
 
 SELECTION, TRIALS, CHOSEN = "selection.json", "trials", "chosen"
+NONE_CAME_OUT = "none_came_out"  # the mark of a selection without a chosen run: that is an outcome, and over
 Say = Callable[[str], None]
 
 
@@ -72,15 +73,16 @@ def choose_privately(points: Sequence[Sequence[str]], *, command: Sequence[str],
 
     Raises:
         InputError: before anything is charged: points of different cost, more than privacy.trials_epsilon, a folder
-            of another selection. After it: no trial came out.
+            of another selection, or of one that is over. After it: no trial came out, or the disk is full.
     """
     experiments = [ready([*words, *ON_VALIDATION]) for words in points]
     first = experiments[0]
     cost = cost_of(experiments)
     folder = Path(first.tracking.output_dir) / f"{first.name}-selection"
-    if (folder / CHOSEN).exists() and not (folder / TRIALS).exists():
+    over = next((path for path in (folder / CHOSEN, folder / NONE_CAME_OUT) if path.exists()), None)
+    if over is not None and not (folder / TRIALS).exists():
         raise InputError(
-            f"Expected a selection that is not done, got {folder / CHOSEN}: the same again would cost as much again on "
+            f"Expected a selection that is not done, got {over}: the same again would cost as much again on "
             "the same rows; with name=... it may"
         )
     if not (folder / SELECTION).exists():  # what cannot be run must not be charged
@@ -88,9 +90,11 @@ def choose_privately(points: Sequence[Sequence[str]], *, command: Sequence[str],
             for experiment in experiments:
                 assemble(experiment, seed=experiment.seed or 0)
     say(_told_cost(cost, len(points)))
-    trials = charged(folder, cost, experiments, command=command)
-    say(f"charged in {folder / SELECTION}, before the first trial; how many there are is a secret, and so are they")
-    return _best_alone(folder, trials, points, say=say)
+    make_folder(folder, mode=0o700)
+    with sole_writer(folder):
+        trials = charged(folder, cost, experiments, command=command)
+        say(f"charged in {folder / SELECTION}, before the first trial; how many there are is a secret, and so are they")
+        return _best_alone(folder, trials, points, say=say)
 
 
 def cost_of(experiments: Sequence[Experiment]) -> Cost:
@@ -142,7 +146,7 @@ def _told_cost(cost: Cost, num_points: int) -> str:
 
 
 def charged(folder: Path, cost: Cost, experiments: Sequence[Experiment], *, command: Sequence[str]) -> list[Trial]:
-    """Write what a selection costs and what was drawn for it, before a row is read; return the trials, or those of the
+    """Write what a selection costs and what was drawn for it, before the first trial; return the trials, or those of the
     same command that was cut off.
 
     Raises:
@@ -190,25 +194,31 @@ def drawn(experiment: Experiment, num_points: int) -> list[Trial]:
 
 
 def _best_alone(folder: Path, trials: Sequence[Trial], points: Sequence[Sequence[str]], *, say: Say) -> Path:
-    chosen, all_trials = folder / CHOSEN, folder / TRIALS
-    if not chosen.exists():
+    chosen, nothing, all_trials = folder / CHOSEN, folder / NONE_CAME_OUT, folder / TRIALS
+    if not chosen.exists() and not nothing.exists():
         make_folder(all_trials)
         found = {trial: _done(trial, points[trial.point], all_trials) for trial in trials}
         scores = {trial: _score(run_dir) for trial, run_dir in found.items() if run_dir is not None}
         best = _best(scores)
         run_dir = None if best is None else found[best]
         if run_dir is None:
-            shutil.rmtree(all_trials)
-            raise InputError("Expected a trial that came out, got none; what was charged stays charged")
-        os.rename(run_dir, chosen)
+            write_whole(nothing, "")
+        else:
+            os.rename(run_dir, chosen)
         sync_folder(folder)
     shutil.rmtree(all_trials)
+    if nothing.exists():
+        raise InputError("Expected a trial that came out, got none; what was charged stays charged")
     say(f"chosen: {_settings(chosen, points)}, scored {_score(chosen)[1]:.4f} on validation rows")
     return chosen
 
 
 def _done(trial: Trial, words: Sequence[str], folder: Path) -> Path | None:
-    """Run a trial, go on with one that was cut off, or find it done; None of one that failed."""
+    """Run a trial, go on with one that was cut off, or find it done; None of one that failed.
+
+    Raises:
+        InputError: what has nothing to do with the trial: the disk is full, or another process is at it.
+    """
     typed = [word for word in words if word.partition("=")[0] not in ("name", "seed", "tracking.output_dir")]
     seed = "null" if trial.seed is None else str(trial.seed)
     overrides = [*typed, *ON_VALIDATION, f"name={trial.name}", f"seed={seed}", f"tracking.output_dir={folder}"]
@@ -216,11 +226,13 @@ def _done(trial: Trial, words: Sequence[str], folder: Path) -> Path | None:
     for run_dir in sorted((folder / trial.name).glob("*")):
         summary = summary_so_far(run_dir)
         if summary is not None and summary[FINISHED]:
-            return run_dir
+            return None if summary.get("problem") else run_dir  # as where nothing was cut off
         unfinished = run_dir
     try:
-        return run_job(ready(overrides), unfinished, say=_nothing)
+        return run_job(ready(overrides), unfinished, say=_nothing, is_trial=True)
     except InputError as error:
+        if isinstance(error, NotWritten | BeingWritten) or error.exit_code != InputError.exit_code:
+            raise  # a full disk and the like say nothing of a trial: the same command goes on from here
         print(f"a trial failed, which is for your eyes only: {error}", file=sys.stderr, flush=True)
         return None
 

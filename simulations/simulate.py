@@ -25,7 +25,7 @@ from fedlr.privacy.all_runs import all_runs, with_all_runs
 from fedlr.privacy.earlier import start_note, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.statement import run_statement, with_choices, with_origin, with_public
-from fedlr.privacy.trials import with_trials
+from fedlr.privacy.trials import of_choice, with_trials
 from fedlr.privacy.units import rounded_up
 from fedlr.rounds.evaluate import MOST_SCORED
 from fedlr.rounds.pools.local import sharing_base
@@ -71,14 +71,16 @@ from fedlr.streams import Purpose, SeededRandomness, stream
 from fedlr.training.threads import torch_threads
 
 
-def simulate(experiment: Experiment, *, say: Callable[[str], None]) -> Path:
-    """Run an experiment and return its directory.
+def simulate(experiment: Experiment, *, say: Callable[[str], None], is_trial: bool = False) -> Path:
+    """Run an experiment and return its directory; `is_trial`: as one of those of `fedlr tune` with privacy.trials.
 
     Everything that can be wrong with the configuration or the data is found before the directory exists.
 
     Raises:
         InputError: for an experiment that cannot run.
     """
+    if (trials := experiment.privacy.trials) is not None and not is_trial:  # else it states a choice that was not made
+        raise InputError(f"Expected privacy.trials=null to simulate, got {trials:g}: trials are of fedlr tune")
     if experiment.runtime.kind == "flower":
         from fedlr.simulations.flower_run import simulate_with_flower
 
@@ -153,7 +155,7 @@ def run(
     if sheet := contact_sheet(federation, state):
         write_json(run_dir / CONTACT_SHEET, sheet)
     result = summary(federation, state, rows, seconds=seconds)
-    leave_behind(federation, run_dir, state, result["released"])
+    result |= of_choice(leave_behind(federation, run_dir, state, result["released"]))
     result |= {"base_sha256": federation.base.fingerprint, "adapter_files": released_files(run_dir / "adapter")}
     finish_run(run_dir, result, draw=write_report)
     progress.judged(result["verdict"], result["released"])
@@ -356,18 +358,19 @@ def run_alone(federation: Federation, folder: Path, *, progress: Progress) -> No
     progress.alone_done(scores, num_idle=sum(not num_updates for _, num_updates, _ in found))
 
 
-def leave_behind(federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]) -> None:
-    """Write the privacy statement and the adapter."""
+def leave_behind(
+    federation: Federation, run_dir: Path, state: ServerState, released: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the privacy statement, which is returned, and the adapter."""
     num_clients = federation.experiment.num_clients
     statement = run_statement(
         run_dir, num_clients, placed_by=federation.placed_by, expected=ledgers_of(federation.experiment)
     )
     statement = with_public(with_origin(statement, federation.origin), federation.taken_as_public)
     statement = with_choices(statement, choices_of(federation.experiment, released))
-    statement = with_earlier(statement, federation.earlier)
+    statement = with_earlier(with_trials(statement, run_dir), federation.earlier)
     shared = federation.experiment.privacy.ledger
     statement = with_all_runs(statement, None if shared is None else all_runs(shared))
-    statement = with_trials(statement, run_dir)
     write_json(run_dir / "privacy.json", statement)
     for leftover in ("adapter", "adapter.partial"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)
@@ -384,6 +387,7 @@ def leave_behind(federation: Federation, run_dir: Path, state: ServerState, rele
         has_pairs=federation.has_pairs,
         released=told(released),
     )
+    return statement
 
 
 def with_other_noise(federation: Federation) -> Federation:

@@ -23,7 +23,7 @@ from typing import Any
 from fedlr.config.schema import Experiment
 from fedlr.errors import InputError
 from fedlr.errors.messages import one_line
-from fedlr.files import is_full
+from fedlr.files import NotWritten, is_full
 from fedlr.runs.asked import Earlier, earlier_run
 from fedlr.runs.directory import BeingWritten
 
@@ -79,11 +79,11 @@ def run_sweep(
     return [done.get(job.number) for job in all_jobs]
 
 
-def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say) -> Path:
+def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say, is_trial: bool = False) -> Path:
     """Run an experiment, or finish an earlier run of it that was cut off, and return its directory.
 
     Raises:
-        InputError: for an experiment that cannot run.
+        InputError: for an experiment that cannot run; the disk is full.
     """
     from fedlr.simulations.resume import resume  # both import torch, which nobody waits for before a typo is told
     from fedlr.simulations.simulate import simulate
@@ -96,8 +96,10 @@ def run_job(experiment: Experiment, unfinished: Path | None, *, say: Say) -> Pat
         except BeingWritten:
             raise
         except InputError as error:
+            if isinstance(error, NotWritten) or error.exit_code != InputError.exit_code:
+                raise  # a full disk: with room made it goes on
             say(f"note: {unfinished} stays as it is, and the run starts anew: {error}")
-    return simulate(experiment, say=say)
+    return simulate(experiment, say=say, is_trial=is_trial)
 
 
 def _own_parts(experiment: Experiment) -> list[str]:

@@ -75,6 +75,16 @@ def trials_of_one_length(e: "Experiment") -> Iterator[str]:
         yield f"Expected patience=null {_beside(e)}, got {e.patience}: trials are of equal length"
 
 
+@rule("tracking.tracker", "privacy.trials")
+def trials_outside_a_tracker(e: "Experiment") -> Iterator[str]:
+    """A tracker would keep every trial; TensorBoard's files are deleted with it."""
+    if e.privacy.trials is not None and e.tracking.tracker not in (None, "tensorboard"):
+        yield (
+            f"Expected tracking.tracker=null {_beside(e)}, got {e.tracking.tracker}: it would keep every trial, whose "
+            "number and scores must stay secret"
+        )
+
+
 @rule(*(f"tracking.{key}" for key in BASELINES), "privacy.trials")
 def trials_and_baselines(e: "Experiment") -> Iterator[str]:
     """A baseline trains outside the trials."""

@@ -44,9 +44,15 @@ def earlier_run(statement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def largest(statement: Mapping[str, Any]) -> float:
-    """Return the largest epsilon of a statement: of a ledger, or of what clients report; infinite where it has none."""
+    """Return the largest epsilon of a statement: of a choice among trials, of a ledger, or of what clients report;
+    infinite where it has none.
+
+    >>> largest({"epsilon": {"maximum": 5.13}, "trials": {"epsilon": 8.96}})
+    8.96
+    """
     if "epsilon" in statement:
-        return float(statement["epsilon"]["maximum"])
+        of_one = float(statement["epsilon"]["maximum"])
+        return max(of_one, float(statement["trials"]["epsilon"])) if statement.get("trials") else of_one
     return max((float(client["epsilon"]) for client in statement.get("clients", ())), default=math.inf)
 
 

@@ -225,9 +225,9 @@ def recompute(run_dir: str | os.PathLike[str], *, say: Callable[[str], None] = l
         raise InputError(f"Expected a privacy statement in {path}, got {error!r:.200}") from error
     found = run_statement(Path(run_dir), num_clients, placed_by=placed_by, expected=_ledgers_of(stated))
     found = with_public(with_origin(found, stated.get("start")), stated.get("taken_as_public") or ())
-    found = with_earlier(with_choices(found, stated.get("choices") or ()), stated.get("started_from"))
+    found = with_trials(with_choices(found, stated.get("choices") or ()), run_dir)
+    found = with_earlier(found, stated.get("started_from"))
     found = _without_newer(_as_earlier(found, stated), stated)
-    found = with_trials(found, run_dir)
     others, unchecked = checked_all_runs(stated.get("all_runs"), Path(run_dir))
     found = _with_told_curve(with_all_runs(found, others), stated)
     if unchecked is not None:

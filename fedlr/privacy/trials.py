@@ -96,8 +96,8 @@ class Trials:
 def with_trials(statement: dict[str, Any], run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the statement of a run that is one of several trials, with the epsilon of having been chosen.
 
-    Which law the number of trials had, and how many steps were announced for one, is read from config.yaml; the noise
-    from the ledger. Without `privacy.trials` it is the statement as it was.
+    Which law the number of trials had, and how many steps were announced for one, is read from config.yaml, which
+    nobody signs and no ledger vouches for; the noise from the ledger. Without `privacy.trials` it is the statement as it was.
 
     Raises:
         InputError: the ledger has more steps than a trial, or several kinds of them.
@@ -124,6 +124,15 @@ def with_trials(statement: dict[str, Any], run_dir: str | os.PathLike[str]) -> d
     return {**statement, "statement": f"{statement['statement']} {sentence}", "trials": told}
 
 
+def of_choice(statement: Mapping[str, Any]) -> dict[str, float]:
+    """Return what summary.json says in place of the epsilon of one trial, where a run was chosen among trials.
+
+    >>> of_choice({"epsilon": {"maximum": 5.13}, "trials": {"epsilon": 8.96}}), of_choice({})
+    ({'epsilon_max': 8.96}, {})
+    """
+    return {"epsilon_max": float(statement["trials"]["epsilon"])} if statement.get("trials") else {}
+
+
 def _asked(run_dir: Path) -> tuple[Trials, int, str] | None:
     """Return the law of the trials, the steps of one and the name of its ledger; None of a run that is no trial."""
     path = run_dir / "config.yaml"
@@ -133,9 +142,10 @@ def _asked(run_dir: Path) -> tuple[Trials, int, str] | None:
         if privacy.get("trials") is None:
             return None
         trials = Trials(float(privacy["trials"]), privacy.get("trials_law") or "geometric")
-        rounds = int(privacy.get("max_participations") or tree["num_rounds"])
+        rounds = int(tree["num_rounds"])
         if privacy.get("client_epsilon") is None:
-            return trials, rounds * int(tree["trainer"]["num_steps"]), "ledger.jsonl"
+            most = int(privacy.get("max_participations") or rounds)
+            return trials, most * int(tree["trainer"]["num_steps"]), "ledger.jsonl"
         if tree["cohort"] == "cyclic":
             rounds = -(-rounds // -(-int(tree["num_clients"]) // int(tree["cohort_size"])))
         return trials, rounds, "server_ledger.jsonl"

@@ -17,12 +17,14 @@ from scipy.stats import geom, norm, poisson
 
 from fedlr.errors import InputError
 from fedlr.privacy.accountant import epsilon
+from fedlr.privacy.earlier import earlier_run, with_earlier
 from fedlr.privacy.ledger import PrivacyLedger
 from fedlr.privacy.mechanism import Mechanism, PrivacyBudget
 from fedlr.privacy.sampling import PoissonSampler
+from fedlr.privacy.statement import no_privacy_statement
 from fedlr.privacy.trials import Law, Trials, with_trials
 
-NUM_DRAWS = 800
+NUM_DRAWS = 4000
 FALSE_ALARM = 1e-10  # of each check of a law
 
 
@@ -141,6 +143,17 @@ def test_a_statement_has_the_epsilon_of_the_choice_and_none_where_the_ledger_has
     written({**config, "privacy": {"trials": "many"}})
     with pytest.raises(InputError, match="configuration of a run"):
         with_trials({"statement": "One."}, tmp_path)
+
+
+def test_who_starts_from_a_chosen_run_and_who_chooses_after_a_start_counts_the_choice() -> None:
+    one = {**no_privacy_statement(3), "differential_privacy": True, "for_release": True, "delta": 1e-5}
+    one = {**one, "epsilon": {"maximum": 5.13}}
+    chosen = {**one, "trials": {"epsilon": 8.96}}
+    assert earlier_run(chosen)["epsilon"] == 8.96
+    for first, second, total in ((chosen, one, 14.09), (one, chosen, 14.09), (chosen, chosen, 17.92)):
+        both = with_earlier(second, earlier_run(first))
+        assert both["started_from"]["epsilon_sum"] == pytest.approx(total)
+        assert earlier_run(both)["epsilon"] == pytest.approx(total)
 
 
 def test_an_event_without_a_renyi_bound_is_refused() -> None:

@@ -13,10 +13,16 @@ import pytest
 
 from fedlr.config.schema import compose_experiment
 from fedlr.errors import InputError
+from fedlr.files import NotWritten
 from fedlr.privacy.sampling import PoissonSampler
 from fedlr.privacy.statement import recompute
 from fedlr.privacy.trials import Trials
+from fedlr.privacy.trials import _asked as steps_of_trial
+from fedlr.runs.directory import BeingWritten, sole_writer, write_origin
+from fedlr.runs.report import comparison_table
+from fedlr.runs.report.wording import epsilon_text
 from fedlr.simulations import cli, private_tune
+from fedlr.simulations.notebook import simulate
 from fedlr.simulations.private_tune import CHOSEN, SELECTION, TRIALS, choose_privately, cost_of
 from tests.simulations.small_runs import SMALL
 
@@ -43,7 +49,8 @@ Run = Callable[..., Path]
 def run_with_score(scores: dict[str, float | None], folder: Path, seen: list[str]) -> Run:
     """A trial that trains nothing: its directory has a score by its rate; None: it fails."""
 
-    def run(experiment: Any, unfinished: Path | None, *, say: Any) -> Path:
+    def run(experiment: Any, unfinished: Path | None, *, say: Any, is_trial: bool) -> Path:
+        assert is_trial
         assert (folder / SELECTION).exists(), "trained before it was charged"
         rate = f"trainer.optimizer.lr={experiment.trainer.optimizer.section()['lr']}"
         seen.append(rate)
@@ -87,9 +94,17 @@ def test_a_choice_is_charged_first_states_its_epsilon_and_leaves_one_run(capsys:
     assert statement["trials"]["epsilon"] == kept["cost"]["epsilon"] == spent > statement["epsilon"]["maximum"]
     assert "best of a random number of trials" in (folder / CHOSEN / "adapter" / "README.md").read_text()
     assert recompute(folder / CHOSEN) == statement
+    summary = json.loads((folder / CHOSEN / "summary.json").read_text())
+    assert summary["epsilon_max"] == spent and summary["problem"] is None
+    page = (folder / CHOSEN / "report.html").read_text()
+    assert f"ε = {epsilon_text(spent)}" in page and "The files disagree" not in page
+    assert f"ε = {epsilon_text(statement['epsilon']['maximum'])}" not in page
+    assert epsilon_text(spent) in comparison_table([folder / CHOSEN])
     assert f"epsilon {spent:.2f}"[:-1] in told and "round" not in told
     assert cli.tune(words) == 2 and "Expected a selection that is not done" in capsys.readouterr().err
     assert cli.simulate(list(WORDS)) == 2 and "trials are of fedlr tune" in capsys.readouterr().err
+    with pytest.raises(InputError, match="trials are of fedlr tune"):
+        simulate(*WORDS, say=None)
     statement["trials"]["epsilon"] /= 2
     (folder / CHOSEN / "privacy.json").write_text(json.dumps(statement))
     with pytest.raises(InputError, match="other values of trials"):
@@ -139,6 +154,41 @@ def test_nothing_that_came_out_stays_charged(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match="stays charged"):
         choose_privately(points("seed=1"), command=["x"], say=nothing)
     assert (Path("outputs/tiny-selection") / SELECTION).exists()
+    seen = stubbed(monkeypatch, dict.fromkeys(RATES, 0.5))
+    with pytest.raises(InputError, match="a selection that is not done"):  # that none came out was the one draw
+        choose_privately(points("seed=1"), command=["x"], say=nothing)
+    assert not seen
+
+
+@pytest.mark.parametrize("kind", ["full", "written by another", "came to nothing"])
+def test_what_says_nothing_of_a_trial_ends_the_command_and_deletes_nothing(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = next(s for s in range(100) if len(_trials(s)) > 2 and {t.point for t in _trials(s)} == {0, 1})
+    seen = stubbed(monkeypatch, {RATES[0]: 0.5, RATES[1]: 0.7})
+    run, folder = private_tune.run_job, Path("outputs/tiny-selection")
+    full = NotWritten("No space left on device")
+    full.exit_code = 75
+    errors = {"full": full, "written by another": BeingWritten("another"), "came to nothing": KeyboardInterrupt()}
+
+    def cut_off(*args: Any, **kwargs: Any) -> Path:
+        if len(seen) == 2:
+            raise errors[kind]
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(private_tune, "run_job", cut_off)
+    with pytest.raises(type(errors[kind])):
+        choose_privately(points(f"seed={seed}"), command=["x"], say=nothing)
+    found = sorted((folder / TRIALS).glob("*/*/summary.json"))
+    assert len(found) == 2 and not (folder / CHOSEN).exists()
+    if kind == "came to nothing":
+        for path in found:  # however high its score is
+            path.write_text(json.dumps({"finished": True, "score": 0.99, "problem": "nothing moved"}))
+    monkeypatch.setattr(private_tune, "run_job", run)
+    with sole_writer(folder), pytest.raises(BeingWritten):
+        choose_privately(points(f"seed={seed}"), command=["x"], say=nothing)
+    chosen = choose_privately(points(f"seed={seed}"), command=["x"], say=nothing)
+    assert json.loads((chosen / "summary.json").read_text())["score"] in (0.5, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +214,30 @@ def test_what_has_no_bound_is_refused_before_anything_is_charged(words: list[str
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["privacy.max_participations=1", "cohort=fixed", "cohort_size=2"],
+        ["privacy=client", "cohort=fixed", "cohort_size=2", "num_rounds=4", "privacy.max_participations=2"],
+        ["privacy=client", "cohort=cyclic", "cohort_size=1", "num_rounds=4"],
+        ["privacy=client", "cohort=poisson", "num_rounds=3"],
+    ],
+)
+def test_a_trial_is_charged_as_many_steps_as_its_statement_allows(words: list[str], tmp_path: Path) -> None:
+    experiment = compose_experiment([*WORDS, *words])
+    write_origin(tmp_path, experiment)
+    asked = steps_of_trial(tmp_path)
+    assert asked is not None and asked[1] == cost_of([experiment]).num_steps
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["privacy=none", "privacy.trials=3"], "one budget, of rows or of clients"),
         (["privacy=client", "privacy.epsilon=6", "cohort=fixed"], "one budget, of rows or of clients"),
         (["privacy.ledger=x", "privacy.ledger_epsilon=20"], "privacy.ledger=null"),
         (["runtime=flower", "data.num_validation=null"], "runtime=local"),
+        (["tracking.tracker=wandb", "runtime.offline=false"], "tracking.tracker=null with privacy.trials"),
+        (["tracking.tracker=mlflow"], "tracking.tracker=null with privacy.trials"),
         (["tracking.run_centralised=true"], "tracking.run_centralised=false"),
         (["privacy.trials=0.5"], "privacy.trials"),
         (["privacy.trials_law=uniform"], "privacy.trials_law"),

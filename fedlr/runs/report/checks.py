@@ -53,11 +53,13 @@ def disagreements(run: Run) -> list[str]:
 def _about_privacy(run: Run) -> list[str]:
     told, seen = run.summary.epsilon_max, run.states[-1].epsilon_max
     largest = max(spent_by_client(run).values(), default=0.0)
-    found = []
+    found, where = [], "privacy.json" if run.statement.get("trials") else "metrics.jsonl"
     if not run.summary.is_private and told is not None:
         found.append(f"The files disagree: summary.json says privacy = none, and epsilon_max = {told:g}.")
-    if told is not None and seen is not None and not _same(told, seen):
-        found.append(f"The files disagree: summary.json says epsilon_max = {told:g}, metrics.jsonl says {seen:g}.")
+    if (trials := run.statement.get("trials")) and isinstance(trials, dict):
+        seen = trials.get("epsilon")  # the lines are of one trial, the summary of the choice too
+    if told is not None and isinstance(seen, float) and not _same(told, seen):
+        found.append(f"The files disagree: summary.json says epsilon_max = {told:g}, {where} says {seen:g}.")
     if told is not None and largest > told * (1 + 1e-9):
         found.append(f"The files disagree: summary.json says epsilon_max = {told:g}, a client has spent {largest:g}.")
     if run.budget_epsilon is not None and largest > run.budget_epsilon * (1 + 1e-9):

@@ -144,7 +144,7 @@ def caption(table: PaperTable) -> str:
         parts.append(
             f"$\\varepsilon$ is the budget of each client over the whole run at $\\delta = "
             f"{', '.join(map(_power, deltas))}$ (add or remove one {' or '.join(units)}; the largest that was spent is "
-            f"{epsilon_text(largest)}); it does not cover the choice of settings{_seeded(private)}."
+            f"{epsilon_text(largest)}); it {_covers(private)} the choice of settings{_seeded(private)}."
         )
     parts += [escaped(told) for told in dict.fromkeys(told for run in runs for told in how_chosen(run))]
     has_best = any(cell.is_best for column in table.columns for cell in column.cells.values())
@@ -192,6 +192,8 @@ def _budget(column: Column) -> str:
     run = column.runs[0]
     if not run.summary.is_private or run.budget_epsilon is None:
         return "no privacy" if not run.summary.is_private else escaped(column.privacy)
+    if run.statement.get("trials"):  # the budget is that of one trial
+        return f"$\\varepsilon \\le {epsilon_text(run.summary.epsilon_max)}$"
     return f"$\\varepsilon \\le {short(run.budget_epsilon)}$"
 
 
@@ -205,6 +207,14 @@ def _power(delta: float) -> str:
     number = short(float(mantissa))
     factor = "" if number == "1" else rf"{number} \cdot "
     return f"{factor}10^{{{int(exponent)}}}"
+
+
+def _covers(private: Sequence[Run]) -> str:
+    """Say whether the epsilons are of a choice among trials, too."""
+    num_chosen = sum(bool(run.statement.get("trials")) for run in private)
+    return (
+        "covers" if num_chosen == len(private) else f"covers in {num_chosen} runs" if num_chosen else "does not cover"
+    )
 
 
 def _seeded(private: Sequence[Run]) -> str:

@@ -47,6 +47,8 @@ def headline(run: Run) -> tuple[str, str]:
     whom = f"as {reported} report" if (reported := reporting(run)) else "max over clients"
     if run.statement.get("unit") == CLIENT.text:
         whom = "of one whole client, towards all but the server"
+    if run.statement.get("trials"):
+        whom = "with the choice among trials, for whoever sees this run alone"
     return f"ε = {epsilon_text(summary.epsilon_max)}", f"{whom}, at {delta}{_with_start(run)}"
 
 
@@ -72,6 +74,7 @@ def meaning(run: Run) -> list[str]:
     epsilon = summary.epsilon_max
     if not summary.is_private or epsilon is None or not math.isfinite(epsilon):
         return ["Nothing bounds what the messages of a client reveal: keep them as safe as its data."]
+    is_chosen = bool(run.statement.get("trials"))
     unit = run.statement.get("unit")
     unit = unit if isinstance(unit, str) else "one protected unit (see the statement)"
     delta = "delta" if summary.delta is None else f"delta = {short(summary.delta)}"
@@ -81,6 +84,8 @@ def meaning(run: Run) -> list[str]:
         if is_of_clients
         else f"everything that a client sent may change their odds on whether {unit} was among its data"
     )
+    if is_chosen:
+        seen = f"this run, and none of the other trials, may change their odds on whether {unit} was in it"
     sentences = [
         f"In words: whoever sees {seen} by a factor of at most e^ε = {_odds(epsilon)}, apart "
         f"from a probability of at most about {delta}. This is a worst case; a smaller ε is a stronger "
@@ -91,14 +96,17 @@ def meaning(run: Run) -> list[str]:
             "It is the same for every client. The server is trusted: it sees each update in the clear, and tells "
             "nobody who took part, which is why this page has no client of its own to show."
         )
-    elif last.epsilon_median is not None and last.epsilon_min is not None:
+    elif not is_chosen and last.epsilon_median is not None and last.epsilon_min is not None:
         sentences.append(
             f"ε is {epsilon_text(epsilon)} for the client that spent most, "
             f"{epsilon_text(last.epsilon_median)} for the median client and "
             f"{epsilon_text(last.epsilon_min)} for the one that spent least. The first number is the one to "
             "quote: it is neither a mean nor a sum over clients, and each client vouches for its own."
         )
-    sentences += _told_otherwise(run.statement.get("profile"), is_of_clients=is_of_clients)
+    if is_chosen:
+        sentences.append("It counts the choice among trials; lines of rounds and of clients are of this trial alone.")
+    else:
+        sentences += _told_otherwise(run.statement.get("profile"), is_of_clients=is_of_clients)
     of_clients = run.statement.get("client_unit")
     if isinstance(of_clients, Mapping) and isinstance(of_clients.get("statement"), str):
         sentences.append(
