@@ -125,7 +125,8 @@ def _of_names(value: Any, column: str, names: tuple[str, ...], separator: str) -
         if name not in has:
             return None, (
                 f", column {column!r}: a label is none of {', '.join(map(repr, names[:20]))}; names there are "
-                f"separated by data.label_separator={separator!r}, and spelt as in data.labels (case counts): set what differs"
+                f"separated by data.label_separator={separator!r}, and spelt as in data.labels (case counts): set what "
+                "differs"
             )
         has[name] = 1.0
     return list(has.values()), ""
