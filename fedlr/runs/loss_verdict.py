@@ -2,8 +2,8 @@
 
 *Learned*: the 95 % interval of the final mean loss of held-out rows lies below the loss at the start, and below that of
 the best answer that is the same for all rows, where the task has one. *Did not learn*: nothing of the run counted, or
-it lies above. *Cannot be told*: all else. The interval is that of a mean over independent rows (normal approximation), and
-does not use that both losses are of the same rows: it says less often that a model learned than a paired one would.
+it lies above. *Cannot be told*: all else. The interval is that of a mean over independent rows (normal approximation),
+and does not use that both losses are of the same rows: it says less often that a model learned than a paired one would.
 """
 
 from collections.abc import Mapping
