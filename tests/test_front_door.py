@@ -72,7 +72,9 @@ def test_overview_has_a_line_a_command_and_imports_none(words, commands, capsys)
     assert "a_house" not in sys.modules
 
 
-@pytest.mark.parametrize(("word", "hint"), [("ad", "`fedlr add`"), ("zzz", "one of add, fail, lost, long, cut, odd")])
+@pytest.mark.parametrize(
+    ("word", "hint"), [("ad", "`fedlr add`"), ("zzz", "one of add, fail, lost, long, cut, full, odd")]
+)
 def test_unknown_command_names_the_nearest_and_exits_with_2(word, hint, commands, capsys):
     assert main([word], commands=commands) == 2
     captured = capsys.readouterr()

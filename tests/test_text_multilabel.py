@@ -84,6 +84,8 @@ def test_a_column_of_a_label_holds_nothing_but_0_and_1(tmp_path: Path) -> None:
         tmp_path, ["fine;0;1", "good;1;0", "so so;1;1"], header="text;joy|delight;anger"
     )  # nothing is separated here
     names = ["joy|delight", "anger"]
+    with pytest.raises(InputError, match="has no column 'labels'.* set data.label_column=null"):
+        load_multilabel_table(path, labels=names, label_separator=";")
     found = load_multilabel_table(path, labels=names, label_column=None, label_separator="|")
     assert found.targets() == [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
 

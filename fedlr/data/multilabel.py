@@ -83,15 +83,21 @@ def load_multilabel_table(
             return _of_columns(row, names)
         return _of_names(row[label_column], label_column, names, label_separator)
 
-    found = read_with_targets(
-        path,
-        columns,
-        read,
-        encoding=encoding,
-        on_bad_row=on_bad_row,
-        train_split=train_split,
-        fetched_by=fetched_by,
-    )
+    try:
+        found = read_with_targets(
+            path,
+            columns,
+            read,
+            encoding=encoding,
+            on_bad_row=on_bad_row,
+            train_split=train_split,
+            fetched_by=fetched_by,
+        )
+    except InputError as error:
+        if f"has no column {label_column!r}" not in str(error):
+            raise
+        hint = "where each label has a column of 0 and 1, set data.label_column=null"
+        raise InputError(f"{error}; {hint}") from error
     return MultiLabelText(
         texts=tuple(row.text for row in found.rows),
         has_label=np.array([row.label for row in found.rows], dtype=np.float32),
@@ -125,8 +131,7 @@ def _of_names(value: Any, column: str, names: tuple[str, ...], separator: str) -
         if name not in has:
             return None, (
                 f", column {column!r}: a label is none of {', '.join(map(repr, names[:20]))}; names there are "
-                f"separated by data.label_separator={separator!r}, and spelt as in data.labels (case counts): set what "
-                "differs"
+                f"separated by data.label_separator={separator!r}, and spelt as in data.labels (case counts)"
             )
         has[name] = 1.0
     return list(has.values()), ""
