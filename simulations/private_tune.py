@@ -146,8 +146,8 @@ def _told_cost(cost: Cost, num_points: int) -> str:
 
 
 def charged(folder: Path, cost: Cost, experiments: Sequence[Experiment], *, command: Sequence[str]) -> list[Trial]:
-    """Write what a selection costs and what was drawn for it, before the first trial; return the trials, or those of the
-    same command that was cut off.
+    """Write what a selection costs and what was drawn for it, before the first trial; return the trials, or those of
+    the same command that was cut off.
 
     Raises:
         InputError: the folder is another selection's.
