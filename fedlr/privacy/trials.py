@@ -97,8 +97,8 @@ def with_trials(statement: dict[str, Any], run_dir: str | os.PathLike[str]) -> d
     """Return the statement of a run that is one of several trials, with the epsilon of having been chosen.
 
     Which law the number of trials had, and how many steps were announced for one, is read from config.yaml, which
-    nobody signs and no ledger vouches for; the noise from the ledger. Without `privacy.trials` it is the statement as
-    it was.
+    nobody signs and no ledger vouches for; the noise from the ledger. Without `privacy.trials` it is the statement
+    as it was.
 
     Raises:
         InputError: the ledger has more steps than a trial, or several kinds of them.
