@@ -377,7 +377,7 @@ def test_whatever_else_depends_on_the_data_is_caught(
 
 
 BROKEN_LAYERS = {
-    "no guard against nan": ("        self.values[silent] = 0.0  # 0 * nan is nan\n", ""),
+    "no guard against nan": ("        self.values.masked_fill_(silent[:, None], 0.0)  # 0 * nan is nan\n", ""),
 }
 
 
