@@ -159,7 +159,7 @@ def test_a_plan_of_a_language_model_says_bytes_time_memory_and_whether_a_cache_p
     text = make_plan(compose_experiment(words))
     values = told(text, r"adapter +([\d,]+) trained values")
     assert told(text, r"bytes +([\d.]+) kB up") == pytest.approx(4 * values / 1000, abs=0.06)
-    assert re.search(r"time +about .* held-out texts .*tokens", text) and re.search(r"memory +about [\d.]+ MB", text)
+    assert re.search(r"time +about .* held-out texts .*tokens", text) and re.search(r"memory +about [\d.]+ [MG]B", text)
     assert told(text, r"a row is read about ([\d.]+) times.*is not worth it") == pytest.approx(2 * 3 * 2 * 0.2 / 6)
     often = make_plan(compose_experiment([*words, "num_rounds=6"]))
     assert told(often, r"a row is read about ([\d.]+) times.*is worth it") == pytest.approx(1.2)
