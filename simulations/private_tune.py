@@ -128,7 +128,7 @@ def _one_of(experiment: Experiment) -> tuple[float, float, int, float]:
     if budget is not None and mechanism is not None:
         return mechanism.sample_rate, mechanism.noise_multiplier, most_participations(experiment), budget.delta
     noise = noise_multiplier_of(experiment)
-    assert noise is not None  # `check_trials` refused runs without a budget
+    assert noise is not None  # `fedlr.config.trials_rules` refuses runs without a budget
     trainer = experiment.trainer
     num_steps = experiment.max_participations * trainer.num_steps
     return trainer.sample_rate, noise, num_steps, experiment.privacy.delta
@@ -209,7 +209,8 @@ def _best_alone(folder: Path, trials: Sequence[Trial], points: Sequence[Sequence
     shutil.rmtree(all_trials)
     if nothing.exists():
         raise InputError("Expected a trial that came out, got none; what was charged stays charged")
-    say(f"chosen: {_settings(chosen, points)}, scored {_score(chosen)[1]:.4f} on validation rows")
+    found = read_run(chosen).summary
+    say(f"chosen: {_settings(chosen, points)}, {found.metric.name} {found.final_score:.4f} on validation rows")
     return chosen
 
 
