@@ -209,8 +209,7 @@ def _best_alone(folder: Path, trials: Sequence[Trial], points: Sequence[Sequence
     shutil.rmtree(all_trials)
     if nothing.exists():
         raise InputError("Expected a trial that came out, got none; what was charged stays charged")
-    found = read_run(chosen).summary
-    say(f"chosen: {_settings(chosen, points)}, {found.metric.name} {found.final_score:.4f} on validation rows")
+    say(f"chosen: {_settings(chosen, points)}, scored {_score(chosen)[1]:.4f} on validation rows")
     return chosen
 
 
